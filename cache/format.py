@@ -1,0 +1,247 @@
+"""Format 1 of the store: which arrays it has, what their metadata say, whose answers it holds, what a marker says.
+
+The store is a Zarr v3 group. Every metadata document is written by this file and must read back equal, so a reader
+needs to know nothing else of a store before it trusts shapes, types and codecs.
+
+    zarr.json                     attributes: cache_format, encoding, identity
+    sample_id [N], label [N], image_size [N, 2]     int64
+    probability [V, N, C]         what the encoding stores; one chunk is one view of one block of samples
+    done/store                    marker: the files above but the chunks of `probability` are written
+    done/<view>.<block>           marker: this block of this view is written
+
+V views, N samples, C classes. A block is a range of samples; it is what is written, marked and resumed as one.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+from cache import views as view_space
+
+FORMAT = 1
+STORE_MARKER = "done/store"
+LOCK = "done/lock"
+_CHUNK_BYTES, _BLOCK_BYTES = 8 << 20, 64 << 20  # of a chunk as stored, of a block as float32 probabilities
+_MOST = {"views": 10**6, "samples": 10**9, "classes": 10**5}
+
+
+class CacheError(ValueError):
+    """The store is not usable for what was asked. One line: what was wrong, what was found, what to do."""
+
+
+class CorruptCacheError(CacheError):
+    """What was stored has been damaged since."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Whose answers to what a store holds.
+
+    classes: names in the order of the labels.  temperature: T of the stored probabilities.
+    views: the view specification.  dataset: name and digests, by part.
+    teacher: JSON values; its "digest" says whether two teachers are the same, the rest describes it.
+    """
+
+    classes: tuple[str, ...]
+    temperature: float
+    views: view_space.CropFlip | view_space.RandomResizedCrop
+    dataset: dict
+    teacher: dict
+
+    def differences(self, other: "Identity") -> list[str]:
+        """One readable line for each thing in which this store's identity differs from the run's, `other`."""
+        lines = []
+        for index, (ours, theirs) in enumerate(zip(self.classes, other.classes)):
+            if ours != theirs:
+                lines.append(f"classes: class {index} is {ours!r} in the store and {theirs!r} in the run")
+                break
+        if len(self.classes) != len(other.classes):
+            lines.append(f"classes: the store has {len(self.classes)}, the run has {len(other.classes)}")
+        ours, theirs = self.to_json(), other.to_json()
+        for part in "temperature", "views", "dataset", "teacher":
+            left, right = (dict(_leaves(part, values[part])) for values in (ours, theirs))
+            for name in [*left, *(name for name in right if name not in left)]:
+                if left.get(name) != right.get(name) and (part != "teacher" or name == "teacher.digest"):
+                    lines.append(f"{name}: the store has {left.get(name)}, the run has {right.get(name)}")
+        return lines
+
+    def to_json(self) -> dict:
+        """Plain JSON values; equal identities give equal values."""
+        return {
+            "classes": list(self.classes),
+            "temperature": float(self.temperature),
+            "views": view_space.to_json(self.views),
+            "dataset": json.loads(json.dumps(self.dataset)),
+            "teacher": json.loads(json.dumps(self.teacher)),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Identity":
+        """The identity that `to_json` wrote. Raises CacheError for anything else."""
+        try:
+            identity = cls(
+                classes=tuple(values["classes"]),
+                temperature=values["temperature"],
+                views=view_space.from_json(values["views"]),
+                dataset=values["dataset"],
+                teacher=values["teacher"],
+            )
+            identity.check()
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise CacheError(f"the store's identity is not readable: {error}") from error
+        return identity
+
+    def check(self) -> None:
+        """Raises ValueError unless every field is of its type and in its range."""
+        count, temperature = len(self.classes), self.temperature
+        if not all(isinstance(name, str) for name in self.classes) or len(set(self.classes)) != count:
+            raise ValueError("classes must be distinct names")
+        if not 2 <= count <= _MOST["classes"]:
+            raise ValueError(f"there must be 2 to {_MOST['classes']} classes, found {count}")
+        if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number, found {temperature!r}")
+        if not isinstance(self.dataset, dict) or not isinstance(self.teacher, dict):
+            raise ValueError("dataset and teacher must be JSON objects")
+        if not isinstance(self.teacher.get("digest"), str):
+            raise ValueError("teacher must have a digest")
+        if type(self.views.count) is not int or not 1 <= self.views.count <= _MOST["views"]:
+            raise ValueError(f"there must be 1 to {_MOST['views']} views, found {self.views.count}")
+
+
+def _leaves(name, value):
+    if isinstance(value, dict):
+        for key in value:
+            yield from _leaves(f"{name}.{key}", value[key])
+    else:
+        yield name, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The sizes of a store, and every metadata document that follows from them."""
+
+    identity: Identity
+    samples: int
+    encoding: object  # one of cache.encodings
+
+    @property
+    def views(self) -> int:
+        return self.identity.views.count
+
+    @property
+    def classes(self) -> int:
+        return len(self.identity.classes)
+
+    @property
+    def block_rows(self) -> int:
+        """Samples a block, as equal as can be, so that little of the last chunk is padding."""
+        stored = self.samples * self.encoding.width(self.classes) * self.encoding.itemsize
+        blocks = math.ceil(max(stored / _CHUNK_BYTES, self.samples * self.classes * 4 / _BLOCK_BYTES))
+        return math.ceil(self.samples / blocks)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks a view."""
+        return math.ceil(self.samples / self.block_rows)
+
+    def rows(self, block: int) -> slice:
+        """The samples of `block`."""
+        return slice(block * self.block_rows, min((block + 1) * self.block_rows, self.samples))
+
+    def documents(self) -> dict[str, dict]:
+        """Every zarr.json of the store, by key."""
+        per_sample = {"codecs": _PLAIN, "fill_value": 0}
+        found = {
+            "zarr.json": _group({
+                "cache_format": FORMAT,
+                "encoding": self.encoding.to_json(),
+                "identity": self.identity.to_json(),
+            }),
+            "done/zarr.json": _group({}),  # or Zarr's listings complain of a folder that is no node
+            "sample_id/zarr.json": array_document([self.samples], "int64", ["sample"], **per_sample),
+            "label/zarr.json": array_document([self.samples], "int64", ["sample"], **per_sample),
+            "image_size/zarr.json": array_document([self.samples, 2], "int64", ["sample", "side"], **per_sample),
+        }
+        for name, document in self.encoding.documents(self.views, self.samples, self.classes, self.block_rows).items():
+            found[f"{name}/zarr.json"] = document
+        return found
+
+    def chunk(self, view: int, block: int) -> str:
+        """The key of the one chunk of `block` of `view`."""
+        return f"{self.encoding.array}/c.{view}.{block}.0"
+
+    def fixed_chunks(self) -> list[str]:
+        """The keys of the chunks that are written when the store is created."""
+        per_sample = ["sample_id/c.0", "label/c.0", "image_size/c.0.0"]
+        return per_sample + [f"{name}/c{'.0' * values.ndim}" for name, values in self.encoding.codebook().items()]
+
+
+_PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def _group(attributes: dict) -> dict:
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def array_document(shape, data_type: str, dimensions, *, codecs=_PLAIN, fill_value, chunks=None) -> dict:
+    """The metadata of a Zarr v3 array. Every chain of codecs ends in crc32c, which is what a marker records."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": data_type,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks or shape)}},
+        # All chunks of an array lie in one folder: one fsync, and a listing that can be read.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": fill_value,
+        "codecs": codecs,
+        "attributes": {},
+        "dimension_names": list(dimensions),
+        "storage_transformers": [],
+    }
+
+
+def to_bytes(document: dict, indent: int | None = 1) -> bytes:
+    """A document as it is stored."""
+    return json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def from_bytes(data, what: str) -> dict:
+    """The JSON object in `data` (a buffer). Raises CorruptCacheError."""
+    try:
+        document = json.loads(bytes(data).decode())
+        if not isinstance(document, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise CorruptCacheError(f"{what} is damaged: {error}; restore it from a copy") from error
+    return document
+
+
+def digest(data) -> str:
+    """SHA-256 of a buffer, hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def chunk_checksum(data) -> str:
+    """The checksum at the end of a chunk as stored, hex: its last codec's crc32c, which decoding verifies."""
+    return bytes(data[-4:]).hex()
+
+
+def marker(files: dict[str, dict], **values) -> bytes:
+    """A marker: `files` says size and checksum by key. It carries its own checksum."""
+    body = {**values, "files": files}
+    return to_bytes({**body, "checksum": digest(to_bytes(body))}, indent=None)
+
+
+def read_marker(data, what: str) -> dict:
+    """What `marker` wrote. Raises CorruptCacheError where one bit of it differs."""
+    values = from_bytes(data, what)
+    try:
+        body = {key: value for key, value in values.items() if key != "checksum"}
+        intact = bytes(data) == marker(**body)
+    except (TypeError, ValueError, RecursionError):
+        intact = False
+    if not intact:
+        raise CorruptCacheError(f"{what} is damaged: its checksum does not match; delete it and resume the dump")
+    return values

@@ -1,0 +1,202 @@
+"""A store as tables: one row a (view, sample), for pandas, Arrow and Parquet, and its summary.
+
+pandas and pyarrow are imported where they are used, so that opening a store costs neither.
+"""
+
+import difflib
+import os
+
+import numpy as np
+
+from cache.format import CacheError
+
+MANY, FEW = 100, 20  # training samples: many-shot has more than MANY, few-shot fewer than FEW
+SHOTS = "many", "medium", "few"
+_BINS = 15  # of the expected calibration error
+_BATCH_CELLS = 1 << 22  # probabilities decoded at a time
+
+
+def shot(class_counts) -> np.ndarray:
+    """The shot group of classes with `class_counts` training samples [C]: positions in SHOTS, int64 [C]."""
+    counts = np.asarray(class_counts)
+    return np.where(counts > MANY, 0, np.where(counts < FEW, 2, 1))
+
+
+def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False):
+    """One row a (view, sample), by view and then by position, as a pandas DataFrame.
+
+    view: a number or several; all by default.  sample: ids; all by default.  label: class names or numbers.
+
+    Columns: sample_id, label, class_name, view; top, left, height, width (pixels of the image, before padding) and
+    flip of the crop; predicted, predicted_class, confidence (the largest probability), entropy (nats), all of the
+    probabilities at the store's temperature; shot (many: more than 100 training samples, few: fewer than 20, medium),
+    correct. With `probabilities` also p_<class name> for each class.
+
+    Raises CacheError for a view, id or class that the store does not have, or that is not dumped yet.
+    """
+    import pandas as pd
+
+    batches = [batch.to_pandas() for batch in _batches(cache, view, sample, label, probabilities)]
+    return pd.concat(batches, ignore_index=True)
+
+
+def export_parquet(cache, path, *, view=None, sample=None, label=None, probabilities=False) -> int:
+    """Write the rows of `to_pandas` to the Parquet file `path`, holding one view's plane; returns their number.
+
+    The file appears whole or not at all. Raises CacheError where `path` exists.
+    """
+    from pyarrow import parquet
+
+    path = os.fspath(path)
+    if os.path.exists(path):
+        raise CacheError(f"{path} exists; choose another file, or delete it")
+    partial, rows, writer = f"{path}.partial", 0, None
+    try:
+        for batch in _batches(cache, view, sample, label, probabilities):
+            writer = writer or parquet.ParquetWriter(partial, batch.schema)
+            writer.write_batch(batch)
+            rows += len(batch)
+        writer.close()
+        os.replace(partial, path)
+    finally:
+        if writer is not None:
+            writer.close()
+        if os.path.exists(partial):
+            os.remove(partial)
+    return rows
+
+
+def _batches(cache, view, sample, label, probabilities):
+    """The rows as Arrow record batches, at least one."""
+    views, positions = _views(cache, view), _positions(cache, sample, label)
+    step = max(1, _BATCH_CELLS // len(cache.classes))
+    for number in views:
+        plane = cache.stored_plane(number)
+        for start in range(0, max(1, len(positions)), step):
+            chosen = positions[start : start + step]
+            yield _batch(cache, number, chosen, cache.encoding.decode(plane[chosen]), probabilities)
+
+
+def _batch(cache, view, positions, probability, probabilities):
+    import pyarrow as pa
+
+    label, ids = cache.label[positions], cache.sample_id[positions]
+    boxes = cache.views.boxes(ids, np.full(len(ids), view), cache.image_size[positions])
+    predicted = probability.argmax(1)
+    names = pa.array(cache.classes)
+    columns = {
+        "sample_id": ids,
+        "label": label,
+        "class_name": names.take(pa.array(label)),
+        "view": np.full(len(ids), view, np.int64),
+        **{name: getattr(boxes, name) for name in ("top", "left", "height", "width")},
+        "flip": boxes.flip.astype(bool),
+        "predicted": predicted,
+        "predicted_class": names.take(pa.array(predicted)),
+        "confidence": probability.max(1),
+        "entropy": entropy(probability),
+        "shot": pa.array(SHOTS).take(pa.array(shot(cache.class_counts)[label])),
+        "correct": predicted == label,
+    }
+    if probabilities:
+        columns |= {f"p_{name}": np.ascontiguousarray(probability[:, c]) for c, name in enumerate(cache.classes)}
+    arrays = [pa.array(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v for v in columns.values()]
+    return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+def entropy(probability: np.ndarray) -> np.ndarray:
+    """−Σ p log p of probability [B, C] in nats, float32 [B]."""
+    return -(probability * np.log(np.where(probability > 0, probability, 1))).sum(1)
+
+
+def _views(cache, view):
+    views = range(cache.views.count) if view is None else np.atleast_1d(np.asarray(view, np.int64)).tolist()
+    for number in views:
+        if not 0 <= number < cache.views.count:
+            raise CacheError(f"there is no view {number}: the store has views 0 to {cache.views.count - 1}")
+    return views
+
+
+def _positions(cache, sample, label):
+    chosen = np.ones(len(cache), bool)
+    if sample is not None:
+        ids = np.atleast_1d(np.asarray(sample, np.int64))
+        unknown = ids[~np.isin(ids, cache.sample_id)]
+        if len(unknown):
+            low, high = cache.sample_id.min(), cache.sample_id.max()
+            raise CacheError(f"there is no sample {unknown[0]}: the store has ids from {low} to {high}")
+        chosen &= np.isin(cache.sample_id, ids)
+    if label is not None:
+        labels = [label] if isinstance(label, (str, int, np.integer)) else label
+        chosen &= np.isin(cache.label, [_class(cache, name) for name in labels])
+    return np.flatnonzero(chosen)
+
+
+def _class(cache, name):
+    if isinstance(name, str) and name in cache.classes:
+        return cache.classes.index(name)
+    if isinstance(name, (int, np.integer)) and 0 <= name < len(cache.classes):
+        return int(name)
+    near = difflib.get_close_matches(str(name), cache.classes, 1)
+    advice = f"did you mean {near[0]!r}?" if near else f"use 0 to {len(cache.classes) - 1} or a name"
+    raise CacheError(f"there is no class {name!r}; {advice}")
+
+
+def summary(cache, *, planes: int = 4) -> dict:
+    """What a store is, as JSON values: identity, sizes, completeness, and how good the teacher is.
+
+    The teacher's accuracy and confidence and its calibration (expected calibration error over 15 equal bins of
+    confidence) are over at most `planes` whole views, evenly spaced, by shot group; sizes in bytes, on disk.
+    """
+    layout, missing = cache.layout, cache.missing()
+    unfinished = {view for view, _ in missing}
+    whole = [view for view in range(layout.views) if view not in unfinished]
+    chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, min(planes, len(whole))).astype(int))]
+    rows = layout.views * layout.samples - sum(_length(layout.rows(block)) for _, block in missing)
+    nbytes, blocks = cache.nbytes, layout.views * layout.blocks
+    return {
+        "identity": cache.identity.to_json(),
+        "encoding": cache.encoding.to_json(),
+        "samples": layout.samples,
+        "classes": layout.classes,
+        "views": layout.views,
+        "complete": not missing,
+        "blocks": {"done": blocks - len(missing), "all": blocks, "of_a_view": layout.blocks},
+        "bytes": {"all": nbytes, "a_view_of_a_sample": round(nbytes / rows, 2) if rows else None},
+        "class_counts": cache.class_counts.tolist(),
+        "teacher": {"views": chosen, **_quality(cache, chosen)} if chosen else None,
+    }
+
+
+def _length(rows):
+    return rows.stop - rows.start
+
+
+def _quality(cache, views):
+    confidence, correct = [], []
+    for view in views:
+        plane = cache.stored_plane(view)
+        step = max(1, _BATCH_CELLS // len(cache.classes))
+        for start in range(0, len(cache), step):
+            probability = cache.encoding.decode(plane[start : start + step])
+            confidence.append(probability.max(1))
+            correct.append(probability.argmax(1) == cache.label[start : start + step])
+    confidence, correct = np.concatenate(confidence).astype(np.float64), np.concatenate(correct)
+    group = np.tile(shot(cache.class_counts)[cache.label], len(views))
+    groups = {"all": np.ones(len(group), bool)} | {name: group == i for i, name in enumerate(SHOTS)}
+    return {
+        name: {
+            "samples": int(chosen.sum()) // len(views),
+            "accuracy": float(correct[chosen].mean()),
+            "confidence": float(confidence[chosen].mean()),
+            "calibration_error": calibration_error(confidence[chosen], correct[chosen]),
+        }
+        for name, chosen in groups.items() if chosen.any()
+    }
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error over 15 equal bins of confidence: Σ share · |accuracy − confidence|."""
+    place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gap = np.bincount(place, correct - confidence, minlength=_BINS)
+    return float(np.abs(gap).sum() / len(confidence))

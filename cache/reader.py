@@ -1,0 +1,285 @@
+"""Reading a store: its identity, one view's plane at a time, and checks that what is read is what was written.
+
+V views, N samples, C classes. Nothing of a store is trusted before it equals what the format says of it.
+"""
+
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+
+from cache import encodings
+from cache.format import (
+    _MOST,
+    FORMAT,
+    STORE_MARKER,
+    CacheError,
+    CorruptCacheError,
+    Identity,
+    Layout,
+    chunk_checksum,
+    digest,
+    from_bytes,
+    read_marker,
+)
+from cache.storage import ZarrStorage, open_storage
+
+_REDO = "delete its marker in done/ and resume the dump"
+_RESTORE = "restore it from a copy, or dump it again"
+_FOREIGN = "dump one with cli.py dump-logits"
+_DOCUMENT_BYTES = 64 << 20  # more than any real metadata document or marker
+
+
+def open_cache(url) -> "Cache":
+    """Open the store `url`, a path or fsspec URL, for reading.
+
+    Raises CacheError where there is no store that this version reads, CorruptCacheError where one is damaged.
+    """
+    return Cache(open_storage(url))
+
+
+class Cache:
+    """A store that is open for reading. It holds no file open, and may be read while it is being dumped.
+
+    identity: whose answers these are.  sample_id, label int64 [N].  image_size int64 [N, 2] (height, width).
+    encoding: how probabilities are stored.  class_counts int64 [C]: samples a class.
+    """
+
+    def __init__(self, storage):
+        self._storage = storage
+        attributes = self._attributes()
+        self.identity = Identity.from_json(attributes["identity"])
+        files = read_marker(self._read(STORE_MARKER), f"{storage}/{STORE_MARKER}")["files"]
+        self.layout = Layout(identity=self.identity, samples=self._samples(files), encoding=None)
+        self.encoding = self._load_encoding(attributes["encoding"])
+        self.layout = Layout(identity=self.identity, samples=self.layout.samples, encoding=self.encoding)
+        self._check_documents(files)
+        self._fixed = {key: files.get(key, {}) for key in self.layout.fixed_chunks()}
+        fixed = ZarrStorage(storage, check=self._check_fixed, read_only=True)
+        self.sample_id, self.label, self.image_size = (
+            self._read_array(fixed, name) for name in ("sample_id", "label", "image_size")
+        )
+        classes = len(self.classes)
+        if self.label.min() < 0 or self.label.max() >= classes:
+            raise CacheError(f"{storage} is not usable: it has labels outside [0, {classes}); dump it again")
+        self.class_counts = np.bincount(self.label, minlength=classes)
+
+    def __len__(self):
+        return self.layout.samples
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.identity.classes
+
+    @property
+    def temperature(self) -> float:
+        return self.identity.temperature
+
+    @property
+    def views(self):
+        """The view specification."""
+        return self.identity.views
+
+    @property
+    def decoder(self):
+        """What turns `stored_plane` rows into probabilities on another device; None where they are probabilities."""
+        return self.encoding.decoder
+
+    # what is there
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The (view, block) that are not dumped, in order."""
+        done = set(self._storage.names("done"))
+        blocks = [(view, block) for view in range(self.layout.views) for block in range(self.layout.blocks)]
+        return [(view, block) for view, block in blocks if f"{view}.{block}" not in done]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block of every view is dumped."""
+        return not self.missing()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the store's files take: metadata, columns, and the chunks that are committed, with markers."""
+        files = read_marker(self._read(STORE_MARKER), f"{self._storage}/{STORE_MARKER}")["files"]
+        total = sum(entry["size"] for entry in files.values()) + self._storage.size(STORE_MARKER)
+        missing = set(self.missing())
+        for view in range(self.layout.views):
+            for block in range(self.layout.blocks):
+                if (view, block) not in missing:
+                    total += sum(entry["size"] for entry in self._marker(view, block)["files"].values())
+                    total += self._storage.size(f"done/{view}.{block}")
+        return total
+
+    # reading
+
+    def stored_plane(self, view: int, out=None) -> np.ndarray:
+        """One view of every sample as it is stored, [N, R] of the encoding's dtype, into `out` where given.
+
+        Raises CacheError where a block of the view is not dumped, CorruptCacheError, naming array, view and rows,
+        where one is damaged.
+        """
+        layout = self.layout
+        if not 0 <= view < layout.views:
+            raise CacheError(f"there is no view {view}: the store has views 0 to {layout.views - 1}")
+        width, dtype = self.encoding.width(layout.classes), np.dtype(self.encoding.dtype)
+        if out is None:
+            out = np.empty((layout.samples, width), dtype)
+        elif out.shape != (layout.samples, width) or out.dtype != dtype:
+            raise ValueError(f"out must be {dtype} [{layout.samples}, {width}], found {out.dtype} {list(out.shape)}")
+        for block in range(layout.blocks):
+            self._stored_block(view, block, out[layout.rows(block)])
+        return out
+
+    def _stored_block(self, view, block, out):
+        where, key = self._where(view, block), self.layout.chunk(view, block)
+        expected = self._marker(view, block)["files"]
+
+        def check(read, data):
+            if read == key:
+                _check_chunk(expected.get(key, {}), data, where)
+
+        array = zarr.open_array(ZarrStorage(self._storage, check=check, read_only=True), path=self.encoding.array)
+        buffer = default_buffer_prototype().nd_buffer.from_ndarray_like(out[None])
+        try:
+            array.get_basic_selection((slice(view, view + 1), self.layout.rows(block)), out=buffer)
+        except (CacheError, OSError):
+            raise
+        except Exception as error:  # a codec raises what it likes
+            raise CorruptCacheError(f"{where} is damaged: {error}; {_REDO}") from error
+
+    def _where(self, view, block):
+        rows = self.layout.rows(block)
+        return f"{self._storage}: {self.encoding.array}, view {view}, rows {rows.start} to {rows.stop - 1}"
+
+    def _marker(self, view, block):
+        key, where = f"done/{view}.{block}", self._where(view, block)
+        size = self._storage.size(key)
+        if size is None:
+            raise CacheError(f"{where} is not dumped yet; resume the dump")
+        rows = self.layout.rows(block)
+        marker = read_marker(self._read(key), f"the marker {key} of {where}")
+        if marker.get("view") != view or marker.get("rows") != [rows.start, rows.stop]:
+            raise CorruptCacheError(f"the marker {key} of {where} is another block's; {_REDO}")
+        return marker
+
+    def plane(self, view: int) -> np.ndarray:
+        """One view of every sample: probabilities, float32 [N, C]. Raises what `stored_plane` raises."""
+        return self.encoding.decode(self.stored_plane(view))
+
+    def rows(self, samples, views) -> np.ndarray:
+        """Probabilities of B (sample, view) pairs, float32 [B, C]. `samples` are positions, in [0, N), not ids.
+
+        Reads each view's whole plane; a training loop keeps planes instead.
+        """
+        samples, views = np.broadcast_arrays(np.asarray(samples, np.int64), np.asarray(views, np.int64))
+        out = np.empty((len(samples), len(self.classes)), np.float32)
+        for view in np.unique(views):
+            chosen = views == view
+            out[chosen] = self.encoding.decode(self.stored_plane(int(view))[samples[chosen]])
+        return out
+
+    def verify_checksums(self) -> list[str]:
+        """Read everything that is committed; one line for each thing that is damaged, none where all is well.
+
+        Opening the store has verified the rest.
+        """
+        problems, missing, layout = [], set(self.missing()), self.layout
+        for view in range(layout.views):
+            for block in range(layout.blocks):
+                if (view, block) not in missing:
+                    rows = layout.rows(block)
+                    out = np.empty((rows.stop - rows.start, self.encoding.width(layout.classes)), self.encoding.dtype)
+                    try:
+                        self._stored_block(view, block, out)
+                    except CacheError as error:
+                        problems.append(str(error))
+        return problems
+
+    def to_pandas(self, view=None, sample=None, label=None, probabilities: bool = False):
+        """One row a (view, sample) as a DataFrame; `cache.frame.to_pandas` says which columns."""
+        from cache import frame
+
+        return frame.to_pandas(self, view=view, sample=sample, label=label, probabilities=probabilities)
+
+    def export_parquet(self, path, view=None, sample=None, label=None, probabilities: bool = False) -> int:
+        """Write the rows of `to_pandas` to the Parquet file `path`, a block at a time; returns their number."""
+        from cache import frame
+
+        return frame.export_parquet(self, path, view=view, sample=sample, label=label, probabilities=probabilities)
+
+    def summary(self, planes: int = 4) -> dict:
+        """What the store is, as JSON values; `cache.frame.summary` says which."""
+        from cache import frame
+
+        return frame.summary(self, planes=planes)
+
+    # opening
+
+    def _read(self, key, most=_DOCUMENT_BYTES):
+        size = self._storage.size(key)
+        if size is None:
+            raise CacheError(f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump")
+        if size > most:
+            raise CacheError(f"{self._storage} is not a store: {key} has {size} bytes; {_FOREIGN}")
+        return self._storage.read(key)
+
+    def _attributes(self):
+        storage = self._storage
+        if storage.size("zarr.json") is None:
+            found = "it is empty, or not there" if not storage.names() else "it has no zarr.json"
+            raise CacheError(f"{storage} is not a store: {found}; dump one with cli.py dump-logits")
+        attributes = from_bytes(self._read("zarr.json"), f"{storage}/zarr.json").get("attributes")
+        if not isinstance(attributes, dict) or "cache_format" not in attributes:
+            raise CacheError(f"{storage} is not a store: its zarr.json has no cache_format; {_FOREIGN}")
+        if attributes["cache_format"] != FORMAT:
+            raise CacheError(
+                f"{storage} has format {attributes['cache_format']!r}, this version reads {FORMAT}; use the version "
+                "that wrote it, or dump it again"
+            )
+        if not {"identity", "encoding"} <= attributes.keys():
+            raise CacheError(f"{storage} is not a store: its attributes are {sorted(attributes)}; {_FOREIGN}")
+        return attributes
+
+    def _samples(self, files):
+        """N, from the size of the file that must hold eight bytes for each: no claim is believed that is not there."""
+        size = self._storage.size("sample_id/c.0") or 0
+        samples, rest = divmod(size - 4, 8)
+        if rest or not 1 <= samples <= _MOST["samples"]:
+            raise CorruptCacheError(f"{self._storage}: sample_id is damaged: it has {size} bytes; {_RESTORE}")
+        return samples
+
+    def _load_encoding(self, values):
+        try:
+            return encodings.from_json(values)
+        except ValueError as error:
+            raise CacheError(f"{self._storage} has an encoding that this version does not read: {error}") from error
+
+    def _check_documents(self, files):
+        for key, document in self.layout.documents().items():
+            data, where = self._read(key), f"{self._storage}/{key}"
+            if from_bytes(data, where) != document:
+                raise CacheError(f"{where} is not what format {FORMAT} says; {_FOREIGN}")
+            if files.get(key) != {"size": len(data), "checksum": digest(data)}:
+                raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {_RESTORE}")
+
+    def _check_fixed(self, key, data):
+        if key in self._fixed:
+            _check_chunk(self._fixed[key], data, f"{self._storage}: {key}", _RESTORE)
+
+    def _read_array(self, store, name):
+        try:
+            return zarr.open_array(store, path=name)[...]
+        except (CacheError, OSError):
+            raise
+        except Exception as error:  # a codec raises what it likes
+            raise CorruptCacheError(f"{self._storage}: {name} is damaged: {error}; {_RESTORE}") from error
+
+
+def _check_chunk(expected, data, where, remedy=None):
+    remedy = remedy or _REDO
+    if data is None:
+        raise CorruptCacheError(f"{where} is missing, though it was written; {remedy}")
+    if len(data) != expected.get("size"):
+        raise CorruptCacheError(f"{where} is damaged: it has {len(data)} bytes of {expected.get('size')}; {remedy}")
+    if chunk_checksum(data) != expected.get("checksum"):
+        raise CorruptCacheError(f"{where} is damaged: it is not the chunk that was written; {remedy}")

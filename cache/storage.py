@@ -1,0 +1,207 @@
+"""Where the bytes of a store live: a local folder or any fsspec URL, by key, and the Zarr store over it.
+
+A local write is durable and whole: a partial file, fsync, rename, fsync of the folder. It does not lock; the writer does.
+"""
+
+import asyncio
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
+
+PARTIAL = ".partial"
+
+
+class LocalStorage:
+    """Files under the folder `root`. Keys are relative paths that the format makes, never text from a store."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+
+    def __str__(self):
+        return str(self.root)
+
+    def read(self, key: str):
+        """The bytes at `key`, uint8 [size], mapped rather than copied, or None if there is no such file."""
+        try:
+            with open(self.root / key, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                return np.memmap(file, np.uint8, "r") if size else np.empty(0, np.uint8)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    def size(self, key: str) -> int | None:
+        """The number of bytes at `key`, or None if there is no such file."""
+        try:
+            return (self.root / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names in `folder`, sorted; none if it does not exist. Partial files are no part of a store."""
+        try:
+            return sorted(name for name in os.listdir(self.root / folder) if not name.endswith(PARTIAL))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def write(self, key: str, data) -> None:
+        """Put `data` (any buffer) at `key`: after a crash at any moment it is there whole, or not at all."""
+        path = self.root / key
+        self._make_folder(path.parent)
+        # The name is fixed: a block has one writer, and redoing it after a crash takes the old partial file away.
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # a full disk gets its space back
+            raise
+        _sync_folder(path.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            self._make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+            _sync_folder(folder.parent)
+
+    def lock(self, key: str, offsets):
+        """Hold the bytes `offsets` of the file `key` against other processes; returns the open file that holds them.
+
+        Raises BlockingIOError where another process holds one. The kernel frees them when the process ends.
+        """
+        path = self.root / key
+        self._make_folder(path.parent)
+        file = open(path, "ab")
+        try:
+            for offset in offsets:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise BlockingIOError(str(error)) from error
+        return file
+
+
+class RemoteStorage:
+    """Objects under an fsspec URL. A put is whole by the object store's own promise. There are no locks."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self.url = url
+        # Listings change under us while other processes dump, so they are never cached.
+        self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        self.root = self.root.rstrip("/")
+
+    def __str__(self):
+        return self.url
+
+    def read(self, key: str):
+        """The bytes at `key`, uint8 [size], or None if there is no such object."""
+        try:
+            return np.frombuffer(self.fs.cat_file(f"{self.root}/{key}"), np.uint8)
+        except FileNotFoundError:
+            return None
+
+    def size(self, key: str) -> int | None:
+        """The number of bytes at `key`, or None if there is no such object."""
+        try:
+            return self.fs.size(f"{self.root}/{key}")
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names in `folder`, sorted; none if it does not exist."""
+        path = f"{self.root}/{folder}".rstrip("/")
+        try:
+            found = self.fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in (entry.rstrip("/").rsplit("/", 1)[-1] for entry in found) if name)
+
+    def write(self, key: str, data) -> None:
+        """Put `data` (any buffer) at `key`, whole or not at all."""
+        self.fs.makedirs(f"{self.root}/{key}".rsplit("/", 1)[0], exist_ok=True)
+        self.fs.pipe_file(f"{self.root}/{key}", bytes(data))
+
+    def lock(self, key: str, offsets):
+        """An object store has no locks: that each block has one dumping process is the caller's to see to."""
+        return None
+
+
+def open_storage(url) -> LocalStorage | RemoteStorage:
+    """The storage at `url`: a path, or any URL that fsspec knows."""
+    url = os.fspath(url)
+    if url.startswith("file://"):
+        return LocalStorage(url.removeprefix("file://"))
+    return RemoteStorage(url) if "://" in url else LocalStorage(url)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ZarrStorage(Store):
+    """The Zarr store over a storage. `check` sees every value that is read, `written` records every one that is set.
+
+    `check(key, data)` gets uint8 [size], or None where nothing is stored, and raises what the reader is to see.
+    """
+
+    supports_writes = supports_deletes = supports_listing = True
+
+    def __init__(self, storage, *, check=None, read_only: bool = False):
+        super().__init__(read_only=read_only)
+        self.storage, self.check, self.written = storage, check, {}
+
+    def with_read_only(self, read_only: bool = False):
+        return ZarrStorage(self.storage, check=self.check, read_only=read_only)
+
+    def __eq__(self, other):
+        return isinstance(other, ZarrStorage) and str(self.storage) == str(other.storage)
+
+    def _get(self, key, prototype, byte_range):
+        data = self.storage.read(key)
+        if self.check is not None:
+            self.check(key, data)
+        if data is None:
+            return None
+        if isinstance(byte_range, RangeByteRequest):
+            data = data[byte_range.start : byte_range.end]
+        elif isinstance(byte_range, OffsetByteRequest):
+            data = data[byte_range.offset :]
+        elif isinstance(byte_range, SuffixByteRequest):
+            data = data[-byte_range.suffix :]
+        return prototype.buffer.from_array_like(data.view("B"))
+
+    async def get(self, key, prototype=None, byte_range=None):
+        return await asyncio.to_thread(self._get, key, prototype or default_buffer_prototype(), byte_range)
+
+    async def get_partial_values(self, prototype, key_ranges):
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def set(self, key, value):
+        self._check_writable()
+        data = value.as_numpy_array()
+        await asyncio.to_thread(self.storage.write, key, data)
+        self.written[key] = data
+
+    async def exists(self, key):
+        return await asyncio.to_thread(self.storage.size, key) is not None
+
+    async def delete(self, key):
+        raise NotImplementedError("nothing in a store is ever deleted")
+
+    async def list(self):
+        raise NotImplementedError("a store's keys follow from its format")
+        yield
+
+    list_prefix = list_dir = lambda self, prefix: self.list()

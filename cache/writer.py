@@ -1,0 +1,203 @@
+"""Writing a store block by block, so that a crash at any moment loses no more than the block in hand.
+
+A block's chunks are written and synced, then its marker. Only markers are trusted: resuming redoes what has none.
+"""
+
+import numpy as np
+import zarr
+
+from cache import encodings
+from cache.format import (
+    LOCK,
+    STORE_MARKER,
+    CacheError,
+    Identity,
+    Layout,
+    chunk_checksum,
+    digest,
+    marker,
+    to_bytes,
+)
+from cache.reader import Cache
+from cache.storage import ZarrStorage, open_storage
+
+_SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near
+
+
+def create_cache(
+    url, *, identity: Identity, sample_id, label, image_size, encoding: dict, rank: int = 0, world: int = 1
+) -> "CacheWriter":
+    """Make the store `url`, a path or fsspec URL, with every array at its full size, and open it for writing.
+
+    sample_id [N] distinct integers, label [N] in [0, C), image_size [N, 2] (height, width) in pixels.
+    encoding: {"name": "probability", "dtype": "float16" | "float32"}.
+    Of `world` processes that dump together, one creates the store, the others resume it; process `rank` writes
+    the blocks whose number is `rank` modulo `world`.
+
+    Raises CacheError where there is something at `url`, ValueError for arguments that do not fit together.
+    """
+    storage = open_storage(url)
+    if storage.names():
+        raise CacheError(f"{url} is not empty; resume the dump, or choose another folder")
+    return _create(storage, _Contents(identity, sample_id, label, image_size, encoding), rank, world)
+
+
+def resume_cache(
+    url, *, identity: Identity, sample_id, label, image_size, encoding: dict, rank: int = 0, world: int = 1
+) -> "CacheWriter":
+    """Open the store `url` to write what it does not have yet. Takes what `create_cache` takes.
+
+    A store whose creation was cut short, or that is not there, is created.
+    Raises CacheError where the store is not for exactly these arguments, and says what differs.
+    """
+    storage = open_storage(url)
+    contents = _Contents(identity, sample_id, label, image_size, encoding)
+    if storage.size(STORE_MARKER) is None:
+        ours = {"done", *(key.split("/")[0] for key in contents.layout.documents())}
+        strangers = [name for name in storage.names() if name not in ours]
+        if strangers:
+            raise CacheError(f"{url} is not a store: it holds {strangers[0]}; choose another folder")
+        return _create(storage, contents, rank, world)
+    cache = Cache(storage)
+    differences = cache.identity.differences(identity) + contents.differences(cache)
+    if differences:
+        raise CacheError(f"{url} is another store: {'; '.join(differences)}; choose another folder")
+    return CacheWriter(storage, cache.layout, contents.sample_id, rank, world)
+
+
+class _Contents:
+    """What a store is to hold, checked."""
+
+    def __init__(self, identity, sample_id, label, image_size, encoding):
+        identity.check()
+        self.identity = identity
+        self.sample_id, self.label, self.image_size = (
+            np.ascontiguousarray(values, np.int64) for values in (sample_id, label, image_size)
+        )
+        count = len(self.sample_id)
+        if count == 0 or len(np.unique(self.sample_id)) != count:
+            raise ValueError(f"sample_id must be distinct and not empty, found {count} of which some are equal")
+        if self.label.shape != (count,) or self.image_size.shape != (count, 2):
+            raise ValueError(
+                f"label must be [{count}] and image_size [{count}, 2], "
+                f"found {list(self.label.shape)} and {list(self.image_size.shape)}"
+            )
+        classes = len(identity.classes)
+        if self.label.min() < 0 or self.label.max() >= classes:
+            raise ValueError(f"label must be in [0, {classes}), found {self.label.min()} to {self.label.max()}")
+        self.encoding = encodings.from_json(encoding)
+        self.layout = Layout(identity=identity, samples=count, encoding=self.encoding)
+
+    def differences(self, cache: Cache) -> list[str]:
+        lines = []
+        for name in "sample_id", "label", "image_size":
+            ours, theirs = getattr(cache, name), getattr(self, name)
+            if len(ours) != len(theirs):
+                return [f"samples: the store has {len(ours)}, the run has {len(theirs)}"]
+            rows = np.flatnonzero((ours != theirs).reshape(len(ours), -1).any(1))
+            if len(rows):
+                row = rows[0]
+                lines.append(f"{name}: row {row} is {ours[row]} in the store and {theirs[row]} in the run")
+        ours, theirs = cache.encoding.to_json(), self.encoding.to_json()
+        for key in ours.keys() | theirs.keys():
+            if ours.get(key) != theirs.get(key):
+                lines.append(f"encoding.{key}: the store has {ours.get(key)}, the run has {theirs.get(key)}")
+        return lines
+
+
+def _create(storage, contents: _Contents, rank, world) -> "CacheWriter":
+    layout = contents.layout
+    writer = CacheWriter(storage, layout, contents.sample_id, rank, world)
+    files = {}
+    for key, document in layout.documents().items():
+        data = to_bytes(document)
+        storage.write(key, data)
+        files[key] = {"size": len(data), "checksum": digest(data)}
+    store = ZarrStorage(storage)
+    columns = {name: getattr(contents, name) for name in ("sample_id", "label", "image_size")}
+    for name, values in {**columns, **layout.encoding.codebook()}.items():
+        _open_array(store, name)[...] = values
+    storage.write(STORE_MARKER, marker(files | _sizes(store.written)))
+    return writer
+
+
+def _open_array(store, name):
+    # A chunk of nothing but fill values must still be a file, or its absence would mean two things.
+    return zarr.open_array(store, path=name, mode="r+", config={"write_empty_chunks": True})
+
+
+def _sizes(written: dict) -> dict[str, dict]:
+    return {key: {"size": len(data), "checksum": chunk_checksum(data)} for key, data in written.items()}
+
+
+class CacheWriter:
+    """Writes the blocks of a store that this process owns. Also a context manager.
+
+    Raises CacheError where another process is writing one of them.
+    """
+
+    def __init__(self, storage, layout: Layout, sample_id, rank: int, world: int):
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be in [0, world), found rank {rank} of {world}")
+        self._storage, self._layout, self._sample_id = storage, layout, sample_id
+        self._owned = range(rank, layout.blocks, world)
+        try:
+            self._lock = storage.lock(LOCK, self._owned)
+        except BlockingIOError as error:
+            raise CacheError(f"another process is writing {storage}; wait for it, or end it") from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write these blocks. Everything written is already safe."""
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks a view, of all processes."""
+        return self._layout.blocks
+
+    def rows(self, block: int) -> slice:
+        """The samples of `block`, by position."""
+        return self._layout.rows(block)
+
+    def pending(self) -> list[tuple[int, int]]:
+        """The (view, block) that this process owns and that have no marker, in order."""
+        done = set(self._storage.names("done"))
+        blocks = [(view, block) for view in range(self._layout.views) for block in self._owned]
+        return [(view, block) for view, block in blocks if f"{view}.{block}" not in done]
+
+    def write(self, view: int, block: int, probability) -> None:
+        """Encode and commit `probability`, float32 [rows of the block, C]: on return it survives a crash.
+
+        Raises ValueError, naming sample and view, for a row that is no distribution. Raises OSError where the
+        storage does; the block then counts as not written.
+        """
+        layout, rows = self._layout, self._layout.rows(block)
+        probability = np.asarray(probability, np.float32)
+        expected = (rows.stop - rows.start, layout.classes)
+        if not 0 <= view < layout.views or block not in self._owned:
+            raise ValueError(f"view {view}, block {block} is not this process's to write")
+        if probability.shape != expected:
+            raise ValueError(f"block {block} takes probability {list(expected)}, found {list(probability.shape)}")
+        self._check(probability, view, rows)
+        store = ZarrStorage(self._storage)
+        array = _open_array(store, layout.encoding.array)
+        array[view, rows] = layout.encoding.encode(probability)
+        values = marker(_sizes(store.written), view=view, rows=[rows.start, rows.stop])
+        self._storage.write(f"done/{view}.{block}", values)
+
+    def _check(self, probability, view, rows):
+        # NaN fails every comparison, and an infinity fails the sum.
+        sums = probability.sum(1, dtype=np.float64)
+        wrong = np.flatnonzero(~((np.abs(sums - 1) <= _SUM_TOLERANCE) & (probability.min(1) >= 0)))
+        if len(wrong):
+            row = wrong[0]
+            found = f"from {probability[row].min()} to {probability[row].max()}, sum {sums[row]}"
+            sample = self._sample_id[rows.start + row]
+            raise ValueError(f"sample {sample}, view {view}: not a distribution ({found}); mend the teacher's output")

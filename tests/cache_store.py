@@ -1,0 +1,59 @@
+"""A small store to test with: what it is made from, and the teacher's answers that go into it."""
+
+import numpy as np
+
+from cache import CropFlip, Identity, create_cache, open_cache
+
+CLASSES = "apple", "aquarium fish", "baby", "bear", "beaver"
+COUNTS = 120, 101, 100, 20, 19  # many, many, medium, medium, few
+
+
+def identity(**changes) -> Identity:
+    values = {
+        "classes": CLASSES,
+        "temperature": 2.0,
+        "views": CropFlip(pad=1),
+        "dataset": {"name": "fruit", "digests": {"labels": "aa", "images": "bb"}},
+        "teacher": {"digest": "cc", "architecture": "resnet8"},
+    }
+    return Identity(**{**values, **changes})
+
+
+def arguments(**changes) -> dict:
+    """What `create_cache` takes, for 360 samples in five classes and 18 views."""
+    label = np.repeat(np.arange(len(COUNTS)), COUNTS)
+    count = len(label)
+    values = {
+        "identity": identity(),
+        "sample_id": np.arange(count) * 7 + 3,
+        "label": np.random.default_rng(0).permutation(label),
+        "image_size": np.tile([8, 8], (count, 1)),
+        "encoding": {"name": "probability", "dtype": "float32"},
+    }
+    return {**values, **changes}
+
+
+def answers(view: int, count: int = 360, classes: int = len(CLASSES)) -> np.ndarray:
+    """The teacher's probabilities for `view`, float32 [N, C]: the same at every call."""
+    logits = np.random.default_rng(view).normal(0, 3, (count, classes))
+    logits -= logits.max(1, keepdims=True)
+    return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
+
+
+def fill(writer, blocks=None) -> None:
+    """Write `blocks` (all pending ones by default)."""
+    for view, block in writer.pending() if blocks is None else blocks:
+        writer.write(view, block, answers(view)[writer.rows(block)])
+
+
+def dump(url, **changes):
+    """A whole store at `url`, opened."""
+    with create_cache(url, **arguments(**changes)) as writer:
+        fill(writer)
+    return open_cache(url)
+
+
+def files(folder) -> dict[str, bytes]:
+    """Every file of a store but its lock, by key."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {key: path.read_bytes() for key, path in found.items() if key != "done/lock"}

@@ -1,0 +1,154 @@
+"""A store is a table: one row a (view, sample)."""
+
+import numpy as np
+import pytest
+from cache_store import CLASSES, answers, arguments, dump, fill, identity
+
+from cache import CacheError, RandomResizedCrop, create_cache, frame, open_cache
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return dump(tmp_path_factory.mktemp("table") / "s")
+
+
+def test_a_view_gives_one_row_a_sample_with_what_the_teacher_said(cache):
+    table, given, p = cache.to_pandas(view=3), arguments(), answers(3)
+    assert list(table.columns) == [
+        "sample_id", "label", "class_name", "view", "top", "left", "height", "width", "flip",
+        "predicted", "predicted_class", "confidence", "entropy", "shot", "correct",
+    ]  # fmt: skip
+    assert (table.sample_id == given["sample_id"]).all() and (table.label == given["label"]).all()
+    assert (table.class_name == np.array(CLASSES)[given["label"]]).all() and (table.view == 3).all()
+    assert (table.predicted == p.argmax(1)).all() and (table.predicted_class == np.array(CLASSES)[p.argmax(1)]).all()
+    assert (table.confidence == p.max(1)).all() and (table.correct == (p.argmax(1) == given["label"])).all()
+    exact = p.astype(np.float64)
+    np.testing.assert_allclose(table.entropy, -(exact * np.log(exact)).sum(1), rtol=1e-5)
+
+
+def test_the_crop_is_the_views(cache):
+    row = cache.to_pandas(view=3, sample=10).iloc[0]
+    assert (row.top, row.left, row.height, row.width, row.flip) == (-1, 0, 8, 8, True)
+
+
+def test_seeded_crops_are_each_samples_own(tmp_path):
+    views = RandomResizedCrop(size=8, count=2, seed=5)
+    table = dump(tmp_path / "s", identity=identity(views=views)).to_pandas(view=1)
+    given = arguments()
+    boxes = views.boxes(given["sample_id"], np.ones(360, int), given["image_size"])
+    assert (table[["top", "left", "height", "width"]].to_numpy() == np.stack(boxes[:4], 1)).all()
+
+
+def test_shot_groups_follow_the_training_counts(cache):
+    table = cache.to_pandas(view=0)
+    groups = table.groupby("class_name").shot.first().to_dict()
+    assert groups == dict(zip(CLASSES, ("many", "many", "medium", "medium", "few")))
+
+
+def test_all_views_come_by_view_and_then_by_position(cache):
+    table = cache.to_pandas()
+    assert len(table) == 18 * 360 and (table.view == np.repeat(np.arange(18), 360)).all()
+
+
+def test_filters_choose_views_samples_and_classes(cache):
+    table = cache.to_pandas(view=[2, 0], sample=[3, 10, 17, 2516], label=None)
+    assert table.view.tolist() == [2] * 4 + [0] * 4 and table.sample_id.tolist() == [3, 10, 17, 2516] * 2
+    assert set(cache.to_pandas(view=0, label="bear").label) == {3}
+    assert set(cache.to_pandas(view=0, label=["apple", 4]).label) == {0, 4}
+    assert len(cache.to_pandas(view=0, label=1)) == 101
+
+
+def test_a_choice_of_nothing_is_a_table_of_no_rows(cache):
+    bear = cache.sample_id[cache.label == 3][0]
+    table = cache.to_pandas(view=0, sample=int(bear), label="apple")
+    assert len(table) == 0 and "confidence" in table.columns
+
+
+def test_probabilities_come_as_a_column_a_class(cache):
+    table = cache.to_pandas(view=5, label="beaver", probabilities=True)
+    chosen = arguments()["label"] == 4
+    assert (table[[f"p_{name}" for name in CLASSES]].to_numpy() == answers(5)[chosen]).all()
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"view": 18}, "there is no view 18: the store has views 0 to 17"),
+        ({"sample": 4}, "there is no sample 4: the store has ids from 3 to 2516"),
+        ({"label": "aple"}, "there is no class 'aple'; did you mean 'apple'?"),
+        ({"label": 5}, "there is no class 5; use 0 to 4 or a name"),
+    ],
+)
+def test_a_choice_that_is_not_there_is_refused(cache, choice, message):
+    with pytest.raises(CacheError, match=message.replace("?", "[?]")):
+        cache.to_pandas(**choice)
+
+
+def test_large_tables_are_made_in_batches_and_are_the_same(cache, monkeypatch):
+    whole = cache.to_pandas(view=[0, 1], probabilities=True)
+    monkeypatch.setattr(frame, "_BATCH_CELLS", 5 * 100)
+    assert cache.to_pandas(view=[0, 1], probabilities=True).equals(whole)
+
+
+def test_export_writes_the_same_rows_as_parquet(cache, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    path = tmp_path / "t.parquet"
+    assert cache.export_parquet(path, view=[0, 7], probabilities=True) == 720
+    assert pandas.read_parquet(path).equals(cache.to_pandas(view=[0, 7], probabilities=True))
+    with pytest.raises(CacheError, match="t.parquet exists; choose another file, or delete it"):
+        cache.export_parquet(path)
+
+
+def test_export_reads_in_duckdb(cache, tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    path = tmp_path / "t.parquet"
+    cache.export_parquet(path)
+    query = f"select shot, count(*), avg(correct::int) from '{path}' group by shot"
+    found = {shot: (rows, accuracy) for shot, rows, accuracy in duckdb.sql(query).fetchall()}
+    table = cache.to_pandas()
+    assert found == {
+        shot: (len(group), pytest.approx(group.correct.mean())) for shot, group in table.groupby("shot")
+    }
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+    with create_cache(tmp_path / "s", **arguments()) as writer:
+        fill(writer, [(0, 0)])
+    with pytest.raises(CacheError, match="view 1, rows 0 to 359 is not dumped yet"):
+        open_cache(tmp_path / "s").export_parquet(tmp_path / "t.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_the_summary_tells_identity_sizes_and_the_teachers_quality(cache):
+    summary = cache.summary(planes=2)
+    assert summary["identity"] == identity().to_json() and summary["complete"]
+    assert summary["bytes"]["all"] == cache.nbytes
+    assert 20 < summary["bytes"]["a_view_of_a_sample"] < 30
+    p, label = np.concatenate([answers(0), answers(17)]), np.tile(arguments()["label"], 2)
+    few = label == 4
+    teacher = summary["teacher"]
+    assert teacher["views"] == [0, 17] and teacher["few"]["samples"] == 19
+    assert teacher["few"]["accuracy"] == pytest.approx((p.argmax(1) == label)[few].mean())
+    assert teacher["all"]["confidence"] == pytest.approx(p.max(1).mean())
+
+
+def test_the_summary_of_an_unfinished_store_counts_what_is_done(tmp_path):
+    with create_cache(tmp_path / "s", **arguments()) as writer:
+        assert open_cache(tmp_path / "s").summary()["teacher"] is None
+        fill(writer, [(5, 0)])
+    summary = open_cache(tmp_path / "s").summary()
+    assert summary["blocks"] == {"done": 1, "all": 18, "of_a_view": 1} and not summary["complete"]
+    assert summary["teacher"]["views"] == [5]
+
+
+def test_calibration_error_is_zero_for_a_calibrated_teacher_and_the_gap_for_an_overconfident_one():
+    confidence, correct = np.full(100, 0.75), np.arange(100) < 75
+    assert frame.calibration_error(confidence, correct) == pytest.approx(0)
+    assert frame.calibration_error(np.full(100, 1.0), correct) == pytest.approx(0.25)
+    both = frame.calibration_error(np.repeat([0.95, 0.55], 50), np.repeat([True, False], 50))
+    assert both == pytest.approx(0.5 * 0.05 + 0.5 * 0.55)
+
+
+def test_entropy_of_certainty_is_zero_and_of_nothing_known_is_log_c():
+    assert frame.entropy(np.eye(4, dtype=np.float32)).tolist() == [0, 0, 0, 0]
+    assert frame.entropy(np.full((1, 4), 0.25, np.float32))[0] == pytest.approx(np.log(4))
