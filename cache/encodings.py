@@ -61,7 +61,7 @@ ENCODINGS = {"probability": Probability}
 
 
 def from_json(values: dict) -> Probability:
-    """The encoding that `values` ({"name": …, …}) asks for. Raises ValueError for one this version does not know."""
+    """The encoding that `values` ({"name": …, …}) asks for. Raises ValueError for one that is not known."""
     if not isinstance(values, dict) or values.get("name") not in ENCODINGS:
         raise ValueError(f"encoding.name must be one of {', '.join(ENCODINGS)}, found {values!r}")
     options = {key: value for key, value in values.items() if key != "name"}

@@ -41,14 +41,15 @@ class Cache:
     """A store that is open for reading. It holds no file open, and may be read while it is being dumped.
 
     identity: whose answers these are.  sample_id, label int64 [N].  image_size int64 [N, 2] (height, width).
-    encoding: how probabilities are stored.  class_counts int64 [C]: samples a class.
+    encoding: how probabilities are stored.  class_counts int64 [C]: samples a class.  digest: of all of the above.
     """
 
     def __init__(self, storage):
         self._storage = storage
         attributes = self._attributes()
         self.identity = Identity.from_json(attributes["identity"])
-        files = read_marker(self._read(STORE_MARKER), f"{storage}/{STORE_MARKER}")["files"]
+        data = self._read(STORE_MARKER)
+        self.digest, files = digest(data), read_marker(data, f"{storage}/{STORE_MARKER}")["files"]
         self.layout = Layout(identity=self.identity, samples=self._samples(files), encoding=None)
         self.encoding = self._load_encoding(attributes["encoding"])
         self.layout = Layout(identity=self.identity, samples=self.layout.samples, encoding=self.encoding)
@@ -121,18 +122,15 @@ class Cache:
         layout = self.layout
         if not 0 <= view < layout.views:
             raise CacheError(f"there is no view {view}: the store has views 0 to {layout.views - 1}")
-        width, dtype = self.encoding.width(layout.classes), np.dtype(self.encoding.dtype)
-        if out is None:
-            out = np.empty((layout.samples, width), dtype)
-        elif out.shape != (layout.samples, width) or out.dtype != dtype:
-            raise ValueError(f"out must be {dtype} [{layout.samples}, {width}], found {out.dtype} {list(out.shape)}")
+        out = self._room(layout.samples, out)
         for block in range(layout.blocks):
-            self._stored_block(view, block, out[layout.rows(block)])
+            self.stored_block(view, block, out[layout.rows(block)])
         return out
 
-    def _stored_block(self, view, block, out):
-        where, key = self._where(view, block), self.layout.chunk(view, block)
-        expected = self._marker(view, block)["files"]
+    def stored_block(self, view: int, block: int, out=None) -> np.ndarray:
+        """The rows of one block of `stored_plane`. Raises what it raises."""
+        rows, where, key = self.layout.rows(block), self._where(view, block), self.layout.chunk(view, block)
+        out, expected = self._room(rows.stop - rows.start, out), self._marker(view, block)["files"]
 
         def check(read, data):
             if read == key:
@@ -141,11 +139,20 @@ class Cache:
         array = zarr.open_array(ZarrStorage(self._storage, check=check, read_only=True), path=self.encoding.array)
         buffer = default_buffer_prototype().nd_buffer.from_ndarray_like(out[None])
         try:
-            array.get_basic_selection((slice(view, view + 1), self.layout.rows(block)), out=buffer)
+            array.get_basic_selection((slice(view, view + 1), rows), out=buffer)
         except (CacheError, OSError):
             raise
         except Exception as error:  # a codec raises what it likes
             raise CorruptCacheError(f"{where} is damaged: {error}; {_REDO}") from error
+        return out
+
+    def _room(self, count, out):
+        shape, dtype = (count, self.encoding.width(self.layout.classes)), np.dtype(self.encoding.dtype)
+        if out is None:
+            return np.empty(shape, dtype)
+        if out.shape != shape or out.dtype != dtype:
+            raise ValueError(f"out must be {dtype} {list(shape)}, found {out.dtype} {list(out.shape)}")
+        return out
 
     def _where(self, view, block):
         rows = self.layout.rows(block)
@@ -158,8 +165,9 @@ class Cache:
             raise CacheError(f"{where} is not dumped yet; resume the dump")
         rows = self.layout.rows(block)
         marker = read_marker(self._read(key), f"the marker {key} of {where}")
-        if marker.get("view") != view or marker.get("rows") != [rows.start, rows.stop]:
-            raise CorruptCacheError(f"the marker {key} of {where} is another block's; {_REDO}")
+        owner = {"store": self.digest, "view": view, "rows": [rows.start, rows.stop]}
+        if any(marker.get(name) != value for name, value in owner.items()):
+            raise CorruptCacheError(f"the marker {key} of {where} is another block's or store's; {_REDO}")
         return marker
 
     def plane(self, view: int) -> np.ndarray:
@@ -179,7 +187,7 @@ class Cache:
         return out
 
     def verify_checksums(self) -> list[str]:
-        """Read everything that is committed; one line for each thing that is damaged, none where all is well.
+        """Read everything that is committed; one line for each block that is damaged.
 
         Opening the store has verified the rest.
         """
@@ -187,10 +195,8 @@ class Cache:
         for view in range(layout.views):
             for block in range(layout.blocks):
                 if (view, block) not in missing:
-                    rows = layout.rows(block)
-                    out = np.empty((rows.stop - rows.start, self.encoding.width(layout.classes)), self.encoding.dtype)
                     try:
-                        self._stored_block(view, block, out)
+                        self.stored_block(view, block)
                     except CacheError as error:
                         problems.append(str(error))
         return problems

@@ -1,6 +1,6 @@
 """Where the bytes of a store live: a local folder or any fsspec URL, by key, and the Zarr store over it.
 
-A local write is durable and whole: a partial file, fsync, rename, fsync of the folder. It does not lock; the writer does.
+A local write is durable and whole: a partial file, fsync, rename, fsync of the folder.
 """
 
 import asyncio

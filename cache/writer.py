@@ -11,6 +11,7 @@ from cache.format import (
     LOCK,
     STORE_MARKER,
     CacheError,
+    CorruptCacheError,
     Identity,
     Layout,
     chunk_checksum,
@@ -57,12 +58,14 @@ def resume_cache(
         strangers = [name for name in storage.names() if name not in ours]
         if strangers:
             raise CacheError(f"{url} is not a store: it holds {strangers[0]}; choose another folder")
+        if any(name[0].isdigit() for name in storage.names("done")):
+            raise CorruptCacheError(f"{url} has blocks but no {STORE_MARKER}; restore that, or choose another folder")
         return _create(storage, contents, rank, world)
     cache = Cache(storage)
     differences = cache.identity.differences(identity) + contents.differences(cache)
     if differences:
         raise CacheError(f"{url} is another store: {'; '.join(differences)}; choose another folder")
-    return CacheWriter(storage, cache.layout, contents.sample_id, rank, world)
+    return CacheWriter(storage, cache.layout, contents.sample_id, cache.digest, rank, world)
 
 
 class _Contents:
@@ -107,7 +110,7 @@ class _Contents:
 
 def _create(storage, contents: _Contents, rank, world) -> "CacheWriter":
     layout = contents.layout
-    writer = CacheWriter(storage, layout, contents.sample_id, rank, world)
+    writer = CacheWriter(storage, layout, contents.sample_id, "", rank, world)
     files = {}
     for key, document in layout.documents().items():
         data = to_bytes(document)
@@ -117,7 +120,9 @@ def _create(storage, contents: _Contents, rank, world) -> "CacheWriter":
     columns = {name: getattr(contents, name) for name in ("sample_id", "label", "image_size")}
     for name, values in {**columns, **layout.encoding.codebook()}.items():
         _open_array(store, name)[...] = values
-    storage.write(STORE_MARKER, marker(files | _sizes(store.written)))
+    data = marker(files | _sizes(store.written))
+    storage.write(STORE_MARKER, data)
+    writer._digest = digest(data)
     return writer
 
 
@@ -136,10 +141,10 @@ class CacheWriter:
     Raises CacheError where another process is writing one of them.
     """
 
-    def __init__(self, storage, layout: Layout, sample_id, rank: int, world: int):
+    def __init__(self, storage, layout: Layout, sample_id, digest: str, rank: int, world: int):
         if not 0 <= rank < world:
             raise ValueError(f"rank must be in [0, world), found rank {rank} of {world}")
-        self._storage, self._layout, self._sample_id = storage, layout, sample_id
+        self._storage, self._layout, self._sample_id, self._digest = storage, layout, sample_id, digest
         self._owned = range(rank, layout.blocks, world)
         try:
             self._lock = storage.lock(LOCK, self._owned)
@@ -189,7 +194,7 @@ class CacheWriter:
         store = ZarrStorage(self._storage)
         array = _open_array(store, layout.encoding.array)
         array[view, rows] = layout.encoding.encode(probability)
-        values = marker(_sizes(store.written), view=view, rows=[rows.start, rows.stop])
+        values = marker(_sizes(store.written), store=self._digest, view=view, rows=[rows.start, rows.stop])
         self._storage.write(f"done/{view}.{block}", values)
 
     def _check(self, probability, view, rows):

@@ -1,0 +1,362 @@
+"""A store survives: killed at any moment, on a full disk, and with damage anywhere, it never gives wrong answers."""
+
+import builtins
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_store import answers, arguments, dump, files, fill, identity
+
+from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, resume_cache, storage
+
+TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
+
+
+@pytest.fixture
+def two_blocks(monkeypatch):
+    monkeypatch.setattr(format, "_CHUNK_BYTES", 180 * 5 * 4)
+
+
+class Killed(BaseException):
+    """Ends the dump where it is raised. No clean-up of the code under test catches it, as none survives a kill."""
+
+
+class Faults:
+    """Stands between the storage and the disk: counts its operations and stops at the one numbered `at`."""
+
+    def __init__(self, monkeypatch, at=None, fault=None):
+        self.at, self.fault, self.log = at, fault, []
+        monkeypatch.setattr(storage, "open", self._open, raising=False)
+        for name in "replace", "fsync", "mkdir":
+            monkeypatch.setattr(storage.os, name, self._wrap(name, getattr(os, name)))
+
+    def _step(self, *what):
+        self.log.append(what)
+        if len(self.log) - 1 == self.at:
+            raise self.fault if self.fault is not None else Killed()
+
+    def _wrap(self, name, real):
+        def operation(first, *rest, **options):
+            self._step(name, os.readlink(f"/proc/self/fd/{first}") if name == "fsync" else str(first), *map(str, rest))
+            return real(first, *rest, **options)
+
+        return operation
+
+    def _open(self, path, mode="r"):
+        if mode == "wb":
+            self._step("open", str(path))
+        file = builtins.open(path, mode)
+        if mode == "wb":
+            write = file.write
+            file = _File(file, lambda data: self._write(path, write, data))
+        return file
+
+    def _write(self, path, write, data):
+        data = bytes(data)
+        write(data[: len(data) // 2])  # torn: half of it arrives
+        self._step("write", str(path))
+        write(data[len(data) // 2 :])
+
+
+class _File:
+    def __init__(self, file, write):
+        self._file, self.write = file, write
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def dump_two(url):
+    with create_cache(url, **arguments(**TWO_VIEWS)) as writer:
+        fill(writer)
+
+
+def finish(url):
+    """Resume; returns the number of blocks that were written."""
+    with resume_cache(url, **arguments(**TWO_VIEWS)) as writer:
+        pending = writer.pending()
+        fill(writer)
+    return len(pending)
+
+
+def test_killed_at_every_operation_it_resumes_to_the_same_bytes_and_redoes_one_block(tmp_path, two_blocks):
+    dump_two(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        log = Faults(patch).log
+        dump_two(tmp_path / "counted")
+    whole = files(tmp_path / "whole")
+    assert len(log) > 80 and {name for name, *_ in log} == {"open", "write", "fsync", "replace", "mkdir"}
+    for at in range(len(log)):
+        url = tmp_path / str(at)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            Faults(patch, at)
+            dump_two(url)
+        markers = [name for name in storage.LocalStorage(url).names("done") if name[0].isdigit()]
+        if (url / "done/store").exists():
+            for view, block in {(0, 0), (0, 1), (1, 0), (1, 1)} - set(open_cache(url).missing()):
+                rows = slice(block * 180, block * 180 + 180)
+                assert (open_cache(url).stored_block(view, block) == answers(view)[rows]).all()
+        assert finish(url) == 4 - len(markers)
+        assert files(url) == whole
+
+
+def test_everything_is_synced_before_its_marker_appears(tmp_path, monkeypatch, two_blocks):
+    log = Faults(monkeypatch).log
+    dump_two(tmp_path / "s")
+    synced = set()
+    for name, path, *rest in log:
+        if name == "fsync":
+            synced.add(path)
+        elif name in ("write", "open"):
+            synced.discard(path)
+        elif name == "replace":
+            assert path in synced, f"{path} is renamed before it is synced"
+            if "/done/" in path and not path.endswith("zarr.json.partial"):
+                assert str(tmp_path / "s/probability") in synced, f"{path} appears before its chunks are safe"
+            synced.discard(os.path.dirname(path))
+        elif name == "mkdir":
+            synced.discard(os.path.dirname(path))
+    assert {str(tmp_path), str(tmp_path / "s"), str(tmp_path / "s/done"), str(tmp_path / "s/probability")} <= synced
+
+
+KILLS = """
+import os, random, signal, sys, time
+sys.path[:0] = {paths!r}
+import numpy as np
+from cache_store import arguments, fill
+from cache import format, resume_cache
+format._CHUNK_BYTES = 60 * 5 * 4
+url, kills = sys.argv[1], int(sys.argv[2])
+random.seed(0)
+for kill in range(kills):
+    child = os.fork()
+    if child == 0:
+        with resume_cache(url, **arguments()) as writer:
+            fill(writer)
+        os._exit(0)
+    time.sleep(random.uniform(0, 0.06))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+with resume_cache(url, **arguments()) as writer:
+    fill(writer)
+"""
+
+
+def test_killed_at_200_random_moments_it_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "_CHUNK_BYTES", 60 * 5 * 4)
+    dump(tmp_path / "whole")
+    script = KILLS.format(paths=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "s"), "200"], check=True)
+    assert files(tmp_path / "s") == files(tmp_path / "whole")
+
+
+# errors of the disk
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("operation", ["open", "write", "fsync", "replace"])
+def test_a_failing_disk_is_reported_and_what_is_committed_stays(tmp_path, two_blocks, code, operation):
+    url = tmp_path / "s"
+    writer = create_cache(url, **arguments(**TWO_VIEWS))
+    fill(writer, [(0, 0), (0, 1)])
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch)
+        fill(writer, [(1, 0)])
+        at = [name for name, *_ in faults.log].index(operation)
+    (url / "done/1.0").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        Faults(patch, at, OSError(code, os.strerror(code)))
+        with pytest.raises(OSError, match=os.strerror(code)):
+            fill(writer, [(1, 0)])
+    writer.close()
+    assert not list(url.rglob("*.partial"))
+    cache = open_cache(url)
+    assert (cache.plane(0) == answers(0)).all() and cache.missing() == [(1, 0), (1, 1)]
+    assert finish(url) == 2 and (open_cache(url).plane(1) == answers(1)).all()
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
+    if os.geteuid() == 0:
+        target = Path("/proc/self/s")  # where not even root makes folders
+    else:
+        (tmp_path / "s").mkdir(mode=0o500)
+        target = tmp_path / "s/s"
+    with pytest.raises(OSError):
+        create_cache(target, **arguments())
+
+
+# damage
+
+
+def places(url, count, seed=0):
+    """`count` random bits, every file as likely as any other, its lock aside."""
+    keys, rng = sorted(files(url)), random.Random(seed)
+    for _ in range(count):
+        path = url / rng.choice(keys)
+        yield path, rng.randrange(path.stat().st_size), rng.randrange(8)
+
+
+def flip(path, byte, bit):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def problems(url):
+    """What a reader finds wrong with a store: by opening it, or by its checksums."""
+    try:
+        return open_cache(url).verify_checksums()
+    except CacheError as error:
+        return [str(error)]
+
+
+def test_a_thousand_flipped_bits_are_all_found(tmp_path, two_blocks):
+    url = tmp_path / "s"
+    dump(url, **TWO_VIEWS)
+    assert problems(url) == []
+    for path, byte, bit in places(url, 1000):
+        flip(path, byte, bit)
+        assert problems(url), f"bit {bit} of byte {byte} of {path} is not missed"
+        flip(path, byte, bit)
+    assert problems(url) == []
+
+
+def test_a_flipped_bit_is_never_read_as_data_and_names_array_view_and_rows(tmp_path, two_blocks):
+    url = tmp_path / "s"
+    dump(url, **TWO_VIEWS)
+    flip(url / "probability/c.1.1.0", 100, 3)
+    message = "probability, view 1, rows 180 to 359 is damaged: .*; delete its marker in done/ and resume the dump"
+    with pytest.raises(CorruptCacheError, match=message):
+        open_cache(url).plane(1)
+    assert (open_cache(url).plane(0) == answers(0)).all()
+    (url / "done/1.1").unlink()  # what the message says to do
+    assert finish(url) == 1 and (open_cache(url).plane(1) == answers(1)).all()
+
+
+@pytest.mark.parametrize("left", [0, 1, 3, 4, 1000])
+def test_a_truncated_chunk_is_named(tmp_path, two_blocks, left):
+    url = tmp_path / "s"
+    dump(url, **TWO_VIEWS)
+    os.truncate(url / "probability/c.0.1.0", left)
+    with pytest.raises(CorruptCacheError, match=f"view 0, rows 180 to 359 is damaged: it has {left} bytes of 3604"):
+        open_cache(url).plane(0)
+
+
+def test_every_truncated_or_missing_file_is_found(tmp_path, two_blocks):
+    url = tmp_path / "s"
+    dump(url, **TWO_VIEWS)
+    for key, data in files(url).items():
+        path = url / key
+        path.write_bytes(data[:-1])
+        assert problems(url), f"{key} truncated"
+        path.unlink()
+        missing = problems(url) or (not open_cache(url).complete)
+        assert missing, f"{key} missing"
+        path.write_bytes(data)
+    assert problems(url) == []
+
+
+def test_a_missing_chunk_is_named(tmp_path):
+    url = tmp_path / "s"
+    dump(url, **TWO_VIEWS)
+    (url / "probability/c.1.0.0").unlink()
+    with pytest.raises(CorruptCacheError, match="view 1, rows 0 to 359 is missing, though it was written"):
+        open_cache(url).plane(1)
+
+
+def test_a_chunk_or_marker_in_anothers_place_is_found(tmp_path):
+    url = tmp_path / "s"
+    dump(url, **TWO_VIEWS)
+    first, second = url / "probability/c.0.0.0", url / "probability/c.1.0.0"
+    whole = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(CorruptCacheError, match="view 0, rows 0 to 359 is damaged: it is not the chunk that was writ"):
+        open_cache(url).plane(0)
+    first.write_bytes(whole)
+    (url / "done/0.0").write_bytes((url / "done/1.0").read_bytes())
+    with pytest.raises(CorruptCacheError, match="the marker done/0.0 of .* is another block's"):
+        open_cache(url).plane(0)
+
+
+def test_a_block_of_another_teachers_store_is_found(tmp_path):
+    dump(tmp_path / "a", **TWO_VIEWS)
+    dump(tmp_path / "b", **{"identity": identity(views=CropFlip(pad=0), teacher={"digest": "another"})})
+    for key in "done/1.0", "probability/c.1.0.0":
+        (tmp_path / "a" / key).write_bytes((tmp_path / "b" / key).read_bytes())
+    with pytest.raises(CorruptCacheError, match="the marker done/1.0 of .* is another block's or store's"):
+        open_cache(tmp_path / "a").plane(1)
+
+
+def test_resuming_never_takes_blocks_for_its_own_that_it_does_not_know(tmp_path):
+    dump(tmp_path / "s")
+    (tmp_path / "s/done/store").unlink()
+    with pytest.raises(CorruptCacheError, match="has blocks but no done/store; restore that, or choose another folder"):
+        resume_cache(tmp_path / "s", **arguments(identity=identity(teacher={"digest": "another"})))
+
+
+def test_a_damaged_marker_is_named(tmp_path):
+    url = tmp_path / "s"
+    dump(url, **TWO_VIEWS)
+    for damage in b"", b"[]", b'{"files": NaN}', (url / "done/0.0").read_bytes().replace(b"360", b"361"):
+        (url / "done/1.0").write_bytes(damage)
+        with pytest.raises(CorruptCacheError, match="the marker done/1.0 of .*view 1, rows 0 to 359 is damaged"):
+            open_cache(url).plane(1)
+
+
+# two dumps
+
+
+def test_two_dumps_into_one_folder_one_is_refused(tmp_path):
+    url = tmp_path / "s"
+    script = (
+        "import sys\n"
+        f"sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}\n"
+        "from cache_store import arguments\nfrom cache import create_cache\n"
+        f"writer = create_cache({str(url)!r}, **arguments())\nprint('open', flush=True)\nsys.stdin.read()\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(CacheError, match="another process is writing .*; wait for it, or end it"):
+            resume_cache(url, **arguments())
+        other.stdin.close()
+        other.wait()
+    resume_cache(url, **arguments()).close()  # the lock ends with its process
+
+
+SHARE = """
+import sys
+sys.path[:0] = {paths!r}
+from cache_store import arguments, fill
+from cache import format, resume_cache
+format._CHUNK_BYTES = 60 * 5 * 4
+with resume_cache(sys.argv[1], **arguments(), rank=int(sys.argv[2]), world=int(sys.argv[3])) as writer:
+    fill(writer, writer.pending()[: int(sys.argv[4])])
+"""
+
+
+def test_processes_come_and_go_in_any_number_and_the_bytes_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "_CHUNK_BYTES", 60 * 5 * 4)
+    dump(tmp_path / "whole")
+    url = tmp_path / "s"
+    create_cache(url, **arguments()).close()
+    script = SHARE.format(paths=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    for world, share in (3, 10), (2, 1000):
+        running = [
+            subprocess.Popen([sys.executable, "-c", script, str(url), str(rank), str(world), str(share)])
+            for rank in range(world)
+        ]
+        assert [process.wait() for process in running] == [0] * world
+    assert files(url) == files(tmp_path / "whole")
