@@ -239,8 +239,9 @@ def read_marker(data, what: str) -> dict:
     values = from_bytes(data, what)
     try:
         body = {key: value for key, value in values.items() if key != "checksum"}
-        intact = bytes(data) == marker(**body)
-    except (TypeError, ValueError, RecursionError):
+        entries = [(type(entry["size"]), type(entry["checksum"])) for entry in body["files"].values()]
+        intact = bytes(data) == marker(**body) and set(entries) <= {(int, str)}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         intact = False
     if not intact:
         raise CorruptCacheError(f"{what} is damaged: its checksum does not match; delete it and resume the dump")

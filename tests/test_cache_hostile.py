@@ -1,0 +1,155 @@
+"""A store made to do harm is refused before it allocates or runs anything. Its author can make checksums match."""
+
+import json
+import os
+import tracemalloc
+
+import numpy as np
+import pytest
+from cache_store import dump, identity
+
+from cache import CacheError, CropFlip, format, open_cache
+
+
+@pytest.fixture
+def url(tmp_path):
+    dump(tmp_path / "s", identity=identity(views=CropFlip(pad=0)))
+    return tmp_path / "s"
+
+
+def edit(url, key, change):
+    """Change the JSON document `key`, and make the store's marker agree with it."""
+    document = json.loads((url / key).read_text())
+    change(document)
+    replace(url, key, format.to_bytes(document))
+
+
+def replace(url, key, data):
+    (url / key).write_bytes(data)
+    files = json.loads((url / "done/store").read_text())["files"]
+    files[key] = {"size": len(data), "checksum": format.digest(data)}
+    (url / "done/store").write_bytes(format.marker(files))
+
+
+def refused(url, message):
+    tracemalloc.start()
+    try:
+        with pytest.raises(CacheError, match=message):
+            open_cache(url).plane(0)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_editing_itself_is_not_what_is_refused(url):
+    edit(url, "zarr.json", lambda document: None)
+    edit(url, "probability/zarr.json", lambda document: None)
+    assert open_cache(url).plane(0).shape == (360, 5)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("shape", [2, 10**15, 5]),
+        ("shape", [2, -1, 5]),
+        ("shape", [10**400]),
+        ("data_type", "object"),
+        ("data_type", {"name": "structured", "configuration": {"fields": []}}),
+        ("fill_value", 0),
+        ("chunk_grid", {"name": "regular", "configuration": {"chunk_shape": [1, 1, 1]}}),
+        ("chunk_key_encoding", {"name": "default", "configuration": {"separator": "/../../"}}),
+        ("codecs", [{"name": "bytes", "configuration": {"endian": "little"}}]),
+        ("codecs", [{"name": "numcodecs.pickle"}]),
+        ("codecs", [{"name": "pickle"}, {"name": "crc32c"}]),
+        ("storage_transformers", [{"name": "exec"}]),
+        ("node_type", "group"),
+        ("must_understand", True),
+    ],
+)
+def test_array_metadata_that_differ_from_the_format_are_refused(url, field, value):
+    edit(url, "probability/zarr.json", lambda document: document.__setitem__(field, value))
+    refused(url, "probability/zarr.json is not what format 1 says; dump one with cli.py dump-logits")
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (["cache_format"], 2, "has format 2, this version reads 1; use the version that wrote it, or dump it again"),
+        (["cache_format"], {"a": []}, "has format {'a': ..}, this version reads 1"),
+        (["identity"], None, "identity is not readable"),
+        (["identity", "classes"], 7, "identity is not readable"),
+        (["identity", "classes"], ["a"] * 5, "identity is not readable: classes must be distinct names"),
+        (["identity", "classes"], [["../../etc"]], "identity is not readable: classes must be distinct names"),
+        (["identity", "classes"], [str(c) for c in range(100_001)], "there must be 2 to 100000 classes, found 100001"),
+        (["identity", "classes"], ["a", "b", "c"], "zarr.json is not what format 1 says"),
+        (["identity", "temperature"], "2", "temperature must be a positive number, found '2'"),
+        (["identity", "temperature"], True, "temperature must be a positive number, found True"),
+        (["identity", "views"], {"name": "os.system"}, "unknown view specification"),
+        (["identity", "views", "pad"], 10**9, "identity is not readable"),
+        (["identity", "views", "pad"], "x", "identity is not readable"),
+        (["identity", "views"], {"name": "random_resized_crop", "size": 1, "count": 10**12}, "there must be 1 to 1000"),
+        (["identity", "views"], {"name": "random_resized_crop", "size": 1, "count": 2, "scale": []}, "not readable"),
+        (["identity", "teacher"], [], "dataset and teacher must be JSON objects"),
+        (["encoding"], {"name": "pickle"}, "has an encoding that this version does not read"),
+        (["encoding"], "probability", "has an encoding that this version does not read"),
+        (["encoding", "dtype"], "object", "encoding.dtype must be float16 or float32, found 'object'"),
+        (["encoding", "dtype"], ["float16"], "encoding.dtype must be float16 or float32"),
+        (["encoding", "dtype"], "float16", "probability/zarr.json is not what format 1 says"),
+    ],
+)
+def test_attributes_that_make_no_sense_are_refused(url, path, value, message):
+    def change(document):
+        at = document["attributes"]
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+
+    edit(url, "zarr.json", change)
+    refused(url, message)
+
+
+def test_a_foreign_group_is_refused(url):
+    edit(url, "zarr.json", lambda document: document.__setitem__("attributes", {}))
+    refused(url, "is not a store: its zarr.json has no cache_format")
+    edit(url, "zarr.json", lambda document: document.__setitem__("attributes", {"cache_format": 1}))
+    refused(url, "is not a store: its attributes are .'cache_format'.")
+    edit(url, "zarr.json", lambda document: document.clear())
+    refused(url, "is not a store: its zarr.json has no cache_format")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"[1]", b"{", b"[" * 100_000, b'{"a": 1e999999}'])
+def test_documents_that_are_no_json_objects_are_refused(url, data):
+    (url / "zarr.json").write_bytes(data)
+    refused(url, "zarr.json")
+
+
+def test_a_document_too_large_to_be_one_is_refused_unread(url):
+    os.truncate(url / "zarr.json", 1 << 40)
+    refused(url, "is not a store: zarr.json has 1099511627776 bytes")
+
+
+def test_more_samples_than_the_file_of_ids_has_are_refused(url):
+    for key in "sample_id/zarr.json", "label/zarr.json", "image_size/zarr.json", "probability/zarr.json":
+        shape = {"sample_id": [10**12], "label": [10**12], "image_size": [10**12, 2], "probability": [2, 10**12, 5]}
+        edit(url, key, lambda document: document.__setitem__("shape", shape[key.split("/")[0]]))
+    refused(url, "sample_id/zarr.json is not what format 1 says")
+    os.truncate(url / "sample_id/c.0", 1 << 40)
+    refused(url, "sample_id is damaged: it has 1099511627776 bytes")
+
+
+def test_labels_that_are_no_class_are_refused(url):
+    import google_crc32c
+
+    data = np.full(360, 7, "<i8").tobytes()
+    data += google_crc32c.value(data).to_bytes(4, "little")
+    (url / "label/c.0").write_bytes(data)
+    files = json.loads((url / "done/store").read_text())["files"]
+    files["label/c.0"] = {"size": len(data), "checksum": data[-4:].hex()}
+    (url / "done/store").write_bytes(format.marker(files))
+    refused(url, r"has labels outside \[0, 5\); dump it again")
+
+
+@pytest.mark.parametrize("files", [None, [], {"zarr.json": 3}, {"zarr.json": {"size": -1}}])
+def test_markers_that_make_no_sense_are_refused(url, files):
+    (url / "done/store").write_bytes(format.marker(files))
+    refused(url, "done/store|zarr.json")
