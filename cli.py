@@ -1,0 +1,237 @@
+"""The commands of offline-bkd. No logic lives here; torch is imported only by a command that needs it."""
+
+import functools
+import json
+import signal
+import sys
+import traceback
+
+import click
+
+from cache import CacheError, CorruptCacheError
+from pipeline import UserError
+
+
+class Commands(click.Group):
+    """Commands whose failures are one line: exit 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
+
+    def main(self, *args, **kwargs):
+        try:
+            result = super().main(*args, standalone_mode=False, **kwargs)
+        except click.exceptions.Abort:
+            fail("interrupted; --resume goes on from the last epoch or block that was finished", 130)
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(2)
+        sys.exit(result or 0)
+
+    def get_command(self, context, name):
+        command = super().get_command(context, name)
+        if command is None:
+            import difflib
+
+            near = difflib.get_close_matches(name, self.commands, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.commands)}"
+            raise click.UsageError(f"there is no command {name!r}; {hint}")
+        return command
+
+
+def fail(message: str, code: int):
+    for line in message.splitlines():
+        click.echo(f"error: {line}", err=True)
+    sys.exit(code)
+
+
+def guarded(command):
+    """Turns the exceptions of a command into one line and an exit code; --debug shows where they came from."""
+
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def run(*args, debug: bool, **kwargs):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run is an interrupted one
+        try:
+            return command(*args, **kwargs)
+        except (KeyboardInterrupt, click.ClickException, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            user = isinstance(error, (UserError, CacheError)) and not isinstance(error, CorruptCacheError)
+            message = str(error) or type(error).__name__
+            fail(message if user else f"{message.splitlines()[-1]} ({type(error).__name__})", 2 if user else 1)
+
+    return run
+
+
+def experiment(command):
+    """The options that say which experiment is meant."""
+
+    @click.option("--config", "config_file", required=True, metavar="FILE", help="The experiment, a YAML file; see configs/.")
+    @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of it; repeatable.")
+    @click.option("--seed", type=int, help="Of initial weights, sample order and views; overrides the file's.")
+    @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+    @click.option("--resume", is_flag=True, help="Go on with what an interrupted command left in --out.")
+    @click.option("--dry-run", is_flag=True, help="Print the resolved experiment, sizes and an estimate of time; write nothing.")
+    @guarded
+    @functools.wraps(command)
+    def run(config_file, overrides, seed, device, **kwargs):
+        from pipeline.config import load_config
+
+        return command(load_config(config_file, overrides, seed), choose_device(device), **kwargs)
+
+    return run
+
+
+def choose_device(name: str):
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="offline-bkd", prog_name="offline-bkd")
+def main():
+    """Train students of long-tailed data from a teacher's cached answers.
+
+    \b
+    python cli.py train-teacher --config configs/digits.yaml --out runs/teacher
+    python cli.py dump-logits   --config configs/digits.yaml --teacher runs/teacher --out runs/cache.zarr
+    python cli.py train-student --config configs/digits.yaml --cache runs/cache.zarr --out runs/student
+    """
+
+
+@main.command("train-teacher")
+@click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+@experiment
+def train_teacher(config, device, out, resume, dry_run):
+    """Example: python cli.py train-teacher --config configs/digits.yaml --out runs/teacher
+
+    Stage one, first half: train the teacher with cross-entropy on the long-tailed training set.
+    """
+    from pipeline import plan, teacher
+
+    if dry_run:
+        return plan.show_plan(config, device, "teacher")
+    teacher.train_teacher(config, out, device, resume)
+
+
+@main.command("dump-logits")
+@click.option("--teacher", required=True, metavar="RUN", help="The folder of a complete train-teacher run.")
+@click.option("--out", required=True, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
+@experiment
+def dump_logits(config, device, teacher, out, resume, dry_run):
+    """Example: python cli.py dump-logits --config configs/digits.yaml --teacher runs/teacher --out runs/cache.zarr
+
+    Stage one, second half: write the teacher's tempered probabilities for every view of every training sample.
+    """
+    from pipeline import dump, plan
+
+    if dry_run:
+        return plan.show_plan(config, device, "dump")
+    dump.dump_logits(config, teacher, out, device, resume)
+
+
+@main.command("train-student")
+@click.option("--cache", metavar="STORE.zarr", help="A complete cache of this experiment; not needed by method ce.")
+@click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+@experiment
+def train_student(config, device, cache, out, resume, dry_run):
+    """Example: python cli.py train-student --config configs/digits.yaml --cache runs/cache.zarr --out runs/student
+
+    Stage two: train a student from the cache. No teacher is loaded.
+    """
+    from pipeline import plan, student
+
+    if dry_run:
+        return plan.show_plan(config, device, "student")
+    student.train_student(config, cache, out, device, resume)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
+@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's config; repeatable.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, with every class.")
+@guarded
+def evaluate(run, checkpoint, overrides, device, as_json):
+    """Example: python cli.py evaluate runs/student
+
+    Score a run's checkpoint on its test set again.
+    """
+    from pipeline import evaluate, show
+
+    scores = evaluate.evaluate_run(run, checkpoint, overrides, choose_device(device))
+    click.echo(json.dumps(scores)) if as_json else show.scores(scores, f"{run} ({checkpoint} epoch)")
+
+
+@main.command()
+@click.argument("store")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@guarded
+def inspect(store, as_json):
+    """Example: python cli.py inspect runs/cache.zarr
+
+    Tell what a cache is: whose answers to what, its size, whether it is complete, how good the teacher is.
+    """
+    from cache import open_cache
+    from pipeline import show
+
+    summary = open_cache(store).summary()
+    click.echo(json.dumps(summary)) if as_json else show.facts(summary, store)
+
+
+@main.command()
+@click.argument("store")
+@click.option("--teacher", metavar="RUN", help="The run whose answers the cache holds.")
+@click.option("--views", type=click.IntRange(min=1), default=2, show_default=True, help="How many views to compute again.")
+@click.option("--tolerance", type=float, help="Largest mean total variation to accept; default: what the encoding promises.")
+@click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
+@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the teacher's config; repeatable.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@guarded
+def verify(store, teacher, views, tolerance, checksums, overrides, device):
+    """Example: python cli.py verify runs/cache.zarr --teacher runs/teacher
+
+    Compare a cache with its teacher's answers, computed again. Exits 1 if they are further apart than the tolerance.
+    """
+    from cache import open_cache
+    from pipeline import show
+
+    if checksums:
+        problems = open_cache(store).verify_checksums()
+        for problem in problems:
+            click.echo(problem)
+        click.echo(f"{store}: {len(problems)} problems" if problems else f"{store}: every stored byte is as it was written")
+        return 1 if problems else 0
+    if teacher is None:
+        raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")
+    from pipeline.verify import verify_cache
+
+    report = verify_cache(store, teacher, views, tolerance, overrides, choose_device(device))
+    show.facts(report, store)
+    return 0 if report["passed"] else 1
+
+
+@main.command()
+@click.argument("run", nargs=-1, required=True)
+@click.option("--out", required=True, metavar="FOLDER", help="Where the table and the figures go.")
+@guarded
+def report(run, out):
+    """Example: python cli.py report runs/teacher runs/kd runs/bkd --out runs/report
+
+    Compare complete runs: a table by many, medium and few-shot classes, curves, accuracy over class size.
+    """
+    from pipeline import report, show
+
+    show.table(report.write_report(run, out), "test accuracy of the last epoch, %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The schema of an experiment: one YAML file, checked as a whole before anything runs.
+
+Unknown keys, wrong types and impossible values are all reported at once, each with the nearest right name.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cache.views import CropFlip, RandomResizedCrop
+from pipeline import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PerChannel = tuple[float, float, float]
+
+
+class Data(Section):
+    """What every data set has: where it is, how its training part is made long-tailed, how pixels are normalised."""
+
+    root: str = "."  # folder that relative paths start from; ~ and ${VARIABLES} are expanded
+    imbalance_ratio: Annotated[float, Field(ge=1)] | None = None  # n_max / n_min; null keeps every training sample
+    max_per_class: Positive | None = None  # n_max; null takes the largest class's size
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0  # which samples stay
+    mean: PerChannel = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
+    std: PerChannel = (0.229, 0.224, 0.225)
+    workers: Annotated[int, Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
+
+
+class Digits(Data):
+    """scikit-learn's handwritten digits: 8x8 images, 10 classes, embedded, the last 40 of each class for testing."""
+
+    name: Literal["digits"]
+
+
+class Parquet(Data):
+    """Parquet in the Hugging Face layout: an image struct with `bytes`, an integer label column."""
+
+    name: Literal["parquet"]
+    train: str  # a file or a pattern such as train-*.parquet
+    test: str
+    image: str = "image"
+    label: str = "label"
+
+
+class Cifar(Data):
+    """CIFAR-10 or CIFAR-100 through torchvision, downloaded into `root` where it is missing."""
+
+    name: Literal["cifar10", "cifar100"]
+
+
+class ImageFolder(Data):
+    """A folder for each class, of image files; classes are the folders' sorted names."""
+
+    name: Literal["imagefolder"]
+    train: str = "train"
+    test: str = "test"
+
+
+class CifarResNet(Section):
+    """He et al.'s ResNets for small images, depth 6n + 2, with parameter-free (option A) shortcuts."""
+
+    name: Literal["cifar_resnet"]
+    depth: Positive = 32
+    width: Annotated[int, Field(ge=2, multiple_of=2)] = 16  # channels of the first stage
+
+    @model_validator(mode="after")
+    def _depth(self):
+        if self.depth % 6 != 2 or self.depth < 8:
+            raise ValueError(f"depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110); found {self.depth}")
+        return self
+
+
+class TorchvisionModel(Section):
+    """Any of torchvision's classifiers, by its name there."""
+
+    name: Literal["torchvision"]
+    architecture: str
+    weights: str | None = None  # a local .pth or .safetensors file, or "DEFAULT" for torchvision's own download
+
+
+class Constant(Section):
+    name: Literal["constant"]
+
+
+class Step(Section):
+    """A linear rise over whole epochs, then a factor `gamma` at each milestone (the BKD paper's CIFAR recipe)."""
+
+    name: Literal["step"]
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    milestones: tuple[Positive, ...] = (160, 180)
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.01
+
+
+class Cosine(Section):
+    """Half a cosine from the base learning rate to zero, step by step."""
+
+    name: Literal["cosine"]
+
+
+class OneCycle(Section):
+    """A linear rise over `warmup` of all steps, then a linear fall to zero."""
+
+    name: Literal["one_cycle"]
+    warmup: Fraction = 0.25
+
+
+class Training(Section):
+    """Stochastic gradient descent with momentum."""
+
+    epochs: Positive = 200
+    batch_size: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    schedule: Annotated[Union[Step, Cosine, OneCycle, Constant], Field(discriminator="name")] = Step(name="step")
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights and losses stay float32
+    compile: bool = False  # torch.compile: a start of about a minute for faster steps
+    evaluate_every: Positive = 1  # epochs between evaluations on the test set; the last epoch always is
+
+
+class CE(Section):
+    """Cross-entropy alone."""
+
+    name: Literal["ce"]
+
+
+class KD(Section):
+    """Cross-entropy and `alpha` T^2 KL to the teacher's tempered probabilities (Hinton et al., 2015)."""
+
+    name: Literal["kd"]
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+
+
+class BKD(Section):
+    """KD from targets that are re-weighted by the effective number of samples (BKD, eq. 5)."""
+
+    name: Literal["bkd"]
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    beta: Fraction = 0.9999
+    reweight_from: Annotated[int, Field(ge=0)] = 0  # first epoch with class weights; 160 in the CIFAR-10 recipe
+
+
+class Probability(Section):
+    """The tempered probabilities themselves."""
+
+    name: Literal["probability"]
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class CacheSection(Section):
+    """What stage one writes."""
+
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    encoding: Probability = Probability(name="probability")
+    batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass
+
+
+Model = Annotated[Union[CifarResNet, TorchvisionModel], Field(discriminator="name")]
+
+
+class Teacher(Section):
+    model: Model
+    training: Training = Training()
+
+
+class Student(Section):
+    model: Model
+    method: Annotated[Union[CE, KD, BKD], Field(discriminator="name")] = BKD(name="bkd")
+    training: Training = Training()
+
+
+class Experiment(Section):
+    """One experiment: a data set, its views, a teacher, a cache and a student."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of initial weights, sample order and views drawn
+    data: Annotated[Union[Digits, Parquet, Cifar, ImageFolder], Field(discriminator="name")]
+    views: Annotated[Union[CropFlip, RandomResizedCrop], Field(discriminator="name")]
+    teacher: Teacher
+    cache: CacheSection = CacheSection()
+    student: Student
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | None = None) -> Experiment:
+    """The experiment in the YAML file `path`, with `overrides` ("student.training.epochs=5") and `seed` applied.
+
+    Raises UserError with every error in it, one a line.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file with --config")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of keys to values; see configs/ for examples")
+    for override in overrides:
+        _override(values, override)
+    if seed is not None:
+        values["seed"] = seed
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        lines = [_line(item) for item in error.errors()]
+        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def dump_config(config: Experiment) -> str:
+    """The resolved experiment as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def expand(path: str) -> Path:
+    """`path` with ~ and ${VARIABLES} replaced. Raises UserError for a variable that is not set."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$\{?(\w+)", expanded):
+        raise UserError(f"the environment variable {unset[1]} in {path!r} is not set; set it, or give -o data.root=FOLDER")
+    return Path(expanded)
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"-o {override}: an override is key=value, such as -o student.training.epochs=5")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(values.setdefault(parent, {}), dict):
+            raise UserError(f"-o {override}: {parent!r} holds a value, not a section")
+        # YAML anchors share one dictionary between sections: an override must reach only the one it names
+        values[parent] = dict(values[parent])
+        values = values[parent]
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"-o {override}: the value is not YAML; quote it")
+
+
+def _line(error: dict) -> str:
+    """One error of pydantic's as one line, with a suggestion where a key is unknown."""
+    where, known = _place(error["loc"])
+    found, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where}: unknown key; {_nearest(error['loc'][-1], known)}"
+    if kind == "union_tag_invalid":
+        return f"{where}.name: {context['tag']!r} is not known; {_nearest(context['tag'], known)}"
+    if kind == "union_tag_not_found":
+        return f"{where}.name: missing; one of {', '.join(known)} must be given"
+    if kind in ("missing", "missing_keyword_only_argument"):
+        return f"{where}: missing; it must be given"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{where}: {message}" if isinstance(found, dict) or kind == "value_error" else f"{where}: {message}; found {found!r}"
+
+
+def _place(loc: tuple) -> tuple[str, list[str]]:
+    """(the dotted key, the names known there) of a place in pydantic's terms, which also holds the tags of unions."""
+    schema = Experiment.model_json_schema()
+    section, keys, known = schema, [], list(schema["properties"])
+    for part in loc:
+        properties, tags = section.get("properties", {}), section.get("discriminator", {}).get("mapping", {})
+        if part in tags:
+            section = {"$ref": tags[part]}
+        else:
+            keys.append(str(part))
+            section = properties.get(part, {})
+        if "$ref" in section:
+            section = schema["$defs"][section["$ref"].rpartition("/")[2]]
+        known = list(section.get("properties", section.get("discriminator", {}).get("mapping", known)))
+    return ".".join(keys), known
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Data sets and the images of numbered views."""

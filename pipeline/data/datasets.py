@@ -1,0 +1,269 @@
+"""Data sets: labels, class names and undecoded images of a training and a test part, and the long-tailed draw.
+
+Left out: crops and tensors (images.py). Shapes: N samples, C classes.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cache import philox
+from pipeline import UserError, config
+
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One part of a data set. Images are decoded when asked for."""
+
+    name: str
+    classes: tuple[str, ...]
+    sample_id: np.ndarray  # int64 [N]: the sample's position in its source, whatever has been left out since
+    label: np.ndarray  # int64 [N]
+    images: Sequence  # N of uint8 arrays [H, W, 3], encoded bytes, or paths of image files
+    root: Path | None = None  # that paths are shown and fingerprinted relative to
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @cached_property
+    def class_counts(self) -> np.ndarray:
+        """Samples of each class, int64 [C]."""
+        return np.bincount(self.label, minlength=len(self.classes))
+
+    @cached_property
+    def image_size(self) -> np.ndarray:
+        """(height, width) of every image as decoded, int64 [N, 2]. Raises UserError naming the images that do not decode."""
+        with ThreadPoolExecutor() as threads:  # decoding releases the interpreter's lock
+            sizes = list(threads.map(self._probe, range(len(self))))
+        broken = [str(size) for size in sizes if isinstance(size, UserError)]
+        if broken:
+            more = f" (and {len(broken) - 3} more)" if len(broken) > 3 else ""
+            raise UserError("; ".join(broken[:3]) + f"{more}: replace or remove them")
+        return np.array(sizes, np.int64).reshape(-1, 2)
+
+    def decode(self, row: int) -> Image.Image:
+        """Image `row`, in RGB, upright. Raises UserError naming it if it cannot be read."""
+        return self._open(row, draft=False)
+
+    def describe(self, row: int) -> str:
+        """What a person calls the sample: its file, or its position in the source."""
+        image = self.images[row]
+        return str(image) if isinstance(image, Path) else f"{self.name} sample {self.sample_id[row]}"
+
+    def take(self, rows: np.ndarray) -> "Dataset":
+        """The samples at `rows`, in that order."""
+        images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[row] for row in rows]
+        return replace(self, sample_id=self.sample_id[rows], label=self.label[rows], images=images)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What the data set is, by part: sha256 of sample ids, labels and images (files: their paths and sizes)."""
+        images = hashlib.sha256()
+        for image in self.images:
+            if isinstance(image, Path):
+                image = f"{image.relative_to(self.root).as_posix()} {image.stat().st_size}\n".encode()
+            images.update(image)
+        return {
+            "name": self.name,
+            "samples": hashlib.sha256(self.sample_id.astype("<i8").tobytes()).hexdigest(),
+            "labels": hashlib.sha256(self.label.astype("<i8").tobytes()).hexdigest(),
+            "images": images.hexdigest(),
+        }
+
+    def _open(self, row: int, draft: bool) -> Image.Image:
+        image = self.images[row]
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(image)
+        try:
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            if draft:  # a JPEG's full decode is not needed to see that it is whole
+                image.draft("RGB", (1, 1))
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.describe(row)} cannot be read as an image: {error}")
+
+    def _probe(self, row: int):
+        image = self.images[row]
+        if isinstance(image, np.ndarray):
+            return image.shape[:2]
+        try:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
+                width, height = header.size
+                upright = header.getexif().get(0x0112, 1) < 5  # orientations 5 to 8 swap the sides
+            self._open(row, draft=True)
+            return (height, width) if upright else (width, height)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return error if isinstance(error, UserError) else UserError(f"{self.describe(row)} is no image: {error}")
+
+
+def load(section: config.Data) -> tuple[Dataset, Dataset]:
+    """The training part, made long-tailed as `section` says, and the test part, whole.
+
+    Raises UserError for files that are missing, labels out of range and classes without training samples.
+    """
+    train, test = LOADERS[section.name](section, config.expand(section.root))
+    if train.classes != test.classes:
+        raise UserError(f"{train.name}: the training and the test part differ in their classes")
+    for part, dataset in ("training", train), ("test", test):
+        if not len(dataset):
+            raise UserError(f"{dataset.name}: the {part} part holds no samples")
+        wrong = np.flatnonzero((dataset.label < 0) | (dataset.label >= len(dataset.classes)))
+        if len(wrong):
+            raise UserError(
+                f"{dataset.describe(wrong[0])}: label {dataset.label[wrong[0]]} is outside 0 … {len(dataset.classes) - 1}"
+                f" ({len(wrong)} such samples in the {part} part)"
+            )
+    if section.imbalance_ratio is not None or section.max_per_class is not None:
+        train = long_tailed(train, section.imbalance_ratio or 1.0, section.max_per_class, section.seed)
+    if empty := [name for name, count in zip(train.classes, train.class_counts) if not count]:
+        names = ", ".join(map(repr, empty[:5]))
+        raise UserError(f"{train.name}: {len(empty)} classes have no training sample: {names}; leave them out of the set")
+    return train, test
+
+
+def long_tailed_counts(classes: int, largest: int, ratio: float) -> np.ndarray:
+    """n_c = int(n_max ratio^(-c / (C - 1))), int64 [C] (Cui et al., 2019, as METHODS of both papers use it)."""
+    return np.array([int(largest * (1 / ratio) ** (c / max(classes - 1, 1))) for c in range(classes)], np.int64)
+
+
+def long_tailed(dataset: Dataset, ratio: float, largest: int | None, seed: int) -> Dataset:
+    """`dataset` thinned to `long_tailed_counts`; `largest` defaults to the size of the first class.
+
+    Which samples stay follows from `seed` and their ids alone. Raises UserError where a class has too few.
+    """
+    counts = long_tailed_counts(len(dataset.classes), largest or int(dataset.class_counts[0]), ratio)
+    for name, wanted, found in zip(dataset.classes, counts, dataset.class_counts):
+        if not 0 < wanted <= found:
+            raise UserError(
+                f"{dataset.name}: imbalance ratio {ratio:g} asks for {wanted} samples of class {name!r}, which has {found}; "
+                f"{'raise' if wanted == 0 else 'lower'} data.max_per_class or change data.imbalance_ratio"
+            )
+    order = philox.permutation(seed, philox.SUBSET, dataset.sample_id)
+    ranked = order[np.argsort(dataset.label[order], kind="stable")]  # by class, in random order within each
+    starts = np.concatenate([[0], np.cumsum(dataset.class_counts)[:-1]])
+    kept = np.concatenate([ranked[start : start + count] for start, count in zip(starts, counts)])
+    return dataset.take(np.sort(kept))
+
+
+def _digits(section: config.Digits, root: Path) -> tuple[Dataset, Dataset]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
+    whole = Dataset(
+        name="digits",
+        classes=tuple(str(name) for name in data.target_names),
+        sample_id=np.arange(len(pixels)),
+        label=data.target.astype(np.int64),
+        images=np.repeat(pixels[..., None], 3, axis=-1),
+    )
+    test = np.sort(np.concatenate([np.flatnonzero(whole.label == c)[-40:] for c in range(10)]))
+    return whole.take(np.setdiff1d(np.arange(len(whole)), test)), whole.take(test)
+
+
+def _parquet(section: config.Parquet, root: Path) -> tuple[Dataset, Dataset]:
+    return _parquet_part(section, root, section.train), _parquet_part(section, root, section.test)
+
+
+def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
+    import pyarrow
+    import pyarrow.parquet
+
+    paths = sorted(root.glob(pattern)) if not Path(pattern).is_absolute() else [Path(pattern)]
+    if not paths:
+        raise UserError(f"no file matches {pattern!r} in {root}; check data.root and data.train or data.test")
+    images, labels, names = [], [], None
+    for path in paths:
+        try:
+            schema = pyarrow.parquet.read_schema(path)
+            for column in (section.image, section.label):
+                if column not in schema.names:
+                    raise UserError(f"{path} has no column {column!r} but {', '.join(schema.names)}; set data.image, data.label")
+            table = pyarrow.parquet.read_table(path, columns=[section.image, section.label])
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"cannot read {path} as Parquet: {error}")
+        image, label = table[section.image], table[section.label]
+        if not pyarrow.types.is_struct(image.type) or image.type.get_field_index("bytes") < 0:
+            raise UserError(f"{path}: column {section.image!r} is {image.type}, not a struct with a field 'bytes'")
+        if not pyarrow.types.is_integer(label.type) or label.null_count:
+            raise UserError(f"{path}: column {section.label!r} must hold whole numbers without gaps; it is {label.type}")
+        images += [value for chunk in image.chunks for value in chunk.field("bytes").to_pylist()]
+        labels.append(label.to_numpy().astype(np.int64))
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        found = found.get("info", {}).get("features", {}).get(section.label, {}).get("names")
+        if names and found != names:
+            raise UserError(f"{path}: class names differ from those of {paths[0]}")
+        names = found
+    if missing := [row for row, value in enumerate(images) if value is None]:
+        raise UserError(f"{paths[0].parent / pattern}: row {missing[0]} has no image bytes ({len(missing)} such rows)")
+    label = np.concatenate(labels)
+    classes = names or [str(c) for c in range(label.max(initial=-1) + 1)]
+    return Dataset(
+        name=paths[0].parent.name,
+        classes=tuple(classes),
+        sample_id=np.arange(len(label)),
+        label=label,
+        images=images,
+    )
+
+
+def _cifar(section: config.Cifar, root: Path) -> tuple[Dataset, Dataset]:
+    from torchvision import datasets
+
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[section.name]
+    try:
+        parts = [source(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot load or download {section.name} into {root}: {error}")
+    return tuple(
+        Dataset(
+            name=section.name,
+            classes=tuple(part.classes),
+            sample_id=np.arange(len(part.targets)),
+            label=np.array(part.targets, np.int64),
+            images=part.data,
+        )
+        for part in parts
+    )
+
+
+def _imagefolder(section: config.ImageFolder, root: Path) -> tuple[Dataset, Dataset]:
+    return _folder_part(root / section.train), _folder_part(root / section.test)
+
+
+def _folder_part(root: Path) -> Dataset:
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; check data.root and data.train or data.test")
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    images, label = [], []
+    for number, folder in enumerate(folders):
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES)
+        images += files
+        label += [number] * len(files)
+    return Dataset(
+        name=root.parent.name,
+        classes=tuple(folder.name for folder in folders),
+        sample_id=np.arange(len(images)),
+        label=np.array(label, np.int64),
+        images=images,
+        root=root,
+    )
+
+
+LOADERS = {
+    "digits": _digits,
+    "parquet": _parquet,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "imagefolder": _imagefolder,
+}

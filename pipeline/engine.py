@@ -1,0 +1,197 @@
+"""The only training loop: stochastic gradient descent over numbered views, resumable to the same bits.
+
+What differs between methods comes in as two functions: which rows an epoch visits, and the loss of a batch.
+Left out: data (data/), losses (losses.py), what a run writes (runs.py).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline import runs
+from pipeline.config import Training
+from pipeline.data.datasets import Dataset
+from pipeline.data.images import Batch
+from pipeline.progress import Progress
+
+CHECK_EVERY = 50  # steps between looks at the device: often enough to stop a diverged run, rarely enough to cost nothing
+
+
+class NotFinite(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be learnt, from what, and how it is judged."""
+
+    model: torch.nn.Module
+    images: object  # a source of pipeline.data.images, of the training part
+    sample_id: np.ndarray  # int64 [N]
+    views: object  # a specification of cache.views
+    rows: Callable[[int], np.ndarray]  # epoch -> the rows that it visits, in order
+    loss: Callable[[torch.Tensor, Batch, int], dict[str, torch.Tensor]]  # logits, batch, epoch -> {"loss": [B], parts: [B]}
+    prepare: Callable[[int], None]  # called before each epoch, with its number
+    evaluate: Callable[[torch.nn.Module], dict]  # -> metrics.scores on the test part
+    training: Training
+    seed: int
+
+
+def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of `step` (from 0 over the whole run)."""
+    schedule, base, total = training.schedule, training.learning_rate, training.epochs * steps_per_epoch
+    if schedule.name == "constant":
+        return base
+    if schedule.name == "cosine":
+        return base * 0.5 * (1 + math.cos(math.pi * step / total))
+    if schedule.name == "one_cycle":
+        rise = schedule.warmup * total
+        return base * ((step + 1) / (rise + 1) if step < rise else (total - step) / (total - rise))
+    epoch = step // steps_per_epoch
+    if epoch < schedule.warmup_epochs:
+        return base * (epoch + 1) / schedule.warmup_epochs
+    return base * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
+
+
+def train(task: Task, run: runs.Run, training_set: Dataset, method: str, teacher: dict | None = None) -> None:
+    """Trains to the last epoch, from the run's state if it has one, and writes the run's summary.
+
+    After every epoch the weights and the optimiser's state are on disk. Raises NotFinite with step, learning rate and
+    sample ids; the last epoch's files stay. `method` and `teacher` (what a cache knows of its teacher) go into the summary.
+    """
+    if run.has("summary.json"):
+        run.log(f"the run in {run.folder} is complete")
+        return
+    training, model = task.training, task.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    run.log(
+        f"{method}: {parameters:,} parameters, {len(training_set):,} samples of {len(training_set.classes)} classes, "
+        f"{runs.device_name(task.images.device)}"
+    )
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        nesterov=training.nesterov,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    best = {"epoch": None, "top1": -1.0}
+    first = 0
+    if run.has("state.safetensors"):
+        first, best = _load_state(run, model, optimiser)
+        run.log(f"resumed after epoch {first} of {training.epochs}")
+    run.rewind_metrics(first)
+    forward = torch.compile(model) if training.compile else model
+    with Progress("training", training.epochs, first, "epochs") as progress:
+        for epoch in range(first, training.epochs):
+            record = {"epoch": epoch + 1, **_epoch(task, forward, optimiser, epoch)}
+            if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
+                start = time.perf_counter()
+                scores = task.evaluate(model)
+                record |= {"test": scores, "evaluation_seconds": time.perf_counter() - start}
+                if scores["top1"] > best["top1"]:
+                    best = {"epoch": epoch + 1, **scores}
+                    run.save_tensors("best", model.state_dict(), epoch=epoch + 1)
+            run.append_metrics(record)
+            run.save_tensors("last", model.state_dict(), epoch=epoch + 1)
+            _save_state(run, model, optimiser, epoch + 1, best)
+            progress.advance(record["images_per_second"], "images/s")
+            run.log(_line(record, training.epochs))
+    records = run.metrics()
+    run.write_summary(
+        {
+            "method": method,
+            "seed": task.seed,
+            "parameters": parameters,
+            "dataset": training_set.fingerprint,
+            "classes": training_set.classes,
+            "class_counts": training_set.class_counts.tolist(),
+            "last": {"epoch": training.epochs, **records[-1]["test"]},
+            "best": best,
+            "seconds": sum(record["seconds"] + record.get("evaluation_seconds", 0) for record in records),
+            "digest": runs.digest(model.state_dict()),
+            "teacher": teacher,
+        }
+    )
+
+
+def _epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, epoch: int) -> dict:
+    """One pass over the rows of `epoch`. The host waits for the device only every CHECK_EVERY steps."""
+    training, device = task.training, task.images.device
+    start = time.perf_counter()
+    task.prepare(epoch)
+    rows = task.rows(epoch)
+    views = task.views.draw(task.seed, epoch, task.sample_id[rows])
+    steps = math.ceil(len(rows) / training.batch_size)
+    sums: dict[str, torch.Tensor] = {}
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    first_bad = torch.full((), steps, device=device)  # first step of the epoch whose loss was not finite
+    task.model.train()
+    for step, batch in enumerate(task.images.batches(rows, views, training.batch_size)):
+        rate = learning_rate(training, epoch * steps + step, steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
+            logits = forward(batch.images)
+        parts = task.loss(logits, batch, epoch)
+        loss = parts["loss"].mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            for name, values in parts.items():
+                sums[name] = sums.get(name, 0) + values.sum()
+            correct += (logits.argmax(1) == batch.label).sum()
+            first_bad = torch.where(loss.isfinite() | (first_bad < step), first_bad, step)
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+            _check(task, int(first_bad), rows, epoch, steps)
+    seconds = time.perf_counter() - start
+    return {
+        **{name: float(value) / len(rows) for name, value in sums.items()},
+        "train_top1": 100 * int(correct) / len(rows),
+        "learning_rate": rate,
+        "seconds": seconds,
+        "images_per_second": len(rows) / seconds,
+    }
+
+
+def _check(task: Task, bad: int, rows: np.ndarray, epoch: int, steps: int) -> None:
+    if bad >= steps:
+        return
+    size = task.training.batch_size
+    ids = task.sample_id[rows[bad * size : (bad + 1) * size]].tolist()
+    rate = learning_rate(task.training, epoch * steps + bad, steps)
+    raise NotFinite(
+        f"the loss is not finite at epoch {epoch + 1}, step {epoch * steps + bad}, learning rate {rate:.4g}; the checkpoint of"
+        f" epoch {epoch} is kept; lower the learning rate or look at samples {ids}"
+    )
+
+
+def _save_state(run: runs.Run, model, optimiser, epoch: int, best: dict) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"]
+    run.save_tensors("state", tensors, epoch=epoch, best=best)
+
+
+def _load_state(run: runs.Run, model, optimiser) -> tuple[int, dict]:
+    tensors, metadata = run.load_tensors("state")
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])  # in the parameter's memory format
+        optimiser.state[parameter]["momentum_buffer"] = momentum
+    return metadata["epoch"], metadata["best"]
+
+
+def _line(record: dict, epochs: int) -> str:
+    parts = [f"epoch {record['epoch']}/{epochs}", f"loss {record['loss']:.4f}", f"train {record['train_top1']:.1f}%"]
+    if test := record.get("test"):
+        groups = " ".join(f"{name} {test[name]:.1f}" for name in ("many", "medium", "few") if test[name] is not None)
+        parts.append(f"test {test['top1']:.2f}% ({groups})")
+    parts.append(f"{record['images_per_second']:.0f} images/s")
+    return "  ".join(parts)

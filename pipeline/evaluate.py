@@ -1,0 +1,50 @@
+"""A model's logits over a data set, and their scores."""
+
+import numpy as np
+import torch
+
+from pipeline import config, metrics, runs
+from pipeline.data import datasets
+from pipeline.data.images import open_images
+from pipeline.models import build_model
+
+
+@torch.inference_mode()
+def infer(model: torch.nn.Module, images, rows: np.ndarray, views=None, batch_size: int = 500, precision: str = "float32"):
+    """Logits, float32 [M, C] on the device, of `rows` [M] under `views` [M] (None: whole images), in evaluation mode.
+
+    `images` is a source of pipeline.data.images. The model is left in the mode it was in.
+    """
+    training = model.training
+    model.eval()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = torch.cat([model(batch.images) for batch in images.batches(rows, views, batch_size)])
+    model.train(training)
+    return logits
+
+
+def evaluate(model: torch.nn.Module, images, class_counts: np.ndarray, precision: str = "float32") -> dict:
+    """`metrics.scores` of `model` on every image of the source, by the training set's `class_counts` [C]."""
+    label = images.label.cpu().numpy()
+    predicted = infer(model, images, np.arange(len(label)), precision=precision).argmax(1).cpu().numpy()
+    return metrics.scores(predicted, label, class_counts)
+
+
+def load_model(run: runs.Run, checkpoint: str, experiment: config.Experiment, classes: int) -> torch.nn.Module:
+    """The run's model at `checkpoint` ("last" or "best"), on the CPU."""
+    section = getattr(experiment, run.stage)
+    model = build_model(section.model, classes, experiment.data, seed=0)
+    tensors, _ = run.load_tensors(checkpoint)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: torch.device) -> dict:
+    """Scores of a complete run's checkpoint on its test set, computed again."""
+    run = runs.open_run(folder)
+    experiment = run.config(overrides)
+    training_set, test_set = datasets.load(experiment.data)
+    model = load_model(run, checkpoint, experiment, len(training_set.classes)).to(device)
+    images = open_images(test_set, experiment.views, device, experiment.data.workers)
+    precision = getattr(experiment, run.stage).training.precision
+    return evaluate(model, images, training_set.class_counts, precision)

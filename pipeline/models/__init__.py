@@ -1,0 +1,66 @@
+"""Networks: uint8 images in, logits out, normalisation inside, so that a checkpoint is whole."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline import UserError, config
+from pipeline.models.cifar_resnet import CifarResNet
+
+
+class Classifier(nn.Module):
+    """uint8 images [B, 3, H, W] to logits, float32 [B, C]: normalise, then the network.
+
+    The mean and the standard deviation are buffers: the crop's zero padding is black before normalising,
+    and two networks that see their pixels differently have different digests.
+    """
+
+    def __init__(self, network: nn.Module, mean: tuple, std: tuple):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network((images - self.mean) / self.std).float()
+
+
+def build_model(section: config.Model, classes: int, data: config.Data, seed: int) -> Classifier:
+    """A network with `classes` outputs, its initial weights drawn from `seed` alone, in channels-last memory."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = CifarResNet(section.depth, section.width, classes) if section.name == "cifar_resnet" else _torchvision(section, classes)
+    return Classifier(network, data.mean, data.std).to(memory_format=torch.channels_last)
+
+
+def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
+    """torchvision's classifier; given weights load into every part but a last layer of another width."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if section.architecture not in known:
+        raise UserError(f"torchvision has no classifier {section.architecture!r}; known are {', '.join(known)}")
+    network = models.get_model(section.architecture, weights=None, num_classes=classes)
+    if section.weights is None:
+        return network
+    state = _load_weights(section)
+    own = network.state_dict()
+    unfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    if unexpected := [key for key in unfit if own[key].shape[:1] != (classes,)]:
+        raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
+    network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
+    return network
+
+
+def _load_weights(section: config.TorchvisionModel) -> dict:
+    from safetensors.torch import load_file
+    from torchvision import models
+
+    if section.weights == "DEFAULT":
+        return models.get_model_weights(section.architecture).DEFAULT.get_state_dict(progress=False)
+    path = Path(section.weights)
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"cannot load weights {path}: {str(error).splitlines()[0]}; give a .safetensors or .pth state dict")

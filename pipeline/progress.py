@@ -1,0 +1,39 @@
+"""How far long work is: a bar with throughput and time left on a terminal, plain lines with the same elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+PLAIN_SECONDS = 30  # between lines where there is no terminal
+
+
+class Progress:
+    """A context: `advance` after each unit of work."""
+
+    def __init__(self, what: str, total: int, done: int, unit: str, plain: bool = False):
+        """`plain`: print lines where there is no terminal (for work that prints none of its own)."""
+        self.what, self.total, self.done, self.unit, self.plain = what, total, done, unit, plain
+        self.start, self.first, self.last_line = time.monotonic(), done, time.monotonic()
+        console = Console()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+        self.bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task(f"{what} ({unit})", total=total, completed=done, rate="")
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def advance(self, rate: float, rate_unit: str, units: int = 1) -> None:
+        """`units` more are done, at `rate` in `rate_unit`."""
+        self.done += units
+        self.bar.update(self.task, advance=units, rate=f"{rate:,.0f} {rate_unit}")
+        now = time.monotonic()
+        if self.plain and self.bar.disable and (now - self.last_line > PLAIN_SECONDS or self.done == self.total):
+            self.last_line = now
+            left = (now - self.start) / max(self.done - self.first, 1) * (self.total - self.done)
+            print(f"{self.what} {self.done}/{self.total} {self.unit}  {rate:,.0f} {rate_unit}  {left:.0f} s left", flush=True)

@@ -1,0 +1,131 @@
+"""Tables and pictures, made from runs' files alone."""
+
+import csv
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from pipeline import UserError, metrics, runs
+from pipeline.show import COLUMNS
+
+matplotlib.use("Agg")  # files only, no display
+from matplotlib import pyplot  # noqa: E402
+
+NAMES = {"teacher": "teacher", "ce": "CE student", "kd": "KD student", "bkd": "BKD student"}
+
+
+def draw_run(run: runs.Run) -> None:
+    """curves.png and accuracy_by_class.png of one run; a student's shows its teacher too."""
+    summary = run.summary()
+    scores = {name(summary): summary["last"]}
+    if summary["teacher"]:
+        scores = {NAMES["teacher"]: summary["teacher"]["test"], **scores}
+    _draw_curves([(name(summary), run.metrics())], run.folder / "curves.png")
+    _draw_classes(scores, np.array(summary["class_counts"]), run.folder / "accuracy_by_class.png")
+
+
+def write_report(folders: list[str], out: str) -> list[list[str]]:
+    """Compares complete runs of one data set: table.md, table.csv, curves.png, accuracy_by_class.png in the folder `out`.
+
+    Returns the table, its heading first. Runs of one method with other seeds are one row: mean and standard deviation.
+    """
+    opened = [runs.open_run(folder) for folder in folders]
+    summaries = [run.summary() for run in opened]
+    for folder, summary in zip(folders, summaries):
+        if summary["dataset"] != summaries[0]["dataset"]:
+            raise UserError(f"{folder} and {folders[0]} were trained on different data; report them apart")
+    methods = {}
+    for summary in summaries:
+        methods.setdefault(name(summary), []).append(summary)
+    table = [["method", "seeds", *COLUMNS, "best epoch's all"]]
+    for method, group in methods.items():
+        last = [spread([summary["last"][column] for summary in group]) for column in COLUMNS.values()]
+        table.append([method, str(len(group)), *last, spread([summary["best"]["top1"] for summary in group])])
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    rule = ["---"] + ["---:"] * (len(table[0]) - 1)
+    lines = ["| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])]
+    text = io.StringIO()
+    csv.writer(text).writerows(table)
+    runs.write_whole(out / "table.md", ("\n".join(lines) + "\n").encode())
+    runs.write_whole(out / "table.csv", text.getvalue().encode())
+    _draw_curves([(name(summary), run.metrics()) for run, summary in zip(opened, summaries)], out / "curves.png")
+    means = {
+        method: {
+            key: _mean([summary["last"][key] for summary in group]) for key in ("top1", "per_class")
+        }
+        for method, group in methods.items()
+    }
+    _draw_classes(means, np.array(summaries[0]["class_counts"]), out / "accuracy_by_class.png")
+    return table
+
+
+def name(summary: dict) -> str:
+    """What a person calls the run's method."""
+    return NAMES.get(summary["method"], summary["method"])
+
+
+def spread(values: list[float | None]) -> str:
+    """Percentages as "mean ± standard deviation", of one value as itself, of none as a dash."""
+    if None in values:
+        return "–"
+    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation}"
+
+
+def _mean(values: list):
+    return np.array(values, float).mean(0)
+
+
+def _draw_curves(named: list[tuple[str, list[dict]]], path: Path) -> None:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    colours = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(method for method, _ in named))}
+    labelled = set()
+    for method, records in named:
+        colour, label = colours[method], None if method in labelled else method
+        labelled.add(method)
+        evaluated = [record for record in records if "test" in record]
+        left.plot([r["epoch"] for r in records], [r["loss"] for r in records], color=colour, label=label)
+        epochs, marker = [r["epoch"] for r in evaluated], "." if len(evaluated) < 40 else None
+        right.plot(epochs, [r["test"]["top1"] for r in evaluated], color=colour, label=label, marker=marker)
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    right.set(xlabel="epoch", ylabel="test accuracy (%)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_classes(scores: dict[str, dict], class_counts: np.ndarray, path: Path) -> None:
+    """Accuracy of every class over its training samples, with a running mean where there are many classes."""
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    order = np.argsort(-class_counts, kind="stable")
+    rank = np.arange(len(order))
+    window = max(1, len(order) // 10)
+    for index, (method, score) in enumerate(scores.items()):
+        accuracy = np.array([np.nan if value is None else value for value in score["per_class"]], float)[order]
+        label = f"{method} ({score['top1']:.1f} % all)"
+        if window == 1:
+            axes.plot(rank, accuracy, "o-", color=f"C{index}", label=label)
+            continue
+        axes.plot(rank, accuracy, ".", color=f"C{index}", alpha=0.35)
+        near = np.abs(rank[:, None] - rank) <= window // 2
+        axes.plot(rank, [np.nanmean(accuracy[members]) for members in near], color=f"C{index}", label=label)
+    start = 0
+    for group, members in metrics.shot_groups(class_counts).items():
+        if members.any():
+            end = start + members.sum()
+            axes.axvspan(start - 0.5, end - 0.5, color="black", alpha=0.06 if group == "medium" else 0, lw=0)
+            axes.text((start + end - 1) / 2, 101, f"{group}-shot", ha="center", va="bottom", color="dimgrey")
+            start = end
+    ticks = np.unique(np.linspace(0, len(order) - 1, min(len(order), 11)).astype(int))
+    axes.set_xticks(ticks, class_counts[order][ticks])
+    axes.set(xlabel="training samples of the class", ylabel="test accuracy (%)", ylim=(0, 107), xlim=(-0.5, len(order) - 0.5))
+    axes.set_yticks(range(0, 101, 20))
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

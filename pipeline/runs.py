@@ -1,0 +1,197 @@
+"""A run's folder: what it holds, how it is made, read and resumed.
+
+    config.yaml            the resolved experiment
+    environment.json       versions, device, threads, command
+    log.txt                what was printed
+    metrics.jsonl          one object an epoch
+    summary.json           scores of the last and the best epoch; its presence says that the run is complete
+    last.safetensors       weights after the last epoch that ended
+    best.safetensors       weights of the best evaluated epoch by test accuracy (reported as best, chosen by nothing)
+    state.safetensors      what resuming needs beside: optimiser, epoch; removed when the run is complete
+    *.png                  curves, accuracy by class
+
+Every file is written under another name, synchronised and renamed, so it is whole or absent.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from pipeline import UserError
+from pipeline.config import Experiment, dump_config, load_config
+
+PACKAGES = ("torch", "torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
+
+
+class Run:
+    """An open run folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def log(self, line: str) -> None:
+        """Prints `line` and keeps it in log.txt with the time."""
+        print(line, flush=True)
+        with open(self.folder / "log.txt", "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def append_metrics(self, record: dict) -> None:
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict]:
+        """One dictionary an epoch, oldest first."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def rewind_metrics(self, epochs: int) -> None:
+        """Forgets what was recorded after the first `epochs` epochs."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        write_whole(path, "".join(lines[:epochs]).encode())
+
+    def save_tensors(self, name: str, tensors: dict[str, torch.Tensor], **metadata) -> None:
+        """Writes name.safetensors with `metadata` (JSON values) in its header."""
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        header = {key: json.dumps(value) for key, value in metadata.items()}
+        write_whole(self.folder / f"{name}.safetensors", save(tensors, metadata=header))
+
+    def load_tensors(self, name: str) -> tuple[dict[str, torch.Tensor], dict]:
+        """The tensors, on the CPU, and the metadata of name.safetensors."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                return {key: file.get_tensor(key) for key in file.keys()}, metadata
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}")
+
+    @property
+    def stage(self) -> str:
+        """ "teacher" or "student"."""
+        return json.loads((self.folder / "environment.json").read_text())["stage"]
+
+    def has(self, file: str) -> bool:
+        return (self.folder / file).exists()
+
+    def write_summary(self, summary: dict) -> None:
+        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+
+    def summary(self) -> dict:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def config(self, overrides: tuple[str, ...] = ()) -> Experiment:
+        return load_config(self.folder / "config.yaml", overrides)
+
+
+def start_run(folder: str | Path, config: Experiment, stage: str, device: torch.device, resume: bool) -> Run:
+    """A folder for `stage` ("teacher" or "student") of `config`: new, or the same run's with `resume`.
+
+    Raises UserError if the folder is not empty and `resume` is not given, or holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    run = Run(folder)
+    if folder.exists() and any(folder.iterdir()):
+        if not resume:
+            raise UserError(f"--out {folder} is not empty; add --resume to go on with the run in it, or name another folder")
+        if not run.has("config.yaml"):
+            raise UserError(f"--out {folder} holds no run to resume; name another folder")
+        _refuse_other(run, config, stage, device)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    # config.yaml comes last: a folder that was left before it holds no run
+    write_whole(folder / "environment.json", (json.dumps(environment(stage, device), indent=1) + "\n").encode())
+    write_whole(folder / "config.yaml", dump_config(config).encode())
+    return run
+
+
+def open_run(folder: str | Path) -> Run:
+    """A complete run's folder. Raises UserError for anything else."""
+    run = Run(Path(folder))
+    if not run.has("config.yaml"):
+        raise UserError(f"{folder} is not a run's folder (it has no config.yaml); name the --out of a training command")
+    if not run.has("summary.json"):
+        raise UserError(f"the run in {folder} is not complete; go on with it by --resume")
+    return run
+
+
+def environment(stage: str, device: torch.device) -> dict:
+    """What a run ran on, for its record."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "stage": stage,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({os.cpu_count()} cores)"
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of a model's tensors."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        array = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        total.update(np.ascontiguousarray(array.view(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash at any moment `path` is the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _refuse_other(run: Run, config: Experiment, stage: str, device: torch.device) -> None:
+    found = json.loads((run.folder / "environment.json").read_text())
+    if found["stage"] != stage:
+        raise UserError(f"--out {run.folder} holds a {found['stage']}'s run, not a {stage}'s; name another folder")
+    old, new = run.config().model_dump(mode="json"), config.model_dump(mode="json")
+    if difference := _difference(old, new):
+        raise UserError(f"cannot resume {run.folder}: {difference}; use the same configuration or another folder")
+    if found["device"] != device_name(device):
+        raise UserError(
+            f"cannot resume {run.folder} on {device_name(device)}: it began on {found['device']}, which rounds differently; "
+            "go on there, or name another folder"
+        )
+
+
+def _difference(old, new, key: str = "") -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            if found := _difference(old.get(name), new.get(name), f"{key}.{name}" if key else name):
+                return found
+        return None
+    return None if old == new else f"{key} was {old!r} and is now {new!r}"

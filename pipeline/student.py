@@ -1,0 +1,80 @@
+"""Recipe: train a student from a cache, with no teacher."""
+
+from functools import partial
+
+import torch
+
+from cache import Cache, CacheError, open_cache
+from pipeline import UserError, losses, runs, samplers
+from pipeline.config import CE, Experiment
+from pipeline.data import datasets
+from pipeline.data.images import Batch, open_images
+from pipeline.dump import refuse_other
+from pipeline.engine import Task, train
+from pipeline.evaluate import evaluate
+from pipeline.models import build_model
+from pipeline.report import draw_run
+from pipeline.targets import Targets
+
+
+def train_student(config: Experiment, cache_path: str | None, out: str, device: torch.device, resume: bool = False) -> None:
+    """Trains the student of `config` from the cache at `cache_path` into the folder `out`.
+
+    Raises CacheError before anything is written if the cache is for other data, views or classes, or is not complete.
+    """
+    training_set, test_set = datasets.load(config.data)
+    method = config.student.method
+    cache = None if isinstance(method, CE) else open_matching_cache(cache_path, config, training_set)
+    images, test_images = (open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set))
+    model = build_model(config.student.model, len(training_set.classes), config.data, config.seed).to(device)
+    run = runs.start_run(out, config, "student", device, resume)
+    training = config.student.training
+    targets = Targets(cache, device) if cache else None
+    task = Task(
+        model=model,
+        images=images,
+        sample_id=training_set.sample_id,
+        views=config.views,
+        rows=partial(samplers.instance_balanced, config.seed, sample_id=training_set.sample_id),
+        loss=method_loss(method, targets and targets.gather, config.cache.temperature, training_set.class_counts, device),
+        prepare=lambda epoch: None,
+        evaluate=partial(evaluate, images=test_images, class_counts=training_set.class_counts, precision=training.precision),
+        training=training,
+        seed=config.seed,
+    )
+    teacher = cache.identity.teacher if cache else None
+    train(task, run, training_set, method.name, teacher=teacher)
+    draw_run(run)
+
+
+def open_matching_cache(path: str | None, config: Experiment, training_set: datasets.Dataset) -> Cache:
+    """The complete cache at `path`. Raises CacheError with every difference if it is not for this experiment."""
+    if path is None:
+        raise UserError(f"method {config.student.method.name} learns from a cache; name one with --cache")
+    cache = open_cache(path)
+    refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
+    if missing := len(cache.missing()):
+        raise CacheError(f"{path} lacks {missing} blocks; finish it with dump-logits --resume")
+    return cache
+
+
+def method_loss(method, gather, temperature: float, class_counts, device: torch.device):
+    """The loss of a batch by `method`: logits [B, C], batch, epoch -> per-sample terms [B], of which "loss" is minimised.
+
+    `gather(rows, views)` gives the teacher's tempered probabilities [B, C].
+    """
+    if method.name == "ce":
+        return lambda logits, batch, epoch: {"loss": losses.cross_entropy(logits, batch.label)}
+    weights = None
+    if method.name == "bkd":
+        weights = losses.effective_number_weights(torch.as_tensor(class_counts), method.beta).float().to(device)
+
+    def loss(logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+        target = gather(batch.rows, batch.views)
+        if weights is not None and epoch >= method.reweight_from:
+            target = losses.balanced_probability(target, weights)
+        ce = losses.cross_entropy(logits, batch.label)
+        kd = losses.distillation(logits, target, temperature)
+        return {"loss": ce + method.alpha * kd, "ce": ce, "kd": kd}
+
+    return loss

@@ -1,0 +1,57 @@
+"""Is a cache what its teacher answers? Some views are computed again and compared."""
+
+import numpy as np
+import torch
+
+from cache import CacheError, open_cache, philox
+from pipeline import metrics, runs
+from pipeline.data import datasets
+from pipeline.data.images import open_images
+from pipeline.dump import load_teacher, tempered
+from pipeline.student import refuse_other
+
+
+def verify_cache(path: str, teacher_run: str, views: int, tolerance: float | None, overrides: tuple, device: torch.device) -> dict:
+    """Compares `views` views of the cache, chosen by its teacher's digest, with fresh answers of the teacher.
+
+    The error is the total variation between stored and fresh probabilities, a mean over samples. Returns mean and worst,
+    by shot group and by class, and whether the mean is within `tolerance` (default: what the encoding promises).
+    """
+    config = runs.open_run(teacher_run).config(overrides)
+    training_set, _ = datasets.load(config.data)
+    cache = open_cache(path)
+    teacher, identity = load_teacher(teacher_run, training_set)
+    refuse_other(cache, path, training_set, temperature=cache.temperature, views=cache.views, teacher=identity)
+    images = open_images(training_set, cache.views, device, config.data.workers)
+    dumped = sorted({*range(cache.views.count)} - {view for view, _ in cache.missing()})
+    if not dumped:
+        raise CacheError(f"{path} has no complete view to verify; finish it with dump-logits --resume")
+    order = philox.permutation(int(identity["digest"][:16], 16), philox.VIEW, np.array(dumped))
+    chosen = [dumped[index] for index in order[:views]]
+    settings = config.cache.model_copy(update={"temperature": cache.temperature})
+    rows = np.arange(len(training_set))
+    error = np.zeros((len(chosen), len(rows)))
+    teacher.to(device)
+    for index, view in enumerate(chosen):
+        fresh = tempered(teacher, images, rows, view, settings).cpu().numpy()
+        error[index] = 0.5 * np.abs(cache.plane(view).astype(np.float64) - fresh).sum(1)
+    by_sample = error.mean(0)
+    by_class = np.bincount(training_set.label, by_sample, len(cache.classes)) / training_set.class_counts
+    limit = tolerance if tolerance is not None else TOLERANCE[cache.encoding.name]
+    return {
+        "views": chosen,
+        "mean": float(error.mean()),
+        "worst": float(error.max()),
+        "tolerance": limit,
+        "passed": bool(error.mean() <= limit),
+        "shots": {
+            group: float(by_class[members].mean())
+            for group, members in metrics.shot_groups(training_set.class_counts).items()
+            if members.any()
+        },
+        "classes": dict(zip(cache.classes, by_class.tolist())),
+    }
+
+
+# A fresh forward pass on another device or with other batches rounds differently, more so in bfloat16.
+TOLERANCE = {"probability": 1e-2}
