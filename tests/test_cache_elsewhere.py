@@ -1,0 +1,164 @@
+"""A store opens in other readers of Zarr, and lives on object stores as well as in a folder."""
+
+import uuid
+
+import numpy as np
+import pytest
+from cache_store import CLASSES, answers, arguments, dump, fill, identity
+
+from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, resume_cache
+
+TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
+
+
+@pytest.fixture
+def two_blocks(monkeypatch):
+    monkeypatch.setattr(format, "_CHUNK_BYTES", 180 * 5 * 4)
+
+
+# other readers
+
+
+def test_xarray_opens_it_with_named_dimensions(tmp_path, two_blocks):
+    xarray = pytest.importorskip("xarray")
+    dump(tmp_path / "s", **TWO_VIEWS)
+    found = xarray.open_zarr(tmp_path / "s", consolidated=False)
+    assert dict(found.sizes) == {"view": 2, "sample": 360, "class": 5, "side": 2}
+    assert (found.probability.isel(view=1).to_numpy() == answers(1)).all()
+    assert (found.label.to_numpy() == arguments()["label"]).all()
+    assert found.attrs["identity"]["classes"] == list(CLASSES)
+
+
+@pytest.mark.parametrize("array, dtype", [("probability", "<f4"), ("sample_id", "<i8"), ("image_size", "<i8")])
+def test_tensorstore_opens_it(tmp_path, two_blocks, array, dtype):
+    tensorstore = pytest.importorskip("tensorstore")
+    dump(tmp_path / "s", **TWO_VIEWS)
+    where = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "s" / array)}}
+    found = tensorstore.open(where, read=True).result().read().result()
+    assert found.dtype == dtype
+    expected = np.stack([answers(0), answers(1)]) if array == "probability" else arguments()[array]
+    assert (found == expected).all()
+
+
+def test_zarrs_own_listing_knows_every_node(tmp_path, recwarn):
+    import zarr
+
+    dump(tmp_path / "s", **TWO_VIEWS)
+    members = dict(zarr.open_group(tmp_path / "s", mode="r").members())
+    assert sorted(members) == ["done", "image_size", "label", "probability", "sample_id"]
+    assert not [warning for warning in recwarn if "zarr" in str(warning.message).lower()]
+
+
+# object stores
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    server = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    running = server.ThreadedMotoServer(port=0)
+    running.start()
+    host, port = running.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        patch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("answers")
+    yield "s3://answers"
+    running.stop()
+    patch.undo()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def remote(bucket, kind):
+    return f"{bucket}/{uuid.uuid4().hex}" if kind == "s3" else f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.mark.parametrize("kind", ["s3", "memory"])
+def test_a_store_on_an_object_store_is_written_resumed_and_read(request, two_blocks, kind):
+    pytest.importorskip("fsspec")
+    url = remote(request.getfixturevalue("bucket") if kind == "s3" else None, kind)
+    with create_cache(url, **arguments(**TWO_VIEWS)) as writer:
+        fill(writer, [(0, 0), (1, 1)])
+    with pytest.raises(CacheError, match="is not empty; resume the dump"):
+        create_cache(url, **arguments(**TWO_VIEWS))
+    assert open_cache(url).missing() == [(0, 1), (1, 0)]
+    with resume_cache(url, **arguments(**TWO_VIEWS)) as writer:
+        assert writer.pending() == [(0, 1), (1, 0)]
+        fill(writer)
+    cache = open_cache(url)
+    assert cache.complete and cache.verify_checksums() == []
+    assert all((cache.plane(view) == answers(view)).all() for view in range(2))
+    assert len(cache.to_pandas(view=1)) == 360 and cache.nbytes > 2 * 360 * 5 * 4
+
+
+def test_the_bytes_on_an_object_store_are_those_in_a_folder(bucket, tmp_path, two_blocks):
+    import s3fs
+
+    url = remote(bucket, "s3")
+    dump(tmp_path / "s", **TWO_VIEWS), dump(url, **TWO_VIEWS)
+    fs = s3fs.S3FileSystem()
+    for key in "zarr.json", "done/store", "done/1.1", "probability/c.1.1.0":
+        assert fs.cat_file(f"{url}/{key}") == (tmp_path / "s" / key).read_bytes()
+
+
+def test_damage_on_an_object_store_is_found(bucket, two_blocks):
+    import s3fs
+
+    url = remote(bucket, "s3")
+    dump(url, **TWO_VIEWS)
+    fs = s3fs.S3FileSystem()
+    data = bytearray(fs.cat_file(f"{url}/probability/c.0.1.0"))
+    data[50] ^= 1
+    fs.pipe_file(f"{url}/probability/c.0.1.0", bytes(data))
+    with pytest.raises(CorruptCacheError, match="view 0, rows 180 to 359 is damaged"):
+        open_cache(url).plane(0)
+    fs.rm_file(f"{url}/probability/c.0.1.0")
+    with pytest.raises(CorruptCacheError, match="view 0, rows 180 to 359 is missing, though it was written"):
+        open_cache(url).plane(0)
+
+
+class Dropping:
+    """A filesystem whose connection drops at the operation numbered `at`, once or for good."""
+
+    def __init__(self, real, at, for_good):
+        self._real, self._at, self._for_good, self._count = real, at, for_good, 0
+
+    def __getattr__(self, name):
+        value = getattr(self._real, name)
+        if name not in ("pipe_file", "cat_file"):
+            return value
+
+        def operation(*positional, **options):
+            self._count += 1
+            if self._count == self._at or (self._for_good and self._count > self._at):
+                raise ConnectionResetError("the connection was dropped")
+            return value(*positional, **options)
+
+        return operation
+
+
+def test_a_dropped_connection_is_an_error_and_the_dump_resumes(two_blocks):
+    pytest.importorskip("fsspec")
+    url = remote(None, "memory")
+    writer = create_cache(url, **arguments(**TWO_VIEWS))
+    fill(writer, [(0, 0)])
+    real = writer._storage.fs
+    for at in 1, 2:  # the chunk's put, the marker's
+        writer._storage.fs = Dropping(real, at, for_good=True)
+        with pytest.raises(OSError, match="the connection was dropped"):
+            fill(writer, [(0, 1)])
+    cache = open_cache(url)
+    assert cache.missing() == [(0, 1), (1, 0), (1, 1)]
+    with resume_cache(url, **arguments(**TWO_VIEWS)) as writer:
+        fill(writer)
+    cache._storage.fs = Dropping(real, 2, for_good=True)
+    with pytest.raises(OSError, match="the connection was dropped"):
+        cache.plane(0)
+    cache._storage.fs = real
+    assert (cache.plane(0) == answers(0)).all()
