@@ -236,8 +236,12 @@ def _override(values: dict, override: str) -> None:
     if not equals or not key:
         raise UserError(f"-o {override}: an override is key=value, such as -o student.training.epochs=5")
     *parents, last = key.split(".")
+    default = Experiment
     for parent in parents:
-        if not isinstance(values.setdefault(parent, {}), dict):
+        default = _default(default, parent)
+        if parent not in values:  # what is overridden is the default
+            values[parent] = default.model_dump(mode="json") if isinstance(default, Section) else {}
+        if not isinstance(values[parent], dict):
             raise UserError(f"-o {override}: {parent!r} holds a value, not a section")
         # YAML anchors share one dictionary between sections: an override must reach only the one it names
         values[parent] = dict(values[parent])
@@ -246,6 +250,14 @@ def _override(values: dict, override: str) -> None:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"-o {override}: the value is not YAML; quote it")
+
+
+def _default(section, key: str):
+    """What the schema has at `key` of a section or a kind of section: a section, a kind of section, or None."""
+    field = getattr(section, "model_fields", {}).get(key) if isinstance(section, type) else type(section).model_fields.get(key)
+    if field is None or isinstance(field.default, Section):
+        return field and field.default
+    return field.annotation if isinstance(field.annotation, type) else None
 
 
 def _line(error: dict) -> str:

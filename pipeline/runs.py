@@ -31,7 +31,7 @@ from safetensors.torch import save
 from pipeline import UserError
 from pipeline.config import Experiment, dump_config, load_config
 
-PACKAGES = ("torch", "torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
+PACKAGES = ("torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
 
 
 class Run:
@@ -131,7 +131,7 @@ def open_run(folder: str | Path) -> Run:
 
 def environment(stage: str, device: torch.device) -> dict:
     """What a run ran on, for its record."""
-    versions = {}
+    versions = {"torch": torch.__version__}  # with its build, which the package's metadata leave out
     for package in PACKAGES:
         try:
             versions[package] = version(package)

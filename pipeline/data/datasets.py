@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cache import philox
 from pipeline import UserError, config
@@ -86,7 +86,7 @@ class Dataset:
             return Image.fromarray(image)
         try:
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            if draft:  # a JPEG's full decode is not needed to see that it is whole
+            if draft:  # a JPEG need not be decoded at full size to see that it is whole
                 image.draft("RGB", (1, 1))
             return ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -97,13 +97,13 @@ class Dataset:
         if isinstance(image, np.ndarray):
             return image.shape[:2]
         try:
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
-                width, height = header.size
-                upright = header.getexif().get(0x0112, 1) < 5  # orientations 5 to 8 swap the sides
             self._open(row, draft=True)
-            return (height, width) if upright else (width, height)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return error if isinstance(error, UserError) else UserError(f"{self.describe(row)} is no image: {error}")
+        except UserError as error:
+            return error
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
+            width, height = header.size
+            upright = header.getexif().get(ExifTags.Base.Orientation, 1) < 5  # 5 to 8 swap the sides
+        return (height, width) if upright else (width, height)
 
 
 def load(section: config.Data) -> tuple[Dataset, Dataset]:

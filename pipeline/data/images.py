@@ -97,6 +97,8 @@ class DecodedImages:
             pin_memory=self.device.type == "cuda",
         )
         for chosen, images in zip(slices, loader):
+            if isinstance(images, UserError):
+                raise images
             chosen = torch.from_numpy(rows[chosen]), None if views is None else torch.as_tensor(views[chosen])
             label = self.label[chosen[0]].to(self.device, non_blocking=True)
             row, view = (None if index is None else index.to(self.device, non_blocking=True) for index in chosen)
@@ -111,21 +113,24 @@ class _Crops(torch.utils.data.Dataset):
         self.dataset, self.size, self.rows, self.numbers = source.dataset, source.views.size, rows, views
         if views is not None:
             boxes = source.views.boxes(source.dataset.sample_id[rows], views, source.image_size[rows])
-        else:  # the shorter side to 8/7 of the crop, then its centre, in one resampling
+        else:  # the centre, 7/8 of the shorter side: 224 of 256
             height, width = source.image_size[rows].T
-            side = np.minimum(height, width) * 7 / 8
-            boxes = (height - side) / 2, (width - side) / 2, side, side, np.zeros(len(rows), np.int64)
+            side = np.minimum(height, width) * 7 // 8
+            boxes = (height - side) // 2, (width - side) // 2, side, side, np.zeros(len(rows), np.int64)
         self.boxes = np.stack(boxes, axis=1)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, chosen: slice) -> torch.Tensor:
+    def __getitem__(self, chosen: slice) -> torch.Tensor | UserError:
         crops, last, image = [], None, None
         for row, (top, left, height, width, flip) in zip(self.rows[chosen], self.boxes[chosen]):
             if row != last:
-                last, image = row, self.dataset.decode(row)
-            box = (left, top, left + width, top + height)
-            crop = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
+                try:
+                    last, image = row, self.dataset.decode(row)
+                except UserError as error:  # raised, it would come out of the worker wrapped in its traceback
+                    return error
+            crop = image.crop((left, top, left + width, top + height))
+            crop = crop.resize((self.size, self.size), Image.Resampling.BILINEAR)
             crops.append(np.asarray(crop)[:, :: -1 if flip else 1])
         return torch.from_numpy(np.stack(crops))

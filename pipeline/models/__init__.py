@@ -1,5 +1,6 @@
 """Networks: uint8 images in, logits out, normalisation inside, so that a checkpoint is whole."""
 
+import difflib
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
 
     known = models.list_models(module=models)
     if section.architecture not in known:
-        raise UserError(f"torchvision has no classifier {section.architecture!r}; known are {', '.join(known)}")
+        near = difflib.get_close_matches(section.architecture, known, 3) or ["resnet50"]
+        raise UserError(f"torchvision has no classifier {section.architecture!r}; did you mean {' or '.join(map(repr, near))}?")
     network = models.get_model(section.architecture, weights=None, num_classes=classes)
     if section.weights is None:
         return network

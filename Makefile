@@ -1,0 +1,31 @@
+# make demo   sets up .venv and runs all three stages on handwritten digits
+# make test   sets up .venv and runs the tests
+
+PYTHON ?= python3
+RUNS ?= runs/digits
+RUN := .venv/bin/python cli.py
+DIGITS := --config configs/digits.yaml --resume
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	$(RUN) train-teacher $(DIGITS) --out $(RUNS)/teacher
+	$(RUN) dump-logits $(DIGITS) --teacher $(RUNS)/teacher --out $(RUNS)/cache.zarr
+	$(RUN) train-student $(DIGITS) --cache $(RUNS)/cache.zarr --out $(RUNS)/kd -o student.method.name=kd
+	$(RUN) train-student $(DIGITS) --cache $(RUNS)/cache.zarr --out $(RUNS)/bkd
+	$(RUN) report $(RUNS)/teacher $(RUNS)/kd $(RUNS)/bkd --out $(RUNS)/report
+	@echo "Pictures and tables: $(RUNS)/report; runs: $(RUNS)/teacher, kd, bkd; cache: $(RUNS)/cache.zarr"
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+# A Debian without python3-venv makes environments only after it is installed, which root can do.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; \
+	  [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -q -y python3-venv && $(PYTHON) -m venv .venv; } || \
+	  { echo "cannot make a virtual environment; run: sudo apt-get install python3-venv"; exit 2; }
+	.venv/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs/digits

@@ -1,0 +1,38 @@
+import os
+
+# Before torch is imported: runs of the suite do not fight over cores, and their bits do not depend on how many there are.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` are skipped, and the summary says so, where there is no such device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
+
+
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory):
+    """The folder of a tiny teacher's complete run."""
+    from pipeline.teacher import train_teacher
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny") / "teacher"
+    train_teacher(tiny.experiment(), str(folder), tiny.CPU)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory, teacher_run):
+    """The tiny teacher's cache, with float32 probabilities."""
+    from pipeline.dump import dump_logits
+    import tiny
+
+    path = tmp_path_factory.mktemp("tiny") / "cache.zarr"
+    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), str(teacher_run), str(path), tiny.CPU)
+    return path

@@ -1,0 +1,53 @@
+"""Acceptance on CIFAR-100-LT: runs where OFFLINE_BKD_DATA names a folder with cifar100-lt/ in it, in a size for CPUs."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+
+from cache import open_cache
+from pipeline import config, runs
+from pipeline.data import datasets
+from pipeline.dump import dump_logits
+from pipeline.student import train_student
+from pipeline.teacher import train_teacher
+
+CONFIG = Path(__file__).parent.parent / "configs" / "cifar100-lt-quick.yaml"
+pytestmark = pytest.mark.skipif(
+    not (Path(os.environ.get("OFFLINE_BKD_DATA", "/nonexistent")) / "cifar100-lt").is_dir(),
+    reason="OFFLINE_BKD_DATA names no folder with cifar100-lt/",
+)
+SMALL = (
+    "teacher.model.depth=8",
+    "student.model.depth=8",
+    "teacher.training.epochs=3",
+    "student.training.epochs=3",
+    "views={name: crop_flip, pad: 1, flip: true}",
+)
+
+
+def test_the_sets_are_the_published_ones():
+    experiment = config.load_config(CONFIG)
+    for ratio, total in ((100, 10_847), (50, 12_608), (None, 19_573)):
+        data = experiment.data.model_copy(update={"imbalance_ratio": ratio})
+        train, test = datasets.load(data)
+        assert len(train) == total and test.class_counts.tolist() == [100] * 100
+    assert train.classes[:2] == ("apple", "aquarium_fish") and train.image_size[0].tolist() == [32, 32]
+
+
+def test_a_bkd_student_learns_the_tail_that_a_kd_student_does_not(tmp_path):
+    experiment = config.load_config(CONFIG, SMALL)
+    train_teacher(experiment, str(tmp_path / "teacher"), tiny.CPU)
+    dump_logits(experiment, str(tmp_path / "teacher"), str(tmp_path / "cache.zarr"), tiny.CPU)
+    few = {}
+    for method in ("kd", "bkd"):
+        student = config.load_config(CONFIG, (*SMALL, f"student.method.name={method}"))
+        train_student(student, str(tmp_path / "cache.zarr"), str(tmp_path / method), tiny.CPU)
+        few[method] = runs.open_run(tmp_path / method).summary()["last"]
+    assert few["bkd"]["few"] > few["kd"]["few"] + 2
+    assert few["bkd"]["top1"] > 8, "chance is 1"
+    table = open_cache(tmp_path / "cache.zarr").to_pandas(view=3)
+    assert len(table) == 10_847 and table.groupby("shot", observed=True).label.nunique().to_dict() == {
+        "many": 35, "medium": 35, "few": 30,
+    }  # fmt: skip

@@ -1,0 +1,159 @@
+"""The commands as a person uses them: what they print, what they refuse, how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("train-teacher", "dump-logits", "train-student", "evaluate", "inspect", "verify", "report")
+
+
+def run(*arguments, **named) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **named)
+
+
+def refused(*arguments, code=2) -> str:
+    """The one line of an error."""
+    result = run(*arguments)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_the_three_commands_make_a_student(tmp_path):
+    teacher, cache, student = tmp_path / "teacher", tmp_path / "cache.zarr", tmp_path / "student"
+    for arguments in (
+        ["train-teacher", *tiny.options(), "--out", teacher],
+        ["dump-logits", *tiny.options(), "--teacher", teacher, "--out", cache],
+        ["train-student", *tiny.options(), "--cache", cache, "--out", student],
+    ):
+        result = run(*arguments)
+        assert result.returncode == 0, result.stderr
+    files = {path.name for path in student.iterdir()}
+    assert files == {
+        "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "summary.json", "last.safetensors",
+        "best.safetensors", "curves.png", "accuracy_by_class.png",
+    }  # fmt: skip
+    scores = json.loads(run("evaluate", student, "--json", "--device", "cpu").stdout)
+    summary = json.loads((student / "summary.json").read_text())
+    assert scores == {key: value for key, value in summary["last"].items() if key != "epoch"}
+    best = json.loads(run("evaluate", student, "--json", "--device", "cpu", "--checkpoint", "best").stdout)
+    assert best["top1"] == summary["best"]["top1"]
+    result = run("report", teacher, student, "--out", tmp_path / "report")
+    assert "BKD student" in result.stdout and f"{summary['last']['top1']:.2f}" in result.stdout
+    written = {path.name for path in (tmp_path / "report").iterdir()}
+    assert written == {"table.md", "table.csv", "curves.png", "accuracy_by_class.png"}
+    assert f"{summary['last']['few']:.2f}" in (tmp_path / "report" / "table.md").read_text()
+    complete = run("train-student", *tiny.options(), "--cache", cache, "--out", student, "--resume")
+    assert complete.returncode == 0 and "is complete" in complete.stdout
+
+
+def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run):
+    shown = run("inspect", cache)
+    assert shown.returncode == 0 and "digits" in shown.stdout and "bytes" in shown.stdout
+    assert json.loads(run("inspect", cache, "--json").stdout)["complete"] is True
+    assert "passed" in run("verify", cache, "--teacher", teacher_run, "--device", "cpu").stdout
+    assert run("verify", cache, "--checksums").returncode == 0
+    assert "name the teacher's run with --teacher" in refused("verify", cache)
+    assert run("verify", cache, "--teacher", teacher_run, "--device", "cpu", "--tolerance", "-1").returncode == 1
+
+
+def test_damage_ends_with_1_and_names_the_rows(tmp_path, cache):
+    import shutil
+
+    shutil.copytree(cache, tmp_path / "cache.zarr")
+    chunk = max((path for path in (tmp_path / "cache.zarr" / "probability").iterdir()), key=lambda path: path.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 4
+    chunk.write_bytes(data)
+    found = run("verify", tmp_path / "cache.zarr", "--checksums")
+    assert found.returncode == 1 and "probability" in found.stdout and "rows 0 to 463" in found.stdout
+    error = refused("train-student", *tiny.options(), "--cache", tmp_path / "cache.zarr", "--out", tmp_path / "run", code=1)
+    assert "probability" in error and "rows 0 to 463" in error
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "dump-logits", "train-student"])
+def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, command):
+    extra = {"dump-logits": ["--teacher", "nowhere"], "train-student": ["--cache", "nowhere"]}.get(command, [])
+    result = run(command, *tiny.options(), *extra, "--out", tmp_path / "out", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    for fact in ("training samples (N)", "464", "classes (C)", "views", "parameters", "store", "MB", "time", "epochs: 2"):
+        assert fact in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_an_example(command):
+    result = run(command, "--help")
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    assert result.returncode == 0 and lines[1].startswith(f"Example: python cli.py {command}")
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_path, teacher_run):
+    before = {path.name: path.read_bytes() for path in teacher_run.iterdir()}
+    error = refused("train-teacher", *tiny.options(), "--out", teacher_run)
+    assert "is not empty; add --resume" in error and "another folder" in error
+    changed = ["train-teacher", *tiny.options("teacher.training.batch_size=32"), "--out", teacher_run, "--resume"]
+    assert "teacher.training.batch_size was 64 and is now 32" in refused(*changed)
+    other_stage = ["train-student", *tiny.options("student.method={name: ce}"), "--out", teacher_run, "--resume"]
+    assert "holds a teacher's run, not a student's" in refused(*other_stage)
+    (tmp_path / "mine.txt").write_text("precious")
+    assert "holds no run to resume" in refused("train-teacher", *tiny.options(), "--out", tmp_path, "--resume")
+    assert "is a file" in refused("train-teacher", *tiny.options(), "--out", tmp_path / "mine.txt")
+    assert {path.name: path.read_bytes() for path in teacher_run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian-teacher"], "there is no command 'trian-teacher'; did you mean 'train-teacher'?"),
+        (["train-teacher", "--out", "x"], "Missing option '--config'"),
+        (["train-teacher", "--config", "nowhere.yaml", "--out", "x"], "cannot read the configuration nowhere.yaml"),
+        (["train-teacher", *tiny.options("views.padd=1"), "--out", "x"], "views.padd: unknown key; did you mean 'pad'?"),
+        (["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x"], "nowhere is not a run's folder"),
+        (["train-student", *tiny.options(), "--out", "x"], "method bkd learns from a cache; name one with --cache"),
+        (["evaluate", "nowhere"], "nowhere is not a run's folder"),
+        (["inspect", "nowhere.zarr"], "nowhere.zarr"),
+        (["train-teacher", *tiny.options(), "--device", "cuda", "--out", "x"], "torch finds no CUDA device"),
+    ],
+)
+def test_what_a_user_gets_wrong_ends_with_2_and_one_line(arguments, message, tmp_path):
+    result = run(*arguments, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    result = run("evaluate", tmp_path, "--debug")
+    assert result.returncode == 2 and "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, sent):
+    options = tiny.options("teacher.training.epochs=500")
+    command = [sys.executable, str(ROOT / "cli.py"), "train-teacher", *options, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("epoch 2/"):
+        assert process.poll() is None
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
+
+
+def test_help_starts_fast_because_torch_is_not_imported():
+    code = "import sys, cli; assert not {'torch', 'pandas', 'pyarrow', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run("--help")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.4

@@ -1,0 +1,76 @@
+"""A configuration is checked as a whole, before anything runs, and every error says what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import UserError
+from pipeline.config import dump_config, load_config
+import tiny
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_opens_with_its_command(path):
+    load_config(path)
+    assert f"--config configs/{path.name}" in "".join(path.read_text().splitlines()[:3])
+
+
+def test_a_resolved_configuration_reads_back_equal(tmp_path):
+    config = tiny.experiment("student.method={name: bkd, reweight_from: 160}")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.method.alpa=1", r"student\.method\.alpa: unknown key; did you mean 'alpha'\?"),
+        ("student.trainin.epochs=2", r"student\.trainin: unknown key; did you mean 'training'\?"),
+        ("views.padd=2", r"views\.padd: unknown key; did you mean 'pad'\?"),
+        ("cache.encoding.dtyp=float32", r"cache\.encoding\.dtyp: unknown key; did you mean 'dtype'\?"),
+        ("flavour=1", r"flavour: unknown key; known are name, seed, data"),
+        ("student.method.name=bdk", r"student\.method\.name: 'bdk' is not known; did you mean 'bkd'\?"),
+        ("student.method={alpha: 2}", r"student\.method\.name: missing; one of"),
+        ("student.training.epochs=many", r"student\.training\.epochs: .*integer.*; found 'many'"),
+        ("student.training.epochs=0", r"student\.training\.epochs: .*greater than 0; found 0"),
+        ("data.imbalance_ratio=0.5", r"data\.imbalance_ratio: .*; found 0\.5"),
+        ("teacher.model.depth=21", r"teacher\.model: depth is 6n \+ 2 .*; found 21"),
+        ("views.pad=-1", r"views: pad is in pixels, from 0 to 64; found -1"),
+        ("views={name: random_resized_crop, size: 4, count: 0}", r"views: size .* and count .* found 4, 0"),
+        ("views={name: random_resized_crop, size: 4, count: 2, scale: [0, 1]}", r"scale is a range"),
+        ("views={name: random_resized_crop, size: 4, count: 2, ratio: [2, 1]}", r"ratio is a range"),
+        ("views={name: random_resized_crop, size: 4, count: 2, seed: -1}", r"seed is in \[0, 2\^64\); found -1"),
+        ("data={name: parquet}", r"data\.train: missing; it must be given"),
+        ("epochs", r"an override is key=value"),
+        ("name.first=1", r"'name' holds a value, not a section"),
+        ("name=[1", r"the value is not YAML; quote it"),
+    ],
+)
+def test_an_error_names_the_place_what_was_found_and_the_nearest_right_name(override, message):
+    with pytest.raises(UserError, match=message):
+        tiny.experiment(override)
+
+
+def test_all_errors_are_reported_at_once():
+    with pytest.raises(UserError) as caught:
+        tiny.experiment("views.padd=2", "student.training.epochs=0", "seed=-1")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_an_override_reaches_only_the_section_it_names_though_the_file_shares_it():
+    config = tiny.experiment("student.training.epochs=7")
+    assert (config.teacher.training.epochs, config.student.training.epochs) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not YAML"), ("- 1", "holds no mapping"), (None, "cannot read the configuration")]
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(path)

@@ -1,0 +1,177 @@
+"""The training loop: the published schedule, the same bits after an interruption, a stop where the loss diverges."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from pipeline import engine, runs
+from pipeline.config import Cosine, OneCycle, Training
+from pipeline.samplers import instance_balanced
+from pipeline.student import train_student
+from pipeline.teacher import train_teacher
+
+ROOT = Path(__file__).parent.parent
+
+
+def rates(training: Training, steps_per_epoch: int) -> list[float]:
+    total = training.epochs * steps_per_epoch
+    return [engine.learning_rate(training, step, steps_per_epoch) for step in range(total)]
+
+
+def test_the_step_schedule_is_the_papers():
+    by_epoch = rates(Training(), 3)[::3]
+    np.testing.assert_allclose(by_epoch[:6], [0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+    np.testing.assert_allclose(by_epoch[159:161], [0.1, 0.001])
+    np.testing.assert_allclose(by_epoch[179:181], [0.001, 0.00001])
+
+
+def test_the_cosine_schedule_is_torchs():
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 40)
+    expected = []
+    for _ in range(40):
+        expected.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        oracle.step()
+    np.testing.assert_allclose(rates(Training(epochs=10, learning_rate=0.2, schedule=Cosine(name="cosine")), 4), expected)
+
+
+def test_the_one_cycle_schedule_rises_and_falls_in_straight_lines():
+    found = rates(Training(epochs=4, schedule=OneCycle(name="one_cycle", warmup=0.25)), 10)
+    assert max(found) == pytest.approx(0.1) and np.argmax(found) == 10
+    assert np.allclose(np.diff(found[:11]), found[0]) and np.allclose(np.diff(found[10:]), -found[-1])
+
+
+def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own():
+    ids = np.arange(100) * 3
+    orders = [instance_balanced(7, epoch, ids) for epoch in range(3)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert not np.array_equal(orders[0], orders[1])
+    np.testing.assert_array_equal(instance_balanced(7, 1, ids), orders[1])
+    assert not np.array_equal(instance_balanced(8, 1, ids), orders[1])
+
+
+def tensors(folder, name="last"):
+    return runs.Run(Path(folder)).load_tensors(name)[0]
+
+
+def equal_runs(first, second) -> bool:
+    same = [torch.equal(value, tensors(second)[name]) for name, value in tensors(first).items()]
+    strip = [[{k: v for k, v in r.items() if "second" not in k} for r in runs.Run(Path(f)).metrics()] for f in (first, second)]
+    return all(same) and strip[0] == strip[1]
+
+
+def test_the_same_configuration_gives_the_same_bits_and_another_seed_others(tmp_path, teacher_run):
+    train_teacher(tiny.experiment(), str(tmp_path / "again"), tiny.CPU)
+    train_teacher(tiny.experiment(seed=1), str(tmp_path / "other"), tiny.CPU)
+    assert equal_runs(teacher_run, tmp_path / "again")
+    assert not equal_runs(teacher_run, tmp_path / "other")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("file", ["best.safetensors", "last.safetensors", "state.safetensors", "summary.json"])
+def test_interrupted_and_resumed_is_uninterrupted_wherever_it_stopped(tmp_path, cache, file, monkeypatch):
+    config = tiny.experiment("student.training.epochs=4")
+    train_student(config, str(cache), str(tmp_path / "whole"), tiny.CPU)
+    writes = {"best.safetensors": 2, "summary.json": 1}.get(file, 3)
+    written, write = [], runs.write_whole
+
+    def stop_before(path, data):
+        written.append(path.name)
+        if written.count(file) == writes:
+            raise Stop
+        write(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(runs, "write_whole", stop_before)
+        train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU)
+    train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU, resume=True)
+    assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert runs.Run(tmp_path / "whole").summary()["best"] == runs.Run(tmp_path / "cut").summary()["best"]
+    assert not (tmp_path / "cut" / "state.safetensors").exists()
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    options = tiny.options("teacher.training.epochs=12")
+    command = [sys.executable, str(ROOT / "cli.py"), "train-teacher", *options, "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    for attempt in range(3):
+        process = subprocess.Popen([*command, str(tmp_path / "cut"), "--resume"], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith(f"epoch {3 * attempt + 2}/"):
+                break
+        time.sleep(0.013 * attempt)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, capture_output=True)
+    assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny.experiment("teacher.training.learning_rate=1e30", "teacher.training.schedule={name: constant}")
+    with pytest.raises(engine.NotFinite, match=r"epoch 1, step \d+, learning rate 1e\+30; .* samples \[\d+, "):
+        train_teacher(config, str(tmp_path / "run"), tiny.CPU)
+    assert not (tmp_path / "run" / "last.safetensors").exists()
+
+
+def test_the_step_that_diverged_is_the_one_named(tmp_path, monkeypatch):
+    from pipeline import losses, teacher
+
+    calls = []
+
+    def poisoned(logits, label):
+        calls.append(len(label))
+        return losses.cross_entropy(logits, label) * (float("nan") if len(calls) == 11 else 1)
+
+    monkeypatch.setattr(teacher, "cross_entropy", poisoned)
+    with pytest.raises(engine.NotFinite, match=r"epoch 2, step 10, .*the checkpoint of epoch 1 is kept"):
+        train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU)  # 8 steps an epoch
+    state, metadata = runs.Run(tmp_path / "run").load_tensors("last")
+    assert metadata["epoch"] == 1 and all(value.isfinite().all() for value in state.values())
+
+
+def test_a_run_keeps_the_last_and_the_best_epoch_and_names_them_so(tmp_path):
+    train_teacher(tiny.experiment("teacher.training.epochs=4"), str(tmp_path / "run"), tiny.CPU)
+    run = runs.open_run(tmp_path / "run")
+    summary, records = run.summary(), run.metrics()
+    accuracies = [record["test"]["top1"] for record in records]
+    assert summary["last"]["epoch"] == 4 and summary["last"]["top1"] == accuracies[-1]
+    assert summary["best"]["top1"] == max(accuracies)
+    assert summary["best"]["epoch"] == 1 + accuracies.index(max(accuracies))
+    assert run.load_tensors("best")[1]["epoch"] == summary["best"]["epoch"]
+    assert len(summary["last"]["per_class"]) == 10
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__ and "cpu" in environment["device"]
+    assert {"config.yaml", "log.txt", "curves.png", "accuracy_by_class.png"} <= {p.name for p in run.folder.iterdir()}
+
+
+def test_evaluations_may_be_fewer_but_the_last_epoch_has_one(tmp_path):
+    config = tiny.experiment("teacher.training.epochs=5", "teacher.training.evaluate_every=2")
+    train_teacher(config, str(tmp_path / "run"), tiny.CPU)
+    assert [record["epoch"] for record in runs.Run(tmp_path / "run").metrics() if "test" in record] == [2, 4, 5]
+
+
+def test_a_bfloat16_forward_learns_what_float32_does(tmp_path, teacher_run):
+    train_teacher(tiny.experiment("teacher.training.precision=bfloat16"), str(tmp_path / "bf16"), tiny.CPU)
+    exact, rounded = (runs.Run(Path(folder)).metrics() for folder in (teacher_run, tmp_path / "bf16"))
+    np.testing.assert_allclose([r["loss"] for r in rounded], [r["loss"] for r in exact], rtol=0.05)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in tensors(tmp_path / "bf16").values())
+
+
+@pytest.mark.cuda
+def test_training_on_a_cuda_device_follows_the_cpu(tmp_path, teacher_run):
+    train_teacher(tiny.experiment(), str(tmp_path / "cuda"), torch.device("cuda"))
+    cpu, cuda = (runs.Run(Path(folder)).metrics() for folder in (teacher_run, tmp_path / "cuda"))
+    assert cuda[0]["loss"] == pytest.approx(cpu[0]["loss"], rel=0.02)

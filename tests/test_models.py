@@ -1,0 +1,101 @@
+"""Networks: the published sizes, the published shortcuts, initial weights from the seed, normalisation inside."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline import UserError, config
+from pipeline.models import build_model
+
+DATA = config.Digits(name="digits", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+
+
+def build(depth=8, width=16, classes=10, seed=0):
+    return build_model(config.CifarResNet(name="cifar_resnet", depth=depth, width=width), classes, DATA, seed)
+
+
+# He et al. (2016), table 6, in millions
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_parameters_are_as_many_as_published(depth, millions):
+    network = build(depth)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.05 if depth == 110 else 0.006)
+    layers = [m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert len(layers) == depth, "every layer with weights counts, and shortcuts have none"
+
+
+def test_features_are_64_numbers_and_logits_one_a_class():
+    network = build(classes=7)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert network(images).shape == (2, 7) and network(images).dtype == torch.float32
+    assert network.network.features(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+
+
+def test_initial_weights_follow_from_the_seed_alone():
+    state = build(seed=3).state_dict()
+    torch.manual_seed(99)
+    torch.rand(5)
+    before = torch.random.get_rng_state()
+    again, other = build(seed=3).state_dict(), build(seed=4).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before), "building a model leaves the global generator alone"
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert not torch.equal(state["network.conv1.weight"], other["network.conv1.weight"])
+
+
+def test_weights_are_kaiming_normal():
+    weight = build(depth=56).network.blocks[-1].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+
+
+def test_normalisation_is_part_of_the_model():
+    network = build().eval()
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    mean, std = torch.tensor(DATA.mean).view(1, 3, 1, 1), torch.tensor(DATA.std).view(1, 3, 1, 1)
+    expected = network.network((images / 255 - mean) / std)
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
+    assert {"mean", "std"} <= set(network.state_dict())
+
+
+def torchvision_model(**values):
+    section = config.TorchvisionModel(name="torchvision", architecture="resnet18", **values)
+    return build_model(section, 5, DATA, 0)
+
+
+def test_torchvisions_classifiers_are_built_by_name_and_take_weights_of_another_width(tmp_path):
+    from torchvision.models import resnet18
+
+    source = resnet18(num_classes=9)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    for name in ("weights.safetensors", "weights.pth"):
+        network = torchvision_model(weights=str(tmp_path / name))
+        assert torch.equal(network.network.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+        assert network.eval()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 5)
+
+
+def test_an_unknown_architecture_and_weights_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match="torchvision has no classifier 'resnet19'; did you mean 'resnet1"):
+        build_model(config.TorchvisionModel(name="torchvision", architecture="resnet19"), 5, DATA, 0)
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="do not fit resnet18: conv1.weight"):
+        torchvision_model(weights=str(tmp_path / "weights.safetensors"))
+    with pytest.raises(UserError, match="cannot load weights .*nothing.pth"):
+        torchvision_model(weights=str(tmp_path / "nothing.pth"))
+
+
+def test_weights_that_are_code_are_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"conv1.weight": Trap()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="cannot load weights"):
+        torchvision_model(weights=str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.cuda
+def test_a_forward_pass_on_a_cuda_device_is_the_cpus_within_rounding():
+    network = build().eval()
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    expected = network(images)
+    torch.testing.assert_close(network.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)

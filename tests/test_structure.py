@@ -1,0 +1,62 @@
+"""Imports point one way: cli, then the recipes, then what they are made of, then the cache."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# from the bottom up; a module may import from lower layers and its own
+LAYERS = [
+    {"cache"},
+    {"pipeline"},
+    {"pipeline.config", "pipeline.losses", "pipeline.metrics", "pipeline.samplers", "pipeline.progress", "pipeline.show"},
+    {"pipeline.data.datasets", "pipeline.models.cifar_resnet", "pipeline.runs", "pipeline.targets"},
+    {"pipeline.data.images", "pipeline.models", "pipeline.report"},
+    {"pipeline.engine", "pipeline.evaluate"},
+    {"pipeline.dump"},
+    {"pipeline.teacher", "pipeline.student", "pipeline.plan"},
+    {"pipeline.verify"},
+    {"cli"},
+]
+FILES = sorted(path for path in (*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("cache/*.py"), ROOT / "cli.py"))
+
+
+def name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> set[str]:
+    modules = {name(other) for other in FILES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {module for module in inner if module in modules} or {node.module}
+    return found
+
+
+def layer(module: str) -> int | None:
+    module = "cache" if module.startswith("cache.") else module
+    return next((number for number, members in enumerate(LAYERS) if module in members), None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_downwards(path):
+    own = layer(name(path))
+    for module in imported(path):
+        assert (layer(module) or 0) <= (own if own is not None else 0), f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "cache"], ids=name)
+def test_the_cache_knows_neither_torch_nor_the_pipeline(path):
+    assert not {module.split(".")[0] for module in imported(path)} & {"torch", "torchvision", "pipeline", "cli"}
+
+
+def test_every_module_has_its_layer():
+    known = {member for members in LAYERS for member in members}
+    missing = {name(path) for path in FILES if not name(path).startswith("cache")} - known
+    assert missing == {"pipeline.data"}, "which holds a docstring alone"

@@ -1,0 +1,218 @@
+"""The walk from images to a student, and that cached training is training with a live teacher."""
+
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from cache import CacheError, open_cache
+from pipeline import UserError, runs
+from pipeline.data import datasets
+from pipeline.data.images import open_images
+from pipeline.dump import dump_logits, load_teacher
+from pipeline.models import build_model
+from pipeline.samplers import instance_balanced
+from pipeline.student import method_loss, open_matching_cache, train_student
+from pipeline.targets import Targets
+from pipeline.verify import verify_cache
+
+STEPS = 56
+
+
+def losses_of(config, gather, beside=None) -> np.ndarray:
+    """The first losses of a student that learns from `gather(rows, views)`.
+
+    With `beside`, another `gather`, [STEPS, 2]: the losses to its targets, of the same weights, are the second column.
+    """
+    train, _ = datasets.load(config.data)
+    images = open_images(train, config.views, tiny.CPU, 0)
+    model = build_model(config.student.model, 10, config.data, config.seed)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    loss, other = (method_loss(config.student.method, g, 2.0, train.class_counts, tiny.CPU) for g in (gather, beside or gather))
+    found, epoch = [], 0
+    while len(found) < STEPS:
+        rows = instance_balanced(config.seed, epoch, train.sample_id)
+        for batch in images.batches(rows, config.views.draw(config.seed, epoch, train.sample_id[rows]), 64):
+            logits = model(batch.images)
+            value = loss(logits, batch, epoch)["loss"].mean()
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            found.append([value.item(), other(logits, batch, epoch)["loss"].mean().item()])
+        epoch += 1
+    found = np.array(found[:STEPS])
+    return found if beside else found[:, 0]
+
+
+def live_teacher(config, teacher_run):
+    """Asks the teacher itself for the same crop that the student sees: what the cache replaces."""
+    train, _ = datasets.load(config.data)
+    teacher, _ = load_teacher(str(teacher_run), train)
+    images = open_images(train, config.views, tiny.CPU, 0)
+
+    def gather(rows, views):
+        with torch.no_grad():
+            return torch.softmax(teacher(images.crop(rows, views)) / 2.0, dim=1)
+
+    return gather
+
+
+def cached(path, config):
+    targets = Targets(open_cache(path), tiny.CPU, lambda epoch: np.arange(config.views.count))
+    targets.prepare(0)
+    return targets.gather
+
+
+@pytest.mark.parametrize("method", ["{name: kd}", "{name: bkd}", "{name: bkd, reweight_from: 3}"])
+def test_cached_training_is_training_with_a_live_teacher(method, teacher_run, cache):
+    config = tiny.experiment(f"student.method={method}")
+    online = losses_of(config, live_teacher(config, teacher_run))
+    np.testing.assert_array_equal(losses_of(config, cached(cache, config)), online)
+    assert online[-8:].mean() < online[:8].mean(), "and it learns"
+
+
+def test_half_precision_targets_change_losses_by_no_more_than_their_rounding(tmp_path, teacher_run):
+    config = tiny.experiment()
+    dump_logits(config, str(teacher_run), str(tmp_path / "half.zarr"), tiny.CPU)
+    exact, rounded = losses_of(config, live_teacher(config, teacher_run), cached(tmp_path / "half.zarr", config)).T
+    error = np.abs(exact - rounded)
+    assert 0 < error.max() < 2 * 2**-11 * exact.max(), "eleven bits of each probability"
+
+
+def test_the_student_needs_no_teacher(tmp_path, teacher_run, cache):
+    config = tiny.experiment()
+    shutil.copytree(teacher_run, tmp_path / "teacher")
+    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), str(tmp_path / "teacher"), str(tmp_path / "c.zarr"), tiny.CPU)
+    train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "before"), tiny.CPU)
+    shutil.rmtree(tmp_path / "teacher")
+    train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "after"), tiny.CPU)
+    before, after = (runs.open_run(tmp_path / name).summary() for name in ("before", "after"))
+    assert before["digest"] == after["digest"] and before["last"] == after["last"]
+    assert before["teacher"]["test"] == runs.open_run(teacher_run).summary()["last"], "its accuracy came along in the cache"
+
+
+def test_ce_needs_no_cache_and_the_others_do(tmp_path):
+    train_student(tiny.experiment("student.method={name: ce}"), None, str(tmp_path / "ce"), tiny.CPU)
+    assert runs.open_run(tmp_path / "ce").summary()["method"] == "ce"
+    with pytest.raises(UserError, match="method bkd learns from a cache; name one with --cache"):
+        train_student(tiny.experiment(), None, str(tmp_path / "bkd"), tiny.CPU)
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("data.seed=1", r"dataset\.samples: the store has .*, the run has"),
+        ("data.imbalance_ratio=10", r"dataset\.labels"),
+        ("views.pad=2", r"views\.pad: the store has 1, the run has 2"),
+        ("views.flip=true", r"views\.flip: the store has False, the run has True"),
+        ("cache.temperature=4", r"temperature: the store has 2\.0, the run has 4\.0"),
+    ],
+)
+def test_a_cache_for_something_else_is_refused_before_anything_is_written(override, difference, tmp_path, cache):
+    with pytest.raises(CacheError, match=f"is not for this run: .*{difference}"):
+        train_student(tiny.experiment(override), str(cache), str(tmp_path / "run"), tiny.CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_with_another_class_order_is_refused(cache):
+    from dataclasses import replace
+
+    config = tiny.experiment()
+    train, _ = datasets.load(config.data)
+    swapped = replace(train, classes=("1", "0", *train.classes[2:]))
+    with pytest.raises(CacheError, match="classes: class 0 is '0' in the store and '1' in the run"):
+        open_matching_cache(str(cache), config, swapped)
+
+
+def test_an_incomplete_cache_is_refused_and_a_resumed_one_is_the_uninterrupted_one(tmp_path, teacher_run, cache, monkeypatch):
+    from cache import CacheWriter
+
+    config, write, written = tiny.experiment("cache.encoding.dtype=float32"), CacheWriter.write, []
+
+    def stop(self, view, block, *answers, **named):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(view)
+        write(self, view, block, *answers, **named)
+
+    path = tmp_path / "cut.zarr"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CacheWriter, "write", stop)
+        dump_logits(config, str(teacher_run), str(path), tiny.CPU)
+    with pytest.raises(CacheError, match="lacks 5 blocks; finish it with dump-logits --resume"):
+        train_student(config, str(path), str(tmp_path / "run"), tiny.CPU)
+    with pytest.raises(CacheError, match="is not empty"):
+        dump_logits(config, str(teacher_run), str(path), tiny.CPU)
+    dump_logits(config, str(teacher_run), str(path), tiny.CPU, resume=True)
+    whole, resumed = ({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (cache, path))
+    assert resumed == whole
+
+
+def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
+    """Random-resized crops of image files: dumped, trained from, with the next plane read ahead."""
+    from test_datasets import folder_of_images
+
+    from pipeline.teacher import train_teacher
+
+    folder_of_images(tmp_path)
+    config = tiny.experiment(
+        f"data={{name: imagefolder, root: {tmp_path}, workers: 0}}",
+        "views={name: random_resized_crop, size: 8, count: 3}",
+        "student.training.epochs=4",
+        "student.method={name: kd}",
+    )
+    train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
+    dump_logits(config, str(tmp_path / "teacher"), str(tmp_path / "cache.zarr"), tiny.CPU)
+    train_student(config, str(tmp_path / "cache.zarr"), str(tmp_path / "student"), tiny.CPU)
+    assert len(runs.open_run(tmp_path / "student").metrics()) == 4
+    cache = open_cache(tmp_path / "cache.zarr")
+    read, stored_plane = [], cache.stored_plane
+    cache.stored_plane = lambda view, out=None: read.append(view) or stored_plane(view, out)
+    targets = Targets(cache, tiny.CPU, lambda epoch: np.unique(config.views.draw(0, epoch, cache.sample_id)))
+    for epoch in range(3):
+        targets.prepare(epoch)
+        view = int(config.views.draw(0, epoch, cache.sample_id)[0])
+        gathered = targets.gather(torch.arange(6), torch.full((6,), view))
+        np.testing.assert_array_equal(gathered, cache.plane(view).astype(np.float32))
+    assert sorted(set(read)) == [0, 1, 2]
+
+
+def test_verify_agrees_with_the_teacher_and_notices_another(tmp_path, teacher_run, cache):
+    report = verify_cache(str(cache), str(teacher_run), 2, None, (), tiny.CPU)
+    assert report["passed"] and report["worst"] < 1e-6 and len(report["views"]) == 2 and len(report["classes"]) == 10
+    from pipeline.teacher import train_teacher
+
+    train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
+    with pytest.raises(CacheError, match="teacher.digest"):
+        verify_cache(str(cache), str(tmp_path / "other"), 2, None, (), tiny.CPU)
+
+
+def test_a_run_that_is_no_complete_teacher_is_refused(tmp_path, cache):
+    train, _ = datasets.load(tiny.experiment().data)
+    with pytest.raises(UserError, match="is not a run's folder"):
+        load_teacher(str(tmp_path), train)
+    train_student(tiny.experiment(), str(cache), str(tmp_path / "student"), tiny.CPU)
+    with pytest.raises(UserError, match="holds a student's run; name the --out of train-teacher"):
+        load_teacher(str(tmp_path / "student"), train)
+    (tmp_path / "student" / "summary.json").unlink()
+    with pytest.raises(UserError, match="is not complete; go on with it by --resume"):
+        load_teacher(str(tmp_path / "student"), train)
+
+
+def test_a_checkpoint_that_is_not_the_summarys_is_refused(tmp_path, teacher_run):
+    from dataclasses import replace
+
+    train, _ = datasets.load(tiny.experiment().data)
+    shutil.copytree(teacher_run, tmp_path / "teacher")
+    run = runs.Run(tmp_path / "teacher")
+    state, _ = run.load_tensors("last")
+    run.save_tensors("last", {name: value + 1 for name, value in state.items()})
+    with pytest.raises(UserError, match="is not the checkpoint its summary.json describes"):
+        load_teacher(str(run.folder), train)
+    with pytest.raises(UserError, match="knows other classes than digits"):
+        load_teacher(str(teacher_run), replace(train, classes=tuple("abcdefghij")))
+    (run.folder / "last.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="cannot read the checkpoint .*last.safetensors"):
+        load_teacher(str(run.folder), train)

@@ -1,0 +1,28 @@
+"""A tiny experiment on real images: handwritten digits made long-tailed, a small network, two epochs."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Experiment, load_config
+
+CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
+CPU = torch.device("cpu")
+SMALL = (
+    "teacher.model={name: cifar_resnet, depth: 8, width: 4}",
+    "student.model={name: cifar_resnet, depth: 8, width: 4}",
+    "teacher.training.epochs=2",
+    "student.training.epochs=2",
+)
+
+
+def experiment(*overrides: str, seed: int | None = None) -> Experiment:
+    return load_config(CONFIG, (*SMALL, *overrides), seed)
+
+
+def options(*overrides: str) -> list[str]:
+    """The same for a command line."""
+    found = ["--config", str(CONFIG), "--device", "cpu"]
+    for override in (*SMALL, *overrides):
+        found += ["-o", override]
+    return found
