@@ -1,13 +1,22 @@
 """Encodings: probabilities to what is stored, and back. One class each, in the dictionary `ENCODINGS`.
 
-B rows, C classes, R stored numbers a row.
+    encode     float32 [B, C] probabilities to columns [B, S], which a chunk holds, and values that its marker holds
+    unpack     columns [B, S] and the marker's values to codes [B, R], which a plane in memory holds
+    decode     codes [B, R] to float32 [B, C] probabilities
+
+B rows, C classes, S stored columns, R codes a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from cache.format import array_document
+from cache.format import PLAIN, CacheError, array_document, group_document
+
+BETA = 0.9999  # of the effective number of samples, in the class weights of the target that `klt` is fitted to
+_FLOOR = 1e-12  # of a probability before its logarithm; no class weight brings back what is smaller
+_ZSTD_LEVEL = 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,52 +29,374 @@ class Probability:
     dtype: str = "float16"
 
     name = array = "probability"
-    decoder = None  # what is stored needs no decoding but a cast
+    reference = None  # no view is stored as a difference from another
+    decoder = None  # codes need no decoding but a cast
+    max_error = None
 
     def __post_init__(self):
         if self.dtype not in ("float16", "float32"):
             raise ValueError(f"encoding.dtype must be float16 or float32, found {self.dtype!r}")
 
     @property
-    def itemsize(self) -> int:
-        return np.dtype(self.dtype).itemsize
+    def stored_dtype(self) -> str:
+        return self.dtype
 
-    def width(self, classes: int) -> int:
-        """R, the stored numbers a row."""
+    def columns(self, classes: int) -> int:
+        """S, the stored numbers a row."""
         return classes
+
+    width = columns  # R
 
     def documents(self, views: int, samples: int, classes: int, block_rows: int) -> dict[str, dict]:
         """The metadata of this encoding's arrays, by name."""
-        # No probability is NaN, so a chunk that is missing cannot be mistaken for data.
         shape, chunks = [views, samples, classes], [1, block_rows, classes]
         dimensions = ["view", "sample", "class"]
-        return {"probability": array_document(shape, self.dtype, dimensions, chunks=chunks, fill_value="NaN")}
+        return {"probability": array_document(shape, self.dtype, dimensions, chunks=chunks)}
 
     def codebook(self) -> dict[str, np.ndarray]:
         """The arrays that are written once, by name."""
         return {}
 
-    def encode(self, probability: np.ndarray) -> np.ndarray:
-        """float32 [B, C] to what is stored, [B, R]."""
-        return probability.astype(self.dtype)
+    def names(self) -> set[str]:
+        """The names of this encoding's arrays and groups at the root of a store."""
+        return {"probability"}
 
-    def decode(self, stored: np.ndarray) -> np.ndarray:
-        """What is stored, [B, R], to float32 [B, C]."""
-        return stored.astype(np.float32)
+    def fitted(self, fit, views, class_counts) -> "Probability":
+        """This encoding, ready to encode."""
+        return self
+
+    def with_codebook(self, read, class_counts) -> "Probability":
+        """This encoding, ready to decode. `read` gives the codebook's arrays by name."""
+        return self
+
+    def check(self, views: int, classes: int) -> None:
+        """Raises ValueError where a store of this size cannot be of this encoding."""
+
+    def check_chunk(self, data: np.ndarray, rows: int) -> None:
+        """Raises ValueError where a stored chunk, uint8 [size], would not decode to `rows` rows."""
+
+    def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
+        return probability.astype(self.dtype), {}
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return codes.astype(np.float32)
 
     def to_json(self) -> dict:
         return {"name": self.name, "dtype": self.dtype}
 
 
-ENCODINGS = {"probability": Probability}
+class Decoder(NamedTuple):
+    """probability = softmax(mean + codes @ basis), on any device."""
+
+    mean: np.ndarray  # float32 [C]
+    basis: np.ndarray  # float32 [R, C], the quantiser's step included
 
 
-def from_json(values: dict) -> Probability:
-    """The encoding that `values` ({"name": …, …}) asks for. Raises ValueError for one that is not known."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Klt:
+    """Log-probabilities, centred, rotated by the eigenvectors of their covariance (Karhunen–Loève) and rounded.
+
+    A classifier's logits are an affine map of a feature, so few coefficients carry them, and one uniform step for all
+    is optimal at high rate. `max_error` bounds what that costs: the mean total variation of the Balanced Knowledge
+    Distillation target q = ω p / Σ ω p from the exact one, in every block. A block that would exceed it is rounded
+    to half the step, or a quarter: the marker's `shift` is 2 for the whole step, 1, or 0.
+
+    A sample's views resemble each other. Every other view is stored as its difference from `prediction` times the
+    codes of the view `reference`, which is exact, and a third smaller. Coefficients whose differences may not fit into
+    eight bits have a second column: code = (predicted + low + 255 · high) · 2^shift.
+    """
+
+    max_error: float = 0.02
+    coefficients: int | None = None  # R; None where no codebook is fitted yet
+    high: int = 0  # the first so many coefficients have a second column
+    reference: int = 0
+    decoder: Decoder | None = None
+    prediction: np.ndarray | None = None  # float32 [R], in [0, 1]
+    class_weight: np.ndarray | None = None  # ω, float64 [C]
+
+    name = "klt"
+    array = "code"
+    dtype, stored_dtype = "int16", "int8"
+
+    def __post_init__(self):
+        if type(self.max_error) not in (int, float) or not 0 < self.max_error < 1:
+            raise ValueError(f"encoding.max_error is a mean total variation between 0 and 1, found {self.max_error!r}")
+
+    def columns(self, classes: int) -> int:
+        """S, the stored numbers a row."""
+        return self.coefficients + self.high
+
+    def width(self, classes: int) -> int:
+        """R, the codes a row."""
+        return self.coefficients
+
+    def documents(self, views: int, samples: int, classes: int, block_rows: int) -> dict[str, dict]:
+        """The metadata of this encoding's arrays, by name."""
+        columns = self.coefficients + self.high
+        # Column by column, equal things lie together.
+        codecs = [
+            {"name": "transpose", "configuration": {"order": [0, 2, 1]}},
+            PLAIN[0],
+            {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}},
+            PLAIN[1],
+        ]
+        shape, chunks = [views, samples, columns], [1, block_rows, columns]
+        return {
+            "codebook": group_document({}),
+            "codebook/mean": array_document([classes], "float32", ["class"]),
+            "codebook/basis": array_document([self.coefficients, classes], "float32", ["coefficient", "class"]),
+            "codebook/prediction": array_document([self.coefficients], "float32", ["coefficient"]),
+            "code": array_document(shape, "int8", ["view", "sample", "column"], chunks=chunks, codecs=codecs),
+        }
+
+    def names(self) -> set[str]:
+        """The names of this encoding's arrays and groups at the root of a store."""
+        return {"code", "codebook"}
+
+    def codebook(self) -> dict[str, np.ndarray]:
+        """The arrays that are written once, by name."""
+        values = {"mean": self.decoder.mean, "basis": self.decoder.basis, "prediction": self.prediction}
+        return {f"codebook/{name}": value for name, value in values.items()}
+
+    def with_codebook(self, read, class_counts) -> "Klt":
+        """This encoding, ready to decode. `read` gives the codebook's arrays by name."""
+        decoder = Decoder(read("codebook/mean"), read("codebook/basis"))
+        weight = class_weight(class_counts)
+        return replace(self, decoder=decoder, prediction=read("codebook/prediction"), class_weight=weight)
+
+    def check(self, views: int, classes: int) -> None:
+        """Raises ValueError where a store of this size cannot be of this encoding."""
+        whole = all(type(value) is int for value in (self.coefficients, self.high, self.reference))
+        if not whole or not (
+            1 <= self.coefficients <= classes
+            and 0 <= self.high <= self.coefficients
+            and 0 <= self.reference < views
+        ):
+            raise ValueError(f"its codebook is not one for {classes} classes and {views} views: {self.to_json()}")
+
+    def check_chunk(self, data: np.ndarray, rows: int) -> None:
+        """Raises ValueError where a stored chunk, uint8 [size], would not decode to `rows` rows."""
+        expected, found = rows * (self.coefficients + self.high), _zstd_content(bytes(data[:18]))
+        if found != expected:  # the decoder would allocate whatever it is told
+            raise ValueError(f"it claims to hold {found} bytes of {expected}")
+
+    def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
+        """float32 [B, C] to columns, int8 [B, S], and {"shift": …, "error": {"mean": …, "worst": …}}.
+
+        `reference`: codes [B, R] of the same samples in the view `self.reference`; None for that view itself.
+        Raises CacheError where the error exceeds `max_error` even so.
+        """
+        basis = self.decoder.basis
+        exact = (centred_log(probability) - self.decoder.mean) @ (basis.T / np.square(basis).sum(1))
+        for shift in range(_SHIFT, -1, -1):
+            values = {"shift": shift}
+            columns = self._columns(exact, shift, self._predicted(reference, shift))
+            decoded = self.decode(self.unpack(columns, values, reference))
+            error = total_variation(probability, decoded, self.class_weight)
+            if error.mean() <= self.max_error:
+                return columns, values | {"error": {"mean": _rounded(error.mean()), "worst": _rounded(error.max())}}
+        raise CacheError(
+            f"the mean error is {error.mean():.3g}, above max_error {self.max_error}: the codebook is fitted to other "
+            "answers than these; dump with a larger max_error, or as probability"
+        )
+
+    def _columns(self, exact, shift, predicted):
+        most = np.where(np.arange(self.coefficients) < self.high, _MOST, 127)
+        codes = np.clip(np.rint(exact * 2.0**-shift), -(_MOST >> shift), _MOST >> shift)
+        rest = np.clip(codes - predicted, -most, most).astype(np.int32)
+        high = (rest[:, : self.high] + 127) // _RADIX  # so that low is in [-127, 127], and high 0 wherever it can be
+        rest[:, : self.high] -= high * _RADIX
+        return np.concatenate([rest, high], 1).astype(np.int8)
+
+    def unpack(self, columns: np.ndarray, values: dict, reference=None, out=None) -> np.ndarray:
+        """Columns, int8 [B, S], and their marker's values to codes, int16 [B, R]. Raises ValueError for other values."""
+        shift = values.get("shift")
+        if type(shift) is not int or not 0 <= shift <= _SHIFT:
+            raise ValueError(f"its marker says shift {shift!r}")
+        codes = np.empty((len(columns), self.coefficients), np.int16) if out is None else out
+        codes[...] = columns[:, : self.coefficients]
+        codes[:, : self.high] += columns[:, self.coefficients :].astype(np.int16) * np.int16(_RADIX)
+        codes += self._predicted(reference, shift)
+        codes <<= shift
+        return codes
+
+    def _predicted(self, reference, shift):
+        if reference is None:
+            return np.int16(0)
+        # A product with a rounding by IEEE 754, so that reader and writer agree on every machine.
+        return np.rint(reference * (self.prediction * np.float32(2.0**-shift))).astype(np.int16)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Codes [B, R] to float32 [B, C]."""
+        return softmax(codes.astype(np.float32) @ self.decoder.basis + self.decoder.mean)
+
+    def to_json(self) -> dict:
+        request = {"name": self.name, "max_error": self.max_error}
+        if self.coefficients is None:
+            return request
+        fitted = {"coefficients": self.coefficients, "high": self.high}
+        return request | fitted | {"reference": self.reference}
+
+    def fitted(self, fit, views, class_counts) -> "Klt":
+        """This encoding with a codebook for the teacher that `fit` asks.
+
+        fit(numbers) gives the probabilities of some samples under these views, float32 [K, S, C].
+        Half of the samples give the basis; the other half say how small a step keeps within `max_error`.
+        Raises ValueError where none does.
+        """
+        if fit is None:
+            raise ValueError("encoding klt is fitted to the teacher: give `fit`")
+        reference, *others = fit_views(views)
+        fit = np.asarray(fit([reference, *others]), np.float32)
+        if fit.ndim != 3 or len(fit) != 1 + len(others) or not fit.shape[1] or fit.shape[2] != len(class_counts):
+            expected = f"[{1 + len(others)}, samples, {len(class_counts)}]"
+            raise ValueError(f"fit must give probabilities {expected}, found {list(fit.shape)}")
+        weight, logs = class_weight(class_counts), centred_log(fit)
+        order = np.random.default_rng(0).permutation(fit.shape[1])
+        half, other = (order[: len(order) // 2], order[len(order) // 2 :]) if len(order) > 1 else (order, order)
+        mean = logs[:, half].mean((0, 1))
+        basis = _eigenvectors((logs[:, half] - mean).reshape(-1, fit.shape[2]))
+        coefficients = (logs[:, other] - mean) @ basis.T
+        step = _step(coefficients, fit[:, other], mean, basis, weight, _MARGIN * self.max_error)
+        kept = _kept(coefficients, step)
+        codes = np.rint((logs - mean) @ basis[:kept].T / step)
+        first, others = codes[0], codes[1:]
+        energy = np.maximum(np.square(first).sum(0) * len(others), 1)
+        prediction = np.clip((first * others).sum((0, 1)) / energy, 0, 1).astype(np.float32)
+        # The range that was seen, four times: what exceeds it is clipped, and its error is seen when it is written.
+        rest = np.concatenate([first[None], others - np.rint(first * prediction)])
+        reach = 4 * np.abs(rest).max((0, 1))
+        return replace(
+            self,
+            coefficients=kept,
+            high=_last(reach > 127),
+            reference=reference,
+            decoder=Decoder(mean, (basis[:kept] * (step / 2**_SHIFT)).astype(np.float32)),
+            prediction=prediction,
+            class_weight=weight,
+        )
+
+
+_SHIFT = 2  # codes count quarters of the step
+_RADIX = 255
+_MOST = 127 * _RADIX  # a code, and its difference from the predicted one
+_MARGIN = 0.97  # of max_error, for the step to aim at: few blocks of other views and samples then need a finer one
+_EXACT_CLASSES = 4096  # up to here every direction is in the basis; above, those that the fit's rows span
+
+
+def _eigenvectors(rows):
+    """Orthonormal directions of rows [M, C] by falling variance, float32 [≤ C, C]."""
+    if rows.shape[1] <= _EXACT_CLASSES:
+        return np.linalg.eigh(rows.T.astype(np.float64) @ rows)[1].T[::-1].astype(np.float32)
+    return np.linalg.svd(rows, full_matrices=False)[2]
+
+
+def _kept(coefficients, step):
+    """How many coefficients are worth storing: below half a step of standard deviation nearly every code is zero."""
+    spread = np.sqrt(np.square(coefficients, dtype=np.float64).mean((0, 1)))
+    return max(1, _last(spread > step / 2))
+
+
+def _last(chosen):
+    """The number of items up to the last chosen one."""
+    return int(np.flatnonzero(chosen)[-1]) + 1 if chosen.any() else 0
+
+
+def _rounded(error):
+    return round(float(error), 6)
+
+
+def _step(coefficients, probability, mean, basis, weight, target):
+    """The largest step that keeps every view's mean error within `target`."""
+
+    def error(step):
+        kept = _kept(coefficients, step)
+        codes = np.clip(np.rint(coefficients[..., :kept] / step), -(_MOST >> _SHIFT), _MOST >> _SHIFT)
+        decoded = codes @ (basis[:kept] * np.float32(step)) + mean
+        return max(total_variation(p, softmax(x), weight).mean() for p, x in zip(probability, decoded))
+
+    high = 4 * max(float(np.abs(coefficients).max()), 1e-3)
+    if error(high) <= target:
+        return high  # one row would do for all
+    low = high
+    while error(low) > target:
+        high, low = low, low / 2
+        if low < 1e-6 * high or low < 1e-9:
+            raise ValueError(
+                f"no codebook reaches max_error with {probability.shape[1]} samples to fit it to; "
+                "give more, or a larger max_error, or dump as probability"
+            )
+    for _ in range(6):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if error(middle) <= target else (low, middle)
+    return low
+
+
+def _zstd_content(head: bytes) -> int | None:
+    """The size of what a Zstandard frame decodes to, from its header (RFC 8878, section 3.1.1.1); None if it says none."""
+    if len(head) < 9 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    flag, single, dictionary = head[4] >> 6, head[4] >> 5 & 1, head[4] & 3
+    start = 5 + (1 - single) + (0, 1, 2, 4)[dictionary]
+    size = (single, 2, 4, 8)[flag]
+    return int.from_bytes(head[start : start + size], "little") + (256 if size == 2 else 0) if size else None
+
+
+def centred_log(probability: np.ndarray) -> np.ndarray:
+    """log p less its mean over the classes, float32 [..., C]."""
+    logs = np.log(np.maximum(probability, np.float32(_FLOOR)))
+    return logs - logs.mean(-1, keepdims=True)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """exp(x) / Σ exp(x) over the last axis, float32 [..., C]. Overwrites `logits`."""
+    logits -= logits.max(-1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(-1, keepdims=True)
+    return logits
+
+
+def class_weight(class_counts) -> np.ndarray:
+    """ω_c = (1 − β) / (1 − β^n_c), the inverse effective number of samples, float64 [C]. An empty class counts as one."""
+    return (1 - BETA) / (1 - BETA ** np.maximum(np.asarray(class_counts, np.float64), 1))
+
+
+def total_variation(exact: np.ndarray, rebuilt: np.ndarray, weight=1.0) -> np.ndarray:
+    """½ Σ |q − q̃| of q = ω p / Σ ω p for probabilities [B, C] and their rebuilt ones, float64 [B]."""
+    q, rebuilt = exact * np.asarray(weight, np.float32), rebuilt * np.asarray(weight, np.float32)
+    q /= q.sum(-1, keepdims=True)
+    rebuilt /= rebuilt.sum(-1, keepdims=True)
+    return 0.5 * np.abs(q - rebuilt).sum(-1, dtype=np.float64)
+
+
+ENCODINGS = {"probability": Probability, "klt": Klt}
+_FIELDS = {
+    "probability": ("dtype",),
+    "klt": ("max_error", "coefficients", "high", "reference"),
+}
+
+
+def from_json(values: dict) -> Probability | Klt:
+    """The encoding that `values` ({"name": …, …}) describes. Raises ValueError for one that is not known."""
     if not isinstance(values, dict) or values.get("name") not in ENCODINGS:
         raise ValueError(f"encoding.name must be one of {', '.join(ENCODINGS)}, found {values!r}")
     options = {key: value for key, value in values.items() if key != "name"}
-    try:
-        return ENCODINGS[values["name"]](**options)
-    except TypeError as error:
-        raise ValueError(f"encoding {values['name']} does not take {options}") from error
+    known = _FIELDS[values["name"]]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(f"encoding {values['name']} does not take {unknown[0]}; it takes {', '.join(known)}")
+    return ENCODINGS[values["name"]](**options)
+
+
+def fit_views(views) -> list[int]:
+    """The views that a codebook is fitted to: the reference, and three far from it.
+
+    The reference is the plain crop at the centre where the specification has one, else view 0.
+    """
+    count = views.count
+    reference = 0
+    if views.name == "crop_flip":
+        boxes = views.boxes(np.zeros(count, int), np.arange(count), np.ones((count, 2), int))
+        reference = int(np.flatnonzero((boxes.top == 0) & (boxes.left == 0) & (boxes.flip == 0))[0])
+    others = [view for view in np.linspace(0, count - 1, 4).astype(int).tolist() if view != reference]
+    return [reference, *dict.fromkeys(others)][:4]

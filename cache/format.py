@@ -5,8 +5,9 @@ needs to know nothing else of a store before it trusts shapes, types and codecs.
 
     zarr.json                     attributes: cache_format, encoding, identity
     sample_id [N], label [N], image_size [N, 2]     int64
-    probability [V, N, C]         what the encoding stores; one chunk is one view of one block of samples
-    done/store                    marker: the files above but the chunks of `probability` are written
+    probability [V, N, C]         encoding `probability`: one chunk is one view of one block of samples
+    code [V, N, S]                encoding `klt`: likewise, with codebook/mean [C], basis [R, C], prediction [R]
+    done/store                    marker: the files above are written, but the chunks of `probability` or `code`
     done/<view>.<block>           marker: this block of this view is written
 
 V views, N samples, C classes. A block is a range of samples; it is what is written, marked and resumed as one.
@@ -16,6 +17,8 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from cache import views as view_space
 
@@ -136,7 +139,7 @@ class Layout:
     @property
     def block_rows(self) -> int:
         """Samples a block, as equal as can be, so that little of the last chunk is padding."""
-        stored = self.samples * self.encoding.width(self.classes) * self.encoding.itemsize
+        stored = self.samples * self.encoding.columns(self.classes) * np.dtype(self.encoding.stored_dtype).itemsize
         blocks = math.ceil(max(stored / _CHUNK_BYTES, self.samples * self.classes * 4 / _BLOCK_BYTES))
         return math.ceil(self.samples / blocks)
 
@@ -151,17 +154,16 @@ class Layout:
 
     def documents(self) -> dict[str, dict]:
         """Every zarr.json of the store, by key."""
-        per_sample = {"codecs": _PLAIN, "fill_value": 0}
         found = {
-            "zarr.json": _group({
+            "zarr.json": group_document({
                 "cache_format": FORMAT,
                 "encoding": self.encoding.to_json(),
                 "identity": self.identity.to_json(),
             }),
-            "done/zarr.json": _group({}),  # or Zarr's listings complain of a folder that is no node
-            "sample_id/zarr.json": array_document([self.samples], "int64", ["sample"], **per_sample),
-            "label/zarr.json": array_document([self.samples], "int64", ["sample"], **per_sample),
-            "image_size/zarr.json": array_document([self.samples, 2], "int64", ["sample", "side"], **per_sample),
+            "done/zarr.json": group_document({}),  # or Zarr's listings complain of a folder that is no node
+            "sample_id/zarr.json": array_document([self.samples], "int64", ["sample"]),
+            "label/zarr.json": array_document([self.samples], "int64", ["sample"]),
+            "image_size/zarr.json": array_document([self.samples, 2], "int64", ["sample", "side"]),
         }
         for name, document in self.encoding.documents(self.views, self.samples, self.classes, self.block_rows).items():
             found[f"{name}/zarr.json"] = document
@@ -173,18 +175,22 @@ class Layout:
 
     def fixed_chunks(self) -> list[str]:
         """The keys of the chunks that are written when the store is created."""
-        per_sample = ["sample_id/c.0", "label/c.0", "image_size/c.0.0"]
-        return per_sample + [f"{name}/c{'.0' * values.ndim}" for name, values in self.encoding.codebook().items()]
+        arrays = {key.removesuffix("/zarr.json"): values.get("shape") for key, values in self.documents().items()}
+        return [f"{name}/c{'.0' * len(shape)}" for name, shape in arrays.items() if shape and name != self.encoding.array]
 
 
-_PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
-def _group(attributes: dict) -> dict:
+def group_document(attributes: dict) -> dict:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
-def array_document(shape, data_type: str, dimensions, *, codecs=_PLAIN, fill_value, chunks=None) -> dict:
+# What no array holds, so that a chunk that is missing is never mistaken for data: codes are clipped to ±127.
+_NO_DATA = {"float16": "NaN", "float32": "NaN", "int8": -(2**7), "int64": -(2**63)}
+
+
+def array_document(shape, data_type: str, dimensions, *, codecs=PLAIN, chunks=None) -> dict:
     """The metadata of a Zarr v3 array. Every chain of codecs ends in crc32c, which is what a marker records."""
     return {
         "zarr_format": 3,
@@ -194,7 +200,7 @@ def array_document(shape, data_type: str, dimensions, *, codecs=_PLAIN, fill_val
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks or shape)}},
         # All chunks of an array lie in one folder: one fsync, and a listing that can be read.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": fill_value,
+        "fill_value": _NO_DATA[data_type],
         "codecs": codecs,
         "attributes": {},
         "dimension_names": list(dimensions),

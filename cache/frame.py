@@ -163,6 +163,7 @@ def summary(cache, *, planes: int = 4) -> dict:
         "complete": not missing,
         "blocks": {"done": blocks - len(missing), "all": blocks, "of_a_view": layout.blocks},
         "bytes": {"all": nbytes, "a_view_of_a_sample": round(nbytes / rows, 2) if rows else None},
+        "error": cache.error(),
         "class_counts": cache.class_counts.tolist(),
         "teacher": {"views": chosen, **_quality(cache, chosen)} if chosen else None,
     }

@@ -3,6 +3,8 @@
 V views, N samples, C classes. Nothing of a store is trusted before it equals what the format says of it.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import zarr
 from zarr.core.buffer import default_buffer_prototype
@@ -50,11 +52,11 @@ class Cache:
         self.identity = Identity.from_json(attributes["identity"])
         data = self._read(STORE_MARKER)
         self.digest, files = digest(data), read_marker(data, f"{storage}/{STORE_MARKER}")["files"]
-        self.layout = Layout(identity=self.identity, samples=self._samples(files), encoding=None)
         self.encoding = self._load_encoding(attributes["encoding"])
-        self.layout = Layout(identity=self.identity, samples=self.layout.samples, encoding=self.encoding)
+        self.layout = Layout(identity=self.identity, samples=self._samples(), encoding=self.encoding)
         self._check_documents(files)
         self._fixed = {key: files.get(key, {}) for key in self.layout.fixed_chunks()}
+        self._reference = {}
         fixed = ZarrStorage(storage, check=self._check_fixed, read_only=True)
         self.sample_id, self.label, self.image_size = (
             self._read_array(fixed, name) for name in ("sample_id", "label", "image_size")
@@ -63,6 +65,8 @@ class Cache:
         if self.label.min() < 0 or self.label.max() >= classes:
             raise CacheError(f"{storage} is not usable: it has labels outside [0, {classes}); dump it again")
         self.class_counts = np.bincount(self.label, minlength=classes)
+        self.encoding = self.encoding.with_codebook(lambda name: self._read_array(fixed, name), self.class_counts)
+        self.layout = replace(self.layout, encoding=self.encoding)
 
     def __len__(self):
         return self.layout.samples
@@ -103,13 +107,30 @@ class Cache:
         """Bytes that the store's files take: metadata, columns, and the chunks that are committed, with markers."""
         files = read_marker(self._read(STORE_MARKER), f"{self._storage}/{STORE_MARKER}")["files"]
         total = sum(entry["size"] for entry in files.values()) + self._storage.size(STORE_MARKER)
-        missing = set(self.missing())
-        for view in range(self.layout.views):
-            for block in range(self.layout.blocks):
-                if (view, block) not in missing:
-                    total += sum(entry["size"] for entry in self._marker(view, block)["files"].values())
-                    total += self._storage.size(f"done/{view}.{block}")
+        for view, block in self._committed():
+            total += sum(entry["size"] for entry in self._marker(view, block)["files"].values())
+            total += self._storage.size(f"done/{view}.{block}")
         return total
+
+    def error(self) -> dict | None:
+        """What the encoding costs, as found on every row that is committed; None where it is exact but for rounding.
+
+        Total variation of the BKD target from the exact one: its bound, mean and worst.
+        """
+        if self.encoding.max_error is None:
+            return None
+        rows = [(self.layout.rows(block), self._marker(view, block)["error"]) for view, block in self._committed()]
+        counts = [row.stop - row.start for row, _ in rows]
+        return {
+            "bound": self.encoding.max_error,
+            "mean": float(np.average([error["mean"] for _, error in rows], weights=counts)) if rows else None,
+            "worst": max((error["worst"] for _, error in rows), default=None),
+        }
+
+    def _committed(self):
+        missing = set(self.missing())
+        blocks = [(view, block) for view in range(self.layout.views) for block in range(self.layout.blocks)]
+        return [pair for pair in blocks if pair not in missing]
 
     # reading
 
@@ -129,22 +150,49 @@ class Cache:
 
     def stored_block(self, view: int, block: int, out=None) -> np.ndarray:
         """The rows of one block of `stored_plane`. Raises what it raises."""
-        rows, where, key = self.layout.rows(block), self._where(view, block), self.layout.chunk(view, block)
-        out, expected = self._room(rows.stop - rows.start, out), self._marker(view, block)["files"]
+        rows, encoding = self.layout.rows(block), self.encoding
+        out = self._room(rows.stop - rows.start, out)
+        if encoding.reference is None:  # what is stored is what is asked for
+            self._read_columns(view, block, out)
+        else:
+            columns = np.empty((len(out), encoding.columns(self.layout.classes)), encoding.stored_dtype)
+            self._read_columns(view, block, columns)
+            marker = self._marker(view, block)
+            try:
+                encoding.unpack(columns, marker, self.reference_codes(view, block), out)
+            except ValueError as error:
+                raise CorruptCacheError(f"{self._where(view, block)} is damaged: {error}; {_REDO}") from error
+        return out
+
+    def reference_codes(self, view: int, block: int) -> np.ndarray | None:
+        """The codes that those of (view, block) are stored as differences from, [rows, R]; None where there are none.
+
+        They are kept: R small numbers a sample.
+        """
+        reference = self.encoding.reference
+        if reference is None or view == reference:
+            return None
+        if block not in self._reference:
+            self._reference[block] = self.stored_block(reference, block)
+        return self._reference[block]
+
+    def _read_columns(self, view, block, out):
+        where, key = self._where(view, block), self.layout.chunk(view, block)
+        expected = self._marker(view, block)["files"].get(key, {})
 
         def check(read, data):
             if read == key:
-                _check_chunk(expected.get(key, {}), data, where)
+                _check_chunk(expected, data, where)
+                self.encoding.check_chunk(data, self.layout.block_rows)
 
         array = zarr.open_array(ZarrStorage(self._storage, check=check, read_only=True), path=self.encoding.array)
         buffer = default_buffer_prototype().nd_buffer.from_ndarray_like(out[None])
         try:
-            array.get_basic_selection((slice(view, view + 1), rows), out=buffer)
+            array.get_basic_selection((slice(view, view + 1), self.layout.rows(block)), out=buffer)
         except (CacheError, OSError):
             raise
         except Exception as error:  # a codec raises what it likes
             raise CorruptCacheError(f"{where} is damaged: {error}; {_REDO}") from error
-        return out
 
     def _room(self, count, out):
         shape, dtype = (count, self.encoding.width(self.layout.classes)), np.dtype(self.encoding.dtype)
@@ -191,14 +239,12 @@ class Cache:
 
         Opening the store has verified the rest.
         """
-        problems, missing, layout = [], set(self.missing()), self.layout
-        for view in range(layout.views):
-            for block in range(layout.blocks):
-                if (view, block) not in missing:
-                    try:
-                        self.stored_block(view, block)
-                    except CacheError as error:
-                        problems.append(str(error))
+        problems = []
+        for view, block in self._committed():
+            try:
+                self.stored_block(view, block)
+            except CacheError as error:
+                problems.append(str(error))
         return problems
 
     def to_pandas(self, view=None, sample=None, label=None, probabilities: bool = False):
@@ -246,7 +292,7 @@ class Cache:
             raise CacheError(f"{storage} is not a store: its attributes are {sorted(attributes)}; {_FOREIGN}")
         return attributes
 
-    def _samples(self, files):
+    def _samples(self):
         """N, from the size of the file that must hold eight bytes for each: no claim is believed that is not there."""
         size = self._storage.size("sample_id/c.0") or 0
         samples, rest = divmod(size - 4, 8)
@@ -256,7 +302,9 @@ class Cache:
 
     def _load_encoding(self, values):
         try:
-            return encodings.from_json(values)
+            encoding = encodings.from_json(values)
+            encoding.check(self.identity.views.count, len(self.identity.classes))
+            return encoding
         except ValueError as error:
             raise CacheError(f"{self._storage} has an encoding that this version does not read: {error}") from error
 

@@ -198,6 +198,7 @@ class ZarrStorage(Store):
         return await asyncio.to_thread(self.storage.size, key) is not None
 
     async def delete(self, key):
+        # Zarr deletes a chunk of nothing but fill values. No array holds its fill value, so this is never asked for.
         raise NotImplementedError("nothing in a store is ever deleted")
 
     async def list(self):

@@ -22,16 +22,20 @@ from cache.format import (
 from cache.reader import Cache
 from cache.storage import ZarrStorage, open_storage
 
+_NAMES = {"zarr.json", "done", "sample_id", "label", "image_size"}
 _SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near
 
 
 def create_cache(
-    url, *, identity: Identity, sample_id, label, image_size, encoding: dict, rank: int = 0, world: int = 1
+    url, *, identity: Identity, sample_id, label, image_size, encoding: dict, fit=None, rank: int = 0, world: int = 1
 ) -> "CacheWriter":
     """Make the store `url`, a path or fsspec URL, with every array at its full size, and open it for writing.
 
     sample_id [N] distinct integers, label [N] in [0, C), image_size [N, 2] (height, width) in pixels.
-    encoding: {"name": "probability", "dtype": "float16" | "float32"}.
+    encoding: {"name": "probability", "dtype": "float16" | "float32"}, or {"name": "klt", "max_error": …}, the mean
+    total variation of the BKD target that the encoding may cost.
+    fit: `klt` calls fit(views), which returns the teacher's probabilities of some samples, the same for every view,
+    float32 [len(views), S, C]; a few thousand samples do.
     Of `world` processes that dump together, one creates the store, the others resume it; process `rank` writes
     the blocks whose number is `rank` modulo `world`.
 
@@ -40,11 +44,11 @@ def create_cache(
     storage = open_storage(url)
     if storage.names():
         raise CacheError(f"{url} is not empty; resume the dump, or choose another folder")
-    return _create(storage, _Contents(identity, sample_id, label, image_size, encoding), rank, world)
+    return _create(storage, _Contents(identity, sample_id, label, image_size, encoding), fit, rank, world)
 
 
 def resume_cache(
-    url, *, identity: Identity, sample_id, label, image_size, encoding: dict, rank: int = 0, world: int = 1
+    url, *, identity: Identity, sample_id, label, image_size, encoding: dict, fit=None, rank: int = 0, world: int = 1
 ) -> "CacheWriter":
     """Open the store `url` to write what it does not have yet. Takes what `create_cache` takes.
 
@@ -54,18 +58,17 @@ def resume_cache(
     storage = open_storage(url)
     contents = _Contents(identity, sample_id, label, image_size, encoding)
     if storage.size(STORE_MARKER) is None:
-        ours = {"done", *(key.split("/")[0] for key in contents.layout.documents())}
-        strangers = [name for name in storage.names() if name not in ours]
+        strangers = [name for name in storage.names() if name not in contents.encoding.names() | _NAMES]
         if strangers:
             raise CacheError(f"{url} is not a store: it holds {strangers[0]}; choose another folder")
         if any(name[0].isdigit() for name in storage.names("done")):
             raise CorruptCacheError(f"{url} has blocks but no {STORE_MARKER}; restore that, or choose another folder")
-        return _create(storage, contents, rank, world)
+        return _create(storage, contents, fit, rank, world)
     cache = Cache(storage)
     differences = cache.identity.differences(identity) + contents.differences(cache)
     if differences:
         raise CacheError(f"{url} is another store: {'; '.join(differences)}; choose another folder")
-    return CacheWriter(storage, cache.layout, contents.sample_id, cache.digest, rank, world)
+    return CacheWriter(cache, *_take(storage, cache.layout, rank, world))
 
 
 class _Contents:
@@ -88,8 +91,12 @@ class _Contents:
         classes = len(identity.classes)
         if self.label.min() < 0 or self.label.max() >= classes:
             raise ValueError(f"label must be in [0, {classes}), found {self.label.min()} to {self.label.max()}")
+        self.class_counts = np.bincount(self.label, minlength=classes)
         self.encoding = encodings.from_json(encoding)
-        self.layout = Layout(identity=identity, samples=count, encoding=self.encoding)
+
+    def layout(self, fit) -> Layout:
+        encoding = self.encoding.fitted(fit, self.identity.views, self.class_counts)
+        return Layout(identity=self.identity, samples=len(self.sample_id), encoding=encoding)
 
     def differences(self, cache: Cache) -> list[str]:
         lines = []
@@ -101,16 +108,16 @@ class _Contents:
             if len(rows):
                 row = rows[0]
                 lines.append(f"{name}: row {row} is {ours[row]} in the store and {theirs[row]} in the run")
-        ours, theirs = cache.encoding.to_json(), self.encoding.to_json()
-        for key in ours.keys() | theirs.keys():
-            if ours.get(key) != theirs.get(key):
-                lines.append(f"encoding.{key}: the store has {ours.get(key)}, the run has {theirs.get(key)}")
+        ours = cache.encoding.to_json()
+        for key, value in self.encoding.to_json().items():  # what is asked for; a codebook is the store's own
+            if ours.get(key) != value:
+                lines.append(f"encoding.{key}: the store has {ours.get(key)}, the run has {value}")
         return lines
 
 
-def _create(storage, contents: _Contents, rank, world) -> "CacheWriter":
-    layout = contents.layout
-    writer = CacheWriter(storage, layout, contents.sample_id, "", rank, world)
+def _create(storage, contents: _Contents, fit, rank, world) -> "CacheWriter":
+    layout = contents.layout(fit)
+    owned, lock = _take(storage, layout, rank, world)
     files = {}
     for key, document in layout.documents().items():
         data = to_bytes(document)
@@ -119,16 +126,20 @@ def _create(storage, contents: _Contents, rank, world) -> "CacheWriter":
     store = ZarrStorage(storage)
     columns = {name: getattr(contents, name) for name in ("sample_id", "label", "image_size")}
     for name, values in {**columns, **layout.encoding.codebook()}.items():
-        _open_array(store, name)[...] = values
-    data = marker(files | _sizes(store.written))
-    storage.write(STORE_MARKER, data)
-    writer._digest = digest(data)
-    return writer
+        zarr.open_array(store, path=name, mode="r+")[...] = values
+    storage.write(STORE_MARKER, marker(files | _sizes(store.written)))
+    return CacheWriter(Cache(storage), owned, lock)
 
 
-def _open_array(store, name):
-    # A chunk of nothing but fill values must still be a file, or its absence would mean two things.
-    return zarr.open_array(store, path=name, mode="r+", config={"write_empty_chunks": True})
+def _take(storage, layout, rank, world):
+    """The blocks that process `rank` of `world` owns, and the lock on them."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be in [0, world), found rank {rank} of {world}")
+    owned = range(rank, layout.blocks, world)
+    try:
+        return owned, storage.lock(LOCK, owned)
+    except BlockingIOError as error:
+        raise CacheError(f"another process is writing {storage}; wait for it, or end it") from error
 
 
 def _sizes(written: dict) -> dict[str, dict]:
@@ -136,20 +147,11 @@ def _sizes(written: dict) -> dict[str, dict]:
 
 
 class CacheWriter:
-    """Writes the blocks of a store that this process owns. Also a context manager.
+    """Writes the blocks of a store that this process owns. Also a context manager."""
 
-    Raises CacheError where another process is writing one of them.
-    """
-
-    def __init__(self, storage, layout: Layout, sample_id, digest: str, rank: int, world: int):
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be in [0, world), found rank {rank} of {world}")
-        self._storage, self._layout, self._sample_id, self._digest = storage, layout, sample_id, digest
-        self._owned = range(rank, layout.blocks, world)
-        try:
-            self._lock = storage.lock(LOCK, self._owned)
-        except BlockingIOError as error:
-            raise CacheError(f"another process is writing {storage}; wait for it, or end it") from error
+    def __init__(self, cache: Cache, owned: range, lock):
+        self.cache, self._owned, self._lock = cache, owned, lock
+        self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
 
     def __enter__(self):
         return self
@@ -172,16 +174,16 @@ class CacheWriter:
         return self._layout.rows(block)
 
     def pending(self) -> list[tuple[int, int]]:
-        """The (view, block) that this process owns and that have no marker, in order."""
-        done = set(self._storage.names("done"))
-        blocks = [(view, block) for view in range(self._layout.views) for block in self._owned]
-        return [(view, block) for view, block in blocks if f"{view}.{block}" not in done]
+        """The (view, block) that this process owns and that have no marker, in the order to write them in."""
+        first = self._encoding.reference
+        missing = [(view, block) for view, block in self.cache.missing() if block in self._owned]
+        return sorted(missing, key=lambda pair: (pair[0] != first, pair))
 
     def write(self, view: int, block: int, probability) -> None:
         """Encode and commit `probability`, float32 [rows of the block, C]: on return it survives a crash.
 
-        Raises ValueError, naming sample and view, for a row that is no distribution. Raises OSError where the
-        storage does; the block then counts as not written.
+        Raises ValueError, naming sample and view, for a row that is no distribution, and CacheError where the encoding
+        costs more than it may. Raises OSError where the storage does. The block then counts as not written.
         """
         layout, rows = self._layout, self._layout.rows(block)
         probability = np.asarray(probability, np.float32)
@@ -191,11 +193,15 @@ class CacheWriter:
         if probability.shape != expected:
             raise ValueError(f"block {block} takes probability {list(expected)}, found {list(probability.shape)}")
         self._check(probability, view, rows)
+        reference = self.cache.reference_codes(view, block)
+        try:
+            columns, values = self._encoding.encode(probability, reference)
+        except CacheError as error:
+            raise CacheError(f"view {view}, rows {rows.start} to {rows.stop - 1}: {error}") from error
         store = ZarrStorage(self._storage)
-        array = _open_array(store, layout.encoding.array)
-        array[view, rows] = layout.encoding.encode(probability)
-        values = marker(_sizes(store.written), store=self._digest, view=view, rows=[rows.start, rows.stop])
-        self._storage.write(f"done/{view}.{block}", values)
+        zarr.open_array(store, path=self._encoding.array, mode="r+")[view, rows] = columns
+        owner = {"store": self.cache.digest, "view": view, "rows": [rows.start, rows.stop]}
+        self._storage.write(f"done/{view}.{block}", marker(_sizes(store.written), **owner, **values))
 
     def _check(self, probability, view, rows):
         # NaN fails every comparison, and an infinity fails the sum.
@@ -204,5 +210,5 @@ class CacheWriter:
         if len(wrong):
             row = wrong[0]
             found = f"from {probability[row].min()} to {probability[row].max()}, sum {sums[row]}"
-            sample = self._sample_id[rows.start + row]
+            sample = self.cache.sample_id[rows.start + row]
             raise ValueError(f"sample {sample}, view {view}: not a distribution ({found}); mend the teacher's output")

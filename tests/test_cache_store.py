@@ -222,7 +222,7 @@ def test_resuming_other_samples_or_another_encoding_names_the_difference(tmp_pat
         ({"label": np.full(360, 5)}, r"label must be in \[0, 5\), found 5 to 5"),
         ({"encoding": {"name": "top-k"}}, "encoding.name must be one of probability"),
         ({"encoding": {"name": "probability", "dtype": "int8"}}, "dtype must be float16 or float32, found 'int8'"),
-        ({"encoding": {"name": "probability", "bits": 3}}, "encoding probability does not take {'bits': 3}"),
+        ({"encoding": {"name": "probability", "bits": 3}}, "encoding probability does not take bits; it takes dtype"),
         ({"identity": identity(classes=("a", "a"))}, "classes must be distinct names"),
         ({"identity": identity(classes=("a",))}, "there must be 2 to 100000 classes, found 1"),
         ({"identity": identity(temperature=0.0)}, "temperature must be a positive number, found 0.0"),

@@ -1,0 +1,346 @@
+"""Encoding `klt`: transform-coded log-probabilities, small, with a stated and checked error of the BKD target."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from cache_store import files, identity
+
+from cache import CacheError, CorruptCacheError, CropFlip, create_cache, encodings, format, open_cache, resume_cache
+
+KLT = {"name": "klt", "max_error": 0.02}
+REFERENCE = 8  # the plain crop at the centre, of 18
+
+
+def teacher(classes=40, samples=600, rank=8, scale=3.0, wander=0.3):
+    """A function of a view: probabilities [N, C] whose logits are an affine map of a feature that wanders a little."""
+    rng = np.random.default_rng(1)
+    feature, head = rng.normal(size=(samples, rank)), rng.normal(size=(rank, classes)) * scale / rank**0.5
+
+    def probability(view):
+        moved = feature + wander * np.random.default_rng(view + 10).normal(size=feature.shape)
+        logits = (moved @ head).astype(np.float32)
+        return encodings.softmax(logits)
+
+    return probability
+
+
+def klt_arguments(probability, **changes):
+    samples, classes = probability(0).shape
+    counts = np.maximum(1, (samples * 0.9 ** np.arange(classes) * 0.1)).astype(int)
+    label = np.repeat(np.arange(classes), counts)
+    label = np.concatenate([label, np.zeros(max(0, samples - len(label)), int)])[:samples]
+    values = {
+        "identity": identity(classes=tuple(f"class {c}" for c in range(classes))),
+        "sample_id": np.arange(samples),
+        "label": label,
+        "image_size": np.full((samples, 2), 8),
+        "encoding": KLT,
+        "fit": lambda views: np.stack([probability(view) for view in views]),
+    }
+    return {**values, **changes}
+
+
+def fill(writer, probability, blocks=None):
+    for view, block in writer.pending() if blocks is None else blocks:
+        writer.write(view, block, probability(view)[writer.rows(block)])
+
+
+def dump(url, probability, **changes):
+    with create_cache(url, **klt_arguments(probability, **changes)) as writer:
+        fill(writer, probability)
+    return open_cache(url)
+
+
+def target_error(cache, view, probability):
+    """Mean and worst total variation from the exact BKD target, in float64 from the papers' formulas."""
+    omega = (1 - 0.9999) / (1 - 0.9999 ** np.maximum(cache.class_counts, 1.0))
+    q, rebuilt = (omega * p.astype(np.float64) for p in (probability(view), cache.plane(view)))
+    q, rebuilt = (p / p.sum(1, keepdims=True) for p in (q, rebuilt))
+    variation = 0.5 * np.abs(q - rebuilt).sum(1)
+    return variation.mean(), variation.max()
+
+
+@pytest.fixture
+def three_blocks(monkeypatch):
+    monkeypatch.setattr(format, "_BLOCK_BYTES", 200 * 40 * 4)
+
+
+@pytest.mark.parametrize("max_error", [0.05, 0.02, 0.005])
+def test_every_views_mean_error_is_within_the_bound_and_not_far_below_it(tmp_path, max_error):
+    probability = teacher()
+    cache = dump(tmp_path / "s", probability, encoding={"name": "klt", "max_error": max_error})
+    errors = [target_error(cache, view, probability)[0] for view in range(18)]
+    assert max_error / 2 < max(errors) <= max_error
+
+
+def test_the_errors_that_are_stated_are_those_that_are_there(tmp_path, three_blocks):
+    probability = teacher()
+    cache = dump(tmp_path / "s", probability)
+    found = [target_error(cache, view, probability) for view in range(18)]
+    stated = cache.summary()["error"]
+    assert stated["bound"] == 0.02
+    assert stated["mean"] == pytest.approx(np.mean([mean for mean, _ in found]), abs=2e-5)
+    assert stated["worst"] == pytest.approx(max(worst for _, worst in found), abs=2e-5)
+
+
+def test_it_is_far_smaller_than_half_precision_and_other_views_smaller_than_the_reference(tmp_path):
+    cache = dump(tmp_path / "s", teacher(samples=3000, wander=0.1))
+    sizes = [(tmp_path / f"s/code/c.{view}.0.0").stat().st_size / 3000 for view in range(18)]
+    assert sizes[REFERENCE] < 8 and sum(sizes) / 18 < 6 < 80 == 2 * len(cache.classes)
+    assert max(size for view, size in enumerate(sizes) if view != REFERENCE) < 0.8 * sizes[REFERENCE]
+
+
+def test_decoding_is_one_matrix_product_and_a_softmax(tmp_path, three_blocks):
+    cache = dump(tmp_path / "s", teacher())
+    codes, decoder = cache.stored_plane(3), cache.decoder
+    assert codes.dtype == np.int16 and codes.shape == (600, len(decoder.basis))
+    logits = codes.astype(np.float64) @ decoder.basis.astype(np.float64) + decoder.mean
+    expected = np.exp(logits - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(cache.plane(3), expected / expected.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
+    assert (cache.rows([5, 7], [3, 3]) == cache.plane(3)[[5, 7]]).all()
+
+
+def test_no_code_is_the_fill_value(tmp_path):
+    import zarr
+
+    dump(tmp_path / "s", teacher())
+    array = zarr.open_array(tmp_path / "s/code", mode="r")
+    assert array.dtype == np.int8 and array.fill_value == -128 and array[...].min() >= -127
+
+
+def test_codes_beyond_eight_bits_have_a_second_column(tmp_path):
+    probability = teacher(scale=30)
+    cache = dump(tmp_path / "s", probability, encoding={"name": "klt", "max_error": 0.002})
+    assert cache.encoding.high > 0 and np.abs(cache.stored_plane(3)).max() > 127
+    assert all(target_error(cache, view, probability)[0] <= 0.002 for view in range(18))
+
+
+@pytest.mark.parametrize("scale", [0.001, 0.1, 10, 100])
+def test_logits_of_any_scale(tmp_path, scale):
+    probability = teacher(scale=scale)
+    cache = dump(tmp_path / "s", probability)
+    assert cache.complete and all(target_error(cache, view, probability)[0] <= 0.02 for view in range(18))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 1000])
+def test_any_number_of_classes(tmp_path, classes):
+    probability = teacher(classes=classes)
+    cache = dump(tmp_path / "s", probability, identity=klt_arguments(probability)["identity"])
+    assert all(target_error(cache, view, probability)[0] <= 0.02 for view in range(18))
+
+
+def test_ten_thousand_classes(tmp_path):
+    probability = teacher(classes=10_000, samples=160)
+    given = klt_arguments(probability)["identity"]
+    views = CropFlip(pad=0)
+    cache = dump(tmp_path / "s", probability, identity=identity(classes=given.classes, views=views))
+    assert all(target_error(cache, view, probability)[0] <= 0.02 for view in range(2))
+
+
+def rows_of(kind):
+    if kind == "uniform":
+        return np.full((600, 40), 1 / 40, np.float32)
+    one_hot = np.eye(40, dtype=np.float32)[np.arange(600) % 40]
+    if kind == "one-hot":
+        return one_hot
+    if kind == "equal":
+        return np.tile(teacher()(0)[:1], (600, 1))
+    return np.concatenate([one_hot[:200], np.full((200, 40), 1 / 40, np.float32), teacher()(0)[:200]])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "one-hot", "equal", "all of these"])
+def test_degenerate_rows(tmp_path, kind):
+    p = rows_of(kind)
+    if kind == "all of these":
+        p = p[np.random.default_rng(0).permutation(600)]
+    cache = dump(tmp_path / "s", lambda view: p)
+    assert target_error(cache, 0, lambda view: p)[0] <= 0.02
+
+
+def test_averaged_teachers(tmp_path):
+    first, second = teacher(), teacher(rank=12, scale=2)
+    cache = dump(tmp_path / "s", lambda view: (first(view) + second(view)) / 2)
+    assert all(target_error(cache, view, lambda v: (first(v) + second(v)) / 2)[0] <= 0.02 for view in (0, 8, 17))
+
+
+def test_one_sample(tmp_path):
+    probability = teacher(samples=1, wander=0)
+    cache = dump(tmp_path / "s", probability)
+    assert target_error(cache, 5, probability)[0] <= 0.02
+
+
+# the bound is checked
+
+
+def test_a_block_that_would_exceed_the_bound_takes_a_finer_step(tmp_path):
+    probability, harder = teacher(), teacher(scale=5)
+    with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
+        writer.write(REFERENCE, 0, probability(REFERENCE))
+        writer.write(3, 0, harder(3))
+        writer.write(4, 0, probability(4))
+    shifts = [json.loads((tmp_path / f"s/done/{view}.0").read_text())["shift"] for view in (3, 4)]
+    assert shifts[0] < shifts[1] == 2
+    cache = open_cache(tmp_path / "s")
+    assert target_error(cache, 3, harder)[0] <= 0.02 and target_error(cache, 4, probability)[0] <= 0.02
+    assert (cache.stored_plane(4) % 4 == 0).all()
+
+
+def test_a_block_that_costs_more_than_the_bound_is_refused(tmp_path):
+    probability, other = teacher(), teacher(rank=30, scale=9)
+    with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
+        message = r"view 8, rows 0 to 599: the mean error is 0\.\d+, above max_error 0.02: .*; dump with a"
+        with pytest.raises(CacheError, match=message):
+            writer.write(REFERENCE, 0, other(8))
+        assert (REFERENCE, 0) in writer.pending()
+
+
+def test_a_bound_that_no_codebook_reaches_is_refused(tmp_path):
+    classes = 5000  # above 4096 the basis is what the fit's rows span, and these rows span too little
+    wide = np.random.default_rng(0).dirichlet(np.ones(classes), 40).astype(np.float32)
+    given = identity(classes=tuple(str(c) for c in range(classes)), views=CropFlip(pad=0))
+    with pytest.raises(ValueError, match="no codebook reaches max_error with 20 samples to fit it to; give more"):
+        create_cache(tmp_path / "s", **klt_arguments(lambda view: wide, identity=given))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"fit": None}, "encoding klt is fitted to the teacher: give `fit`"),
+        ({"fit": lambda views: np.ones((1, 600, 40))}, r"probabilities \[4, samples, 40\], found \[1, 600, 40\]"),
+        ({"fit": lambda views: np.ones((600, 40))}, r"probabilities \[4, samples, 40\], found \[600, 40\]"),
+        ({"encoding": {"name": "klt", "max_error": 0}}, "max_error is a mean total variation between 0 and 1, found 0"),
+        ({"encoding": {"name": "klt", "max_error": "0.1"}}, "max_error is a mean total variation .* found '0.1'"),
+        ({"encoding": {"name": "klt", "step": 1}}, "encoding klt does not take step; it takes max_error"),
+    ],
+)
+def test_what_makes_no_codebook_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        create_cache(tmp_path / "s", **klt_arguments(teacher(), **changes))
+
+
+def test_the_codebook_is_fitted_to_the_reference_and_views_far_from_it():
+    assert encodings.fit_views(CropFlip(pad=4)) == [80, 0, 53, 107]
+    assert encodings.fit_views(CropFlip(pad=0, flip=False)) == [0]
+    assert encodings.fit_views(CropFlip(pad=0)) == [0, 1]
+
+
+def test_class_weights_are_the_papers():
+    weight = encodings.class_weight([500, 5, 0])
+    assert weight[0] == pytest.approx((1 - 0.9999) / (1 - 0.9999**500))
+    assert weight[1] / weight[0] == pytest.approx(97.6, abs=0.1) and weight[2] == pytest.approx(1)
+
+
+# writing and resuming
+
+
+def test_the_reference_view_comes_first_and_others_wait_for_it(tmp_path, three_blocks):
+    probability = teacher()
+    with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
+        assert writer.pending()[:4] == [(8, 0), (8, 1), (8, 2), (0, 0)]
+        with pytest.raises(CacheError, match="code, view 8, rows 200 to 399 is not dumped yet"):
+            fill(writer, probability, [(0, 1)])
+        fill(writer, probability, [(8, 1), (0, 1)])
+    with pytest.raises(CacheError, match="code, view 8, rows 0 to 199 is not dumped yet"):
+        open_cache(tmp_path / "s").plane(8)
+
+
+def test_resuming_needs_no_fit_and_gives_the_same_bytes(tmp_path, three_blocks):
+    probability = teacher()
+    dump(tmp_path / "whole", probability)
+    with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
+        fill(writer, probability, writer.pending()[:7])
+    with resume_cache(tmp_path / "s", **klt_arguments(probability, fit=None)) as writer:
+        fill(writer, probability)
+    assert files(tmp_path / "s") == files(tmp_path / "whole")
+
+
+def test_resuming_with_another_bound_or_encoding_is_refused(tmp_path):
+    dump(tmp_path / "s", teacher())
+    for encoding, message in [
+        ({"name": "klt", "max_error": 0.01}, "encoding.max_error: the store has 0.02, the run has 0.01"),
+        ({"name": "probability"}, "encoding.name: the store has klt, the run has probability"),
+    ]:
+        with pytest.raises(CacheError, match=message):
+            resume_cache(tmp_path / "s", **klt_arguments(teacher(), encoding=encoding))
+
+
+# damage and malice
+
+
+def test_damage_is_found_wherever_it_is(tmp_path, three_blocks):
+    url, probability = tmp_path / "s", teacher()
+    dump(url, probability, identity=identity(classes=tuple(map(str, range(40))), views=CropFlip(pad=0)))
+    rng = np.random.default_rng(0)
+    keys = sorted(key for key in files(url) if key.startswith("code"))
+    for _ in range(150):
+        path = url / keys[rng.integers(len(keys))]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        try:
+            assert open_cache(url).verify_checksums(), path
+        except CacheError:
+            pass
+        path.write_bytes(whole)
+    assert open_cache(url).verify_checksums() == []
+
+
+def test_damage_in_the_reference_is_named_for_the_view_that_needs_it(tmp_path):
+    dump(tmp_path / "s", teacher())
+    os.truncate(tmp_path / "s/code/c.8.0.0", 100)
+    with pytest.raises(CorruptCacheError, match="code, view 8, rows 0 to 599 is damaged: it has 100 bytes"):
+        open_cache(tmp_path / "s").plane(3)
+
+
+@pytest.mark.parametrize("field, value", [("coefficients", 41), ("coefficients", None), ("high", 99), ("reference", 18)])
+def test_a_codebook_that_cannot_be_is_refused(tmp_path, field, value):
+    dump(tmp_path / "s", teacher())
+    path = tmp_path / "s/zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["encoding"][field] = value
+    path.write_bytes(format.to_bytes(document))
+    with pytest.raises(CacheError, match="its codebook is not one for 40 classes and 18 views"):
+        open_cache(tmp_path / "s")
+
+
+def test_a_chunk_that_claims_to_grow_is_refused_before_it_does(tmp_path):
+    import google_crc32c
+    from numcodecs.zstd import Zstd
+
+    dump(tmp_path / "s", teacher())
+    path, marker = tmp_path / "s/code/c.3.0.0", tmp_path / "s/done/3.0"
+    bomb = Zstd(level=1).encode(bytes(1 << 26))
+    bomb += google_crc32c.value(bomb).to_bytes(4, "little")
+    path.write_bytes(bomb)
+    values = json.loads(marker.read_text())
+    values["files"] = {"code/c.3.0.0": {"size": len(bomb), "checksum": bomb[-4:].hex()}}
+    marker.write_bytes(format.marker(**{key: value for key, value in values.items() if key != "checksum"}))
+    with pytest.raises(CorruptCacheError, match="view 3, rows 0 to 599 is damaged: it claims to hold 67108864 bytes of"):
+        open_cache(tmp_path / "s").plane(3)
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 300, 65_791, 65_792, 1 << 20])
+def test_the_size_of_a_zstandard_frame_is_read_from_its_header(size):
+    from numcodecs.zstd import Zstd
+
+    data = Zstd(level=19).encode(np.random.default_rng(0).bytes(size))
+    assert encodings._zstd_content(data[:18]) == size
+
+
+def test_other_readers_open_the_codes(tmp_path):
+    tensorstore = pytest.importorskip("tensorstore")
+    import zarr
+
+    dump(tmp_path / "s", teacher())
+    where = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "s/code")}}
+    found = tensorstore.open(where, read=True).result().read().result()
+    assert (found == zarr.open_array(tmp_path / "s/code", mode="r")[...]).all()
+
+
+def test_the_table_is_that_of_the_decoded_probabilities(tmp_path):
+    cache = dump(tmp_path / "s", teacher())
+    assert (cache.to_pandas(view=4).confidence == cache.plane(4).max(1)).all()
