@@ -29,6 +29,7 @@ class Probability:
     dtype: str = "float16"
 
     name = array = "probability"
+    plain = True  # a chunk is the numbers and their checksum
     reference = None  # no view is stored as a difference from another
     decoder = None  # codes need no decoding but a cast
     max_error = None
@@ -72,8 +73,11 @@ class Probability:
     def check(self, views: int, classes: int) -> None:
         """Raises ValueError where a store of this size cannot be of this encoding."""
 
-    def check_chunk(self, data: np.ndarray, rows: int) -> None:
-        """Raises ValueError where a stored chunk, uint8 [size], would not decode to `rows` rows."""
+    def check_chunk(self, data: np.ndarray, numbers: int) -> None:
+        """Raises ValueError where a stored chunk, uint8 [size], would not decode to so many numbers."""
+        expected = numbers * np.dtype(self.dtype).itemsize + 4
+        if len(data) != expected:
+            raise ValueError(f"it has {len(data)} bytes of {expected}")
 
     def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
         return probability.astype(self.dtype), {}
@@ -115,6 +119,7 @@ class Klt:
     class_weight: np.ndarray | None = None  # ω, float64 [C]
 
     name = "klt"
+    plain = False
     array = "code"
     dtype, stored_dtype = "int16", "int8"
 
@@ -174,11 +179,11 @@ class Klt:
         ):
             raise ValueError(f"its codebook is not one for {classes} classes and {views} views: {self.to_json()}")
 
-    def check_chunk(self, data: np.ndarray, rows: int) -> None:
-        """Raises ValueError where a stored chunk, uint8 [size], would not decode to `rows` rows."""
-        expected, found = rows * (self.coefficients + self.high), _zstd_content(bytes(data[:18]))
-        if found != expected:  # the decoder would allocate whatever it is told
-            raise ValueError(f"it claims to hold {found} bytes of {expected}")
+    def check_chunk(self, data: np.ndarray, numbers: int) -> None:
+        """Raises ValueError where a stored chunk, uint8 [size], would not decode to so many numbers."""
+        found = _zstd_content(bytes(data[:18]))
+        if found != numbers:  # the decoder would allocate whatever it is told
+            raise ValueError(f"it claims to hold {found} bytes of {numbers}")
 
     def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
         """float32 [B, C] to columns, int8 [B, S], and {"shift": …, "error": {"mean": …, "worst": …}}.

@@ -29,7 +29,7 @@ class LocalStorage:
         try:
             with open(self.root / key, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                return np.memmap(file, np.uint8, "r") if size else np.empty(0, np.uint8)
+                return np.asarray(np.memmap(file, np.uint8, "r")) if size else np.empty(0, np.uint8)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
@@ -154,21 +154,24 @@ class ZarrStorage(Store):
     """The Zarr store over a storage. `check` sees every value that is read, `written` records every one that is set.
 
     `check(key, data)` gets uint8 [size], or None where nothing is stored, and raises what the reader is to see.
+    With `fresh` no chunk is read: Zarr would merge a block shorter than its chunk with what lies there, damaged or not.
     """
 
     supports_writes = supports_deletes = supports_listing = True
 
-    def __init__(self, storage, *, check=None, read_only: bool = False):
+    def __init__(self, storage, *, check=None, fresh: bool = False, read_only: bool = False):
         super().__init__(read_only=read_only)
-        self.storage, self.check, self.written = storage, check, {}
+        self.storage, self.check, self.fresh, self.written = storage, check, fresh, {}
 
     def with_read_only(self, read_only: bool = False):
-        return ZarrStorage(self.storage, check=self.check, read_only=read_only)
+        return ZarrStorage(self.storage, check=self.check, fresh=self.fresh, read_only=read_only)
 
     def __eq__(self, other):
         return isinstance(other, ZarrStorage) and str(self.storage) == str(other.storage)
 
     def _get(self, key, prototype, byte_range):
+        if self.fresh and not key.endswith("zarr.json"):
+            return None
         data = self.storage.read(key)
         if self.check is not None:
             self.check(key, data)

@@ -360,3 +360,24 @@ def test_processes_come_and_go_in_any_number_and_the_bytes_are_the_same(tmp_path
         ]
         assert [process.wait() for process in running] == [0] * world
     assert files(url) == files(tmp_path / "whole")
+
+
+def test_a_short_last_block_that_is_damaged_is_written_anew_without_reading_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "_CHUNK_BYTES", 125 * 5 * 4)
+    given = arguments(**TWO_VIEWS)
+    given = {**given, **{key: given[key][:359] for key in ("sample_id", "label", "image_size")}}
+    url = tmp_path / "s"
+    with create_cache(url, **given) as writer:
+        assert writer.rows(2) == slice(240, 359)
+        fill_short(writer)
+    whole = files(url)
+    flip(url / "probability/c.1.2.0", 30, 2)
+    (url / "done/1.2").unlink()
+    with resume_cache(url, **given) as writer:
+        fill_short(writer)
+    assert files(url) == whole
+
+
+def fill_short(writer):
+    for view, block in writer.pending():
+        writer.write(view, block, answers(view, 359)[writer.rows(block)])
