@@ -144,7 +144,7 @@ class KD(Section):
 
 
 class BKD(Section):
-    """KD from targets that are re-weighted by the effective number of samples (BKD, eq. 5)."""
+    """KD from targets that are re-weighted by the effective number of samples (BKD, eq. 8)."""
 
     name: Literal["bkd"]
     alpha: Annotated[float, Field(ge=0)] = 1.0
@@ -159,11 +159,18 @@ class Probability(Section):
     dtype: Literal["float16", "float32"] = "float16"
 
 
+class Klt(Section):
+    """Transform-coded log-probabilities, several times smaller."""
+
+    name: Literal["klt"]
+    max_error: Annotated[float, Field(gt=0, lt=1)] = 0.02  # mean total variation of the BKD target, held in every block
+
+
 class CacheSection(Section):
     """What stage one writes."""
 
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    encoding: Probability = Probability(name="probability")
+    encoding: Annotated[Union[Probability, Klt], Field(discriminator="name")] = Probability(name="probability")
     batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
     precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass
 

@@ -1,11 +1,13 @@
 """Recipe: write a teacher's tempered probabilities for every view of every training sample into a cache."""
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from cache import Cache, CacheError, Identity, create_cache, resume_cache
+from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox, resume_cache
 from pipeline import UserError, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
@@ -13,15 +15,31 @@ from pipeline.data.images import open_images
 from pipeline.evaluate import infer, load_model
 from pipeline.progress import Progress
 
+FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a covariance of a hundred directions
+GROUP_BYTES = 1 << 30  # of probabilities that wait in memory so that one decode of an image serves several views
+
 
 def dump_logits(config: Experiment, teacher_run: str, out: str, device: torch.device, resume: bool = False) -> None:
-    """Runs the teacher of the folder `teacher_run` over all views and writes the cache `out`. Resumes block by block."""
+    """Runs the teacher of the folder `teacher_run` over all views and writes the cache `out`.
+
+    What is already committed there is kept with `resume`. Under torchrun, processes share the blocks.
+    """
     training_set, _ = datasets.load(config.data)
     teacher, answers_of = load_teacher(teacher_run, training_set)
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
     section = config.cache
-    make = resume_cache if resume else create_cache
+
+    def answers(rows: np.ndarray, views: list[int]) -> np.ndarray:
+        """Probabilities, float32 [len(views), M, C], of `rows` [M] under each of `views`, a sample's views together."""
+        found = tempered(teacher, images, rows.repeat(len(views)), np.tile(views, len(rows)), section)
+        return found.view(len(rows), len(views), -1).transpose(0, 1).cpu().numpy()
+
+    chosen = philox.permutation(0, philox.SUBSET, training_set.sample_id)[:FIT_SAMPLES]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        _wait_for(out)
+    make = resume_cache if resume or rank else create_cache
     with make(
         out,
         identity=identity(training_set, section.temperature, config.views, answers_of),
@@ -29,22 +47,64 @@ def dump_logits(config: Experiment, teacher_run: str, out: str, device: torch.de
         label=training_set.label,
         image_size=training_set.image_size,
         encoding=section.encoding.model_dump(),
+        fit=lambda views: answers(chosen, views),
+        rank=rank,
+        world=world,
     ) as writer:
-        pending = writer.pending()
-        total = config.views.count * writer.blocks
-        done, start, count = total - len(pending), time.perf_counter(), 0
-        with Progress("dumping", total, done, "blocks", plain=True) as progress:
-            for view, block in pending:
-                rows = np.arange(len(training_set))[writer.rows(block)]
-                probability = tempered(teacher, images, rows, view, section)
-                writer.write(view, block, probability.cpu().numpy())
-                count += len(rows)
-                progress.advance(count / (time.perf_counter() - start), "views/s")
+        _write_pending(writer, answers, config.views.count, images.decodes)
 
 
-def tempered(teacher: torch.nn.Module, images, rows: np.ndarray, view: int, section) -> torch.Tensor:
-    """softmax(z / T), float32 [M, C], of `rows` [M] under `view`."""
-    views = np.full(len(rows), view)
+def _write_pending(writer: CacheWriter, answers, views: int, decodes: bool) -> None:
+    """Asks for the answers of every pending block and writes them while the next are computed.
+
+    Where images are decoded, one decode serves a group of views. Groups do not depend on what is pending, so that the
+    teacher sees the same batches, and the store gets the same bytes, whether or not the work was interrupted.
+    """
+    pending = writer.pending()
+    left, rows = dict.fromkeys(pending), np.arange(len(writer.cache))
+    start, done = time.perf_counter(), 0
+    with Progress("dumping", views * writer.blocks, views * writer.blocks - len(pending), "blocks", plain=True) as progress, \
+            ThreadPoolExecutor(1) as writing:
+        last = None
+        for view, block in pending:
+            if (view, block) not in left:
+                continue
+            members = rows[writer.rows(block)]
+            size = max(1, GROUP_BYTES // (len(members) * len(writer.cache.classes) * 4)) if decodes else 1
+            first = view // size * size
+            group = list(range(first, min(first + size, views)))
+            probability = answers(members, group)
+            if last:
+                last.result()
+            wanted = [(member, block) for member in sorted(group, key=lambda member: member != view) if (member, block) in left]
+            last = writing.submit(_write_group, writer, wanted, probability, first)
+            for item in wanted:
+                del left[item]
+            done += len(members) * len(wanted)
+            progress.advance(done / (time.perf_counter() - start), "views/s", len(wanted))
+        if last:
+            last.result()
+
+
+def _write_group(writer: CacheWriter, blocks: list[tuple[int, int]], probability: np.ndarray, first: int) -> None:
+    for view, block in blocks:
+        writer.write(view, block, probability[view - first])
+
+
+def _wait_for(path: str, seconds: float = 600) -> None:
+    """Until the first process has created the cache."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            open_cache(path)
+            return
+        except CacheError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the first process has not created {path} in {seconds:.0f} s")
+
+
+def tempered(teacher: torch.nn.Module, images, rows: np.ndarray, views: np.ndarray, section) -> torch.Tensor:
+    """softmax(z / T), float32 [M, C] on the device, of `rows` [M] under `views` [M]."""
     logits = infer(teacher, images, rows, views, section.batch_size, section.precision)
     return torch.softmax(logits / section.temperature, dim=1)
 

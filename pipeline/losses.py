@@ -14,13 +14,13 @@ def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 
 
 def effective_number_weights(class_counts: torch.Tensor, beta: float) -> torch.Tensor:
-    """w_c = (1 - beta) / (1 - beta^n_c), float64 [C] (Cui et al., 2019, eq. 2; BKD, eq. 4). Their scale is arbitrary."""
+    """w_c = (1 - beta) / (1 - beta^n_c), float64 [C] (Cui et al., 2019, eq. 2; BKD, eq. 2). Their scale is arbitrary."""
     counts = class_counts.double()
     return (1 - beta) / (1 - beta**counts)
 
 
 def balanced_probability(probability: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """q = w p / sum_c w_c p_c, each row normalised (BKD, eq. 5).
+    """q = w p / sum_c w_c p_c, each row normalised (BKD, section 4.2, eq. 8).
 
     For p = softmax(z / T) this is softmax((z + T log w) / T): a teacher whose logits are shifted by T log w.
     """

@@ -20,14 +20,16 @@ def show_plan(config: Experiment, device: torch.device, stage: str) -> None:
     section = config.student if stage == "student" else config.teacher
     model = build_model(section.model, classes, config.data, config.seed).to(device)
     counts = training_set.class_counts
-    itemsize = np.dtype(config.cache.encoding.dtype).itemsize
+    encoding = config.cache.encoding
+    width = classes * np.dtype(encoding.dtype).itemsize if encoding.name == "probability" else None
+    store = f"{views * samples * width / 1e6:,.1f} MB ({width} bytes a view)" if width else "known once klt is fitted to the teacher"
     facts = {
         "training samples (N)": f"{samples:,}",
         "classes (C)": f"{classes:,}, of {counts.max():,} to {counts.min():,} samples",
         "test samples": f"{len(test_set):,}",
         "views": f"{views:,}",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "store": f"{views * samples * classes * itemsize / 1e6:,.1f} MB ({classes * itemsize} bytes a view)",
+        "store": store,
         "time": f"about {_seconds(config, model, training_set, len(test_set), device, stage):,.0f} s on {device.type}",
     }
     print(dump_config(config))

@@ -93,6 +93,7 @@ def _draw_curves(named: list[tuple[str, list[dict]]], path: Path) -> None:
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     right.set(xlabel="epoch", ylabel="test accuracy (%)")
     for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=130)

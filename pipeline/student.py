@@ -30,15 +30,15 @@ def train_student(config: Experiment, cache_path: str | None, out: str, device: 
     model = build_model(config.student.model, len(training_set.classes), config.data, config.seed).to(device)
     run = runs.start_run(out, config, "student", device, resume)
     training = config.student.training
-    targets = Targets(cache, device, lambda epoch: np.unique(config.views.draw(config.seed, epoch, training_set.sample_id)))
+    targets = cache and Targets(cache, device, lambda epoch: np.unique(config.views.draw(config.seed, epoch, cache.sample_id)))
     task = Task(
         model=model,
         images=images,
         sample_id=training_set.sample_id,
         views=config.views,
         rows=partial(samplers.instance_balanced, config.seed, sample_id=training_set.sample_id),
-        loss=method_loss(method, targets.gather, config.cache.temperature, training_set.class_counts, device),
-        prepare=targets.prepare if cache else lambda epoch: None,
+        loss=method_loss(method, targets and targets.gather, config.cache.temperature, training_set.class_counts, device),
+        prepare=targets.prepare if targets else lambda epoch: None,
         evaluate=partial(evaluate, images=test_images, class_counts=training_set.class_counts, precision=training.precision),
         training=training,
         seed=config.seed,

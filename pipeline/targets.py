@@ -19,6 +19,7 @@ class Targets:
     def __init__(self, cache: Cache, device: torch.device, views: Callable[[int], np.ndarray]):
         """`views(epoch)`: the views that an epoch draws, int64, distinct and sorted."""
         self.cache, self.device, self.views = cache, device, views
+        self.decoder = cache.decoder and [torch.from_numpy(part).to(device) for part in cache.decoder]
         self.reader = ThreadPoolExecutor(1)
         self.held = np.empty(0, np.int64)
         self.next: Future | None = None
@@ -40,7 +41,11 @@ class Targets:
 
     def gather(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
         """Probabilities, float32 [B, C], of the samples at `rows` [B] under `views` [B], tempered by the cache's T."""
-        return self.planes[self.slots[views], rows].float()
+        stored = self.planes[self.slots[views], rows].float()
+        if self.decoder is None:
+            return stored
+        mean, basis = self.decoder
+        return torch.softmax(torch.addmm(mean, stored, basis), dim=1)
 
     def _read(self, views: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         first = self.cache.stored_plane(int(views[0]))

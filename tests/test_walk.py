@@ -81,6 +81,19 @@ def test_half_precision_targets_change_losses_by_no_more_than_their_rounding(tmp
     assert 0 < error.max() < 2 * 2**-11 * exact.max(), "eleven bits of each probability"
 
 
+def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, teacher_run):
+    config = tiny.experiment("cache.encoding={name: klt, max_error: 0.005}")
+    path = tmp_path / "klt.zarr"
+    dump_logits(config, str(teacher_run), str(path), tiny.CPU)
+    store = open_cache(path)
+    rows, views = torch.arange(464), torch.full((464,), 4)
+    np.testing.assert_allclose(cached(path, config)(rows, views), store.plane(4), atol=1e-5)
+    exact, coded = losses_of(config, live_teacher(config, teacher_run), cached(path, config)).T
+    assert 0 < np.abs(exact - coded).max() < 0.02 * exact.max()
+    report = verify_cache(str(path), str(teacher_run), 2, None, (), tiny.CPU)
+    assert report["passed"] and 0 < report["mean"] <= 0.005 + 1e-4
+
+
 def test_the_student_needs_no_teacher(tmp_path, teacher_run, cache):
     config = tiny.experiment()
     shutil.copytree(teacher_run, tmp_path / "teacher")
@@ -216,3 +229,51 @@ def test_a_checkpoint_that_is_not_the_summarys_is_refused(tmp_path, teacher_run)
     (run.folder / "last.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot read the checkpoint .*last.safetensors"):
         load_teacher(str(run.folder), train)
+
+
+def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes_no_byte(tmp_path, monkeypatch):
+    from test_datasets import folder_of_images
+
+    from cache import CacheWriter
+    from pipeline import dump
+    from pipeline.teacher import train_teacher
+
+    folder_of_images(tmp_path)
+    views = "views={name: random_resized_crop, size: 8, count: 5}"
+    config = tiny.experiment(f"data={{name: imagefolder, root: {tmp_path}, workers: 0}}", views)
+    train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
+    # two views fit into memory at a time, so the groups are (0, 1), (2, 3), (4)
+    monkeypatch.setattr(dump, "GROUP_BYTES", 2 * 6 * 2 * 4)
+    decoded, decode, write = [], datasets.Dataset.decode, CacheWriter.write
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "decode", lambda self, row: decoded.append(row) or decode(self, row))
+        dump_logits(config, str(tmp_path / "teacher"), str(tmp_path / "whole.zarr"), tiny.CPU)
+    assert decoded == [*range(6)] * 3
+
+    def stop(self, view, block, probability):
+        if view == 3:
+            raise OSError("the disk is gone")
+        write(self, view, block, probability)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr(CacheWriter, "write", stop)
+        dump_logits(config, str(tmp_path / "teacher"), str(tmp_path / "cut.zarr"), tiny.CPU)
+    assert open_cache(tmp_path / "cut.zarr").missing() == [(3, 0), (4, 0)]
+    dump_logits(config, str(tmp_path / "teacher"), str(tmp_path / "cut.zarr"), tiny.CPU, resume=True)
+    for path in (tmp_path / "whole.zarr").rglob("c.*"):
+        assert path.read_bytes() == (tmp_path / "cut.zarr" / path.relative_to(tmp_path / "whole.zarr")).read_bytes()
+
+
+def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sample(tmp_path, teacher_run, monkeypatch):
+    from pipeline import dump
+
+    def poisoned(*arguments):
+        found = infer(*arguments).clone()
+        found[7] = float("nan")
+        return found
+
+    infer = dump.infer
+    monkeypatch.setattr(dump, "infer", poisoned)
+    train, _ = datasets.load(tiny.experiment().data)
+    with pytest.raises(ValueError, match=rf"sample {train.sample_id[7]}, view 0"):
+        dump_logits(tiny.experiment(), str(teacher_run), str(tmp_path / "c.zarr"), tiny.CPU)

@@ -34,6 +34,8 @@ def open_images(dataset: Dataset, views: CropFlip | RandomResizedCrop, device: t
 class ResidentImages:
     """A data set of equally large images, decoded once and kept on the device as uint8, zero-padded for its crops."""
 
+    decodes = False
+
     def __init__(self, dataset: Dataset, views: CropFlip, device: torch.device):
         sizes, count = np.unique(dataset.image_size, axis=0, return_counts=True)
         if len(sizes) > 1:
@@ -79,6 +81,8 @@ class DecodedImages:
 
     Consecutive equal rows are decoded once, so a teacher may see many views of a sample for one decode.
     """
+
+    decodes = True
 
     def __init__(self, dataset: Dataset, views: RandomResizedCrop, device: torch.device, workers: int):
         self.dataset, self.views, self.device, self.workers = dataset, views, device, workers
