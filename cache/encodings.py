@@ -73,12 +73,6 @@ class Probability:
     def check(self, views: int, classes: int) -> None:
         """Raises ValueError where a store of this size cannot be of this encoding."""
 
-    def check_chunk(self, data: np.ndarray, numbers: int) -> None:
-        """Raises ValueError where a stored chunk, uint8 [size], would not decode to so many numbers."""
-        expected = numbers * np.dtype(self.dtype).itemsize + 4
-        if len(data) != expected:
-            raise ValueError(f"it has {len(data)} bytes of {expected}")
-
     def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
         return probability.astype(self.dtype), {}
 

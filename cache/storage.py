@@ -5,6 +5,7 @@ A local write is durable and whole: a partial file, fsync, rename, fsync of the 
 
 import asyncio
 import fcntl
+import io
 import os
 from pathlib import Path
 
@@ -30,6 +31,13 @@ class LocalStorage:
             with open(self.root / key, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 return np.asarray(np.memmap(file, np.uint8, "r")) if size else np.empty(0, np.uint8)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    def open(self, key: str):
+        """The bytes at `key` as a file, unbuffered, or None if there is no such file."""
+        try:
+            return open(self.root / key, "rb", buffering=0)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
@@ -107,6 +115,11 @@ class RemoteStorage:
             return np.frombuffer(self.fs.cat_file(f"{self.root}/{key}"), np.uint8)
         except FileNotFoundError:
             return None
+
+    def open(self, key: str):
+        """The bytes at `key` as a file, fetched whole, or None if there is no such object."""
+        data = self.read(key)
+        return None if data is None else io.BytesIO(data)
 
     def size(self, key: str) -> int | None:
         """The number of bytes at `key`, or None if there is no such object."""

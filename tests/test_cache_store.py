@@ -80,7 +80,7 @@ def test_a_plane_is_read_into_a_given_array(tmp_path):
     cache = dump(tmp_path / "s")
     out = np.zeros((360, 5), np.float32)
     assert cache.stored_plane(4, out=out) is out and (out == answers(4)).all()
-    with pytest.raises(ValueError, match=r"out must be float32 \[360, 5\], found float64 \[360, 5\]"):
+    with pytest.raises(ValueError, match=r"out must be float32 \[360, 5\], contiguous, found float64"):
         cache.stored_plane(4, out=np.zeros((360, 5)))
 
 

@@ -48,10 +48,10 @@ class Faults:
 
         return operation
 
-    def _open(self, path, mode="r"):
+    def _open(self, path, mode="r", **options):
         if mode == "wb":
             self._step("open", str(path))
-        file = builtins.open(path, mode)
+        file = builtins.open(path, mode, **options)
         if mode == "wb":
             write = file.write
             file = _File(file, lambda data: self._write(path, write, data))
