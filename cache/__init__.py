@@ -5,6 +5,7 @@
 """
 
 from cache.format import CacheError, CorruptCacheError, Identity
+from cache.planes import Planes, read_ahead
 from cache.reader import Cache, open_cache
 from cache.views import CropFlip, RandomResizedCrop
 from cache.writer import CacheWriter, create_cache, resume_cache
@@ -16,8 +17,10 @@ __all__ = [
     "CorruptCacheError",
     "CropFlip",
     "Identity",
+    "Planes",
     "RandomResizedCrop",
     "create_cache",
     "open_cache",
+    "read_ahead",
     "resume_cache",
 ]

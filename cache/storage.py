@@ -109,10 +109,19 @@ class RemoteStorage:
     def __str__(self):
         return self.url
 
+    def _ask(self, operation, *arguments, **options):
+        """The filesystem's answer. What clients raise for a failing connection is their own; here it is an OSError."""
+        try:
+            return operation(*arguments, **options)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{self.url}: {error}") from error
+
     def read(self, key: str):
         """The bytes at `key`, uint8 [size], or None if there is no such object."""
         try:
-            return np.frombuffer(self.fs.cat_file(f"{self.root}/{key}"), np.uint8)
+            return np.frombuffer(self._ask(self.fs.cat_file, f"{self.root}/{key}"), np.uint8)
         except FileNotFoundError:
             return None
 
@@ -124,7 +133,7 @@ class RemoteStorage:
     def size(self, key: str) -> int | None:
         """The number of bytes at `key`, or None if there is no such object."""
         try:
-            return self.fs.size(f"{self.root}/{key}")
+            return self._ask(self.fs.size, f"{self.root}/{key}")
         except FileNotFoundError:
             return None
 
@@ -132,15 +141,15 @@ class RemoteStorage:
         """The names in `folder`, sorted; none if it does not exist."""
         path = f"{self.root}/{folder}".rstrip("/")
         try:
-            found = self.fs.ls(path, detail=False)
+            found = self._ask(self.fs.ls, path, detail=False)
         except FileNotFoundError:
             return []
         return sorted(name for name in (entry.rstrip("/").rsplit("/", 1)[-1] for entry in found) if name)
 
     def write(self, key: str, data) -> None:
         """Put `data` (any buffer) at `key`, whole or not at all."""
-        self.fs.makedirs(f"{self.root}/{key}".rsplit("/", 1)[0], exist_ok=True)
-        self.fs.pipe_file(f"{self.root}/{key}", bytes(data))
+        self._ask(self.fs.makedirs, f"{self.root}/{key}".rsplit("/", 1)[0], exist_ok=True)
+        self._ask(self.fs.pipe_file, f"{self.root}/{key}", bytes(data))
 
     def lock(self, key: str, offsets):
         """An object store has no locks: that each block has one dumping process is the caller's to see to."""

@@ -1,5 +1,8 @@
 """A store opens in other readers of Zarr, and lives on object stores as well as in a folder."""
 
+import os
+import socket
+import threading
 import uuid
 
 import numpy as np
@@ -121,6 +124,69 @@ def test_damage_on_an_object_store_is_found(bucket, two_blocks):
     fs.rm_file(f"{url}/probability/c.0.1.0")
     with pytest.raises(CorruptCacheError, match="view 0, rows 180 to 359 is missing, though it was written"):
         open_cache(url).plane(0)
+
+
+class Proxy:
+    """A port that forwards to a server, and cuts every connection, in the middle of an answer, while `broken`."""
+
+    def __init__(self, server):
+        self.server, self.broken, self.cut = server, False, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self.socket.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self.server)
+            for source, sink in (client, server), (server, client):
+                threading.Thread(target=self._forward, args=(source, sink, source is server), daemon=True).start()
+
+    def _forward(self, source, sink, answering):
+        try:
+            while data := source.recv(1 << 16):
+                if self.broken and answering:
+                    self.cut += 1
+                    sink.sendall(data[: len(data) // 2])
+                    break
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in source, sink:
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+def test_a_connection_that_drops_is_one_line_and_what_is_committed_stays(bucket, two_blocks, monkeypatch):
+    import s3fs
+
+    host, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
+    proxy = Proxy((host, int(port)))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    url = remote(bucket, "s3")
+    with create_cache(url, **arguments(**TWO_VIEWS)) as writer:
+        fill(writer, [(0, 0), (0, 1)])
+        proxy.broken = True
+        with pytest.raises(OSError):
+            fill(writer, [(1, 0)])
+        with pytest.raises(OSError):
+            open_cache(url)
+        assert proxy.cut > 0
+        proxy.broken = False
+        cache = open_cache(url)
+        assert (cache.plane(0) == answers(0)).all()
+        fill(writer, writer.pending())
+    assert cache.complete and cache.verify_checksums() == []
+    proxy.socket.close()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 class Dropping:

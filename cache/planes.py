@@ -1,0 +1,57 @@
+"""Planes in memory: read ahead of their use, or held for random access, so that no training step touches the store.
+
+V views, N samples, R codes a row, C classes, B (sample, view) pairs.
+"""
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+
+def read_ahead(cache, views, *, ahead: int = 1):
+    """Yields (view, plane) for `views` in order, `plane` being `cache.stored_plane(view)`, while a thread reads on.
+
+    Memory is ahead + 1 planes, made once: a plane is overwritten as soon as the next but `ahead` is asked for, so
+    copy it to where it is used, which a training device is anyway. Raises what `stored_plane` raises, in its turn.
+    """
+    views = [int(view) for view in views]
+    shape = len(cache), cache.encoding.width(len(cache.classes))
+    room = [np.empty(shape, cache.encoding.dtype) for _ in range(min(ahead + 1, len(views)))]
+    with ThreadPoolExecutor(1) as reader:
+        reading = []
+        for place, view in enumerate(views):
+            while len(reading) < len(views) and len(reading) < place + len(room):
+                number = len(reading)
+                reading.append(reader.submit(cache.stored_plane, views[number], room[number % len(room)]))
+            yield view, reading[place].result()
+            reading[place] = None
+
+
+class Planes:
+    """The planes of `views` (default: all), held for random access: V·N·R codes in memory.
+
+    With `scratch`, a folder on a fast disk, they lie there in a nameless file instead, and memory holds what the
+    operating system can spare. Raises what `stored_plane` raises.
+    """
+
+    def __init__(self, cache, views=None, scratch=None):
+        self._encoding = cache.encoding
+        views = np.arange(cache.views.count) if views is None else np.asarray(views, np.int64)
+        shape = len(views), len(cache), cache.encoding.width(len(cache.classes))
+        if scratch is None:
+            self._codes = np.empty(shape, cache.encoding.dtype)
+        else:
+            with tempfile.TemporaryFile(dir=scratch) as file:
+                self._codes = np.memmap(file, cache.encoding.dtype, "w+", shape=shape)
+        self._place = np.full(cache.views.count, -1)
+        self._place[views] = np.arange(len(views))
+        for place, view in enumerate(views):
+            cache.stored_plane(int(view), self._codes[place])
+
+    def rows(self, samples, views) -> np.ndarray:
+        """Probabilities of B pairs, float32 [B, C]. `samples` are positions in [0, N). Raises KeyError for other views."""
+        place = self._place[np.asarray(views)]
+        if (place < 0).any():
+            raise KeyError(f"view {np.asarray(views)[place < 0][0]} is not held")
+        return self._encoding.decode(self._codes[place, np.asarray(samples)])
