@@ -9,7 +9,6 @@ import traceback
 
 import click
 
-from cache import CacheError, CorruptCacheError
 from pipeline import UserError
 
 
@@ -57,6 +56,8 @@ def guarded(command):
         except (KeyboardInterrupt, click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:
+            from cache import CacheError, CorruptCacheError
+
             if debug:
                 traceback.print_exc()
             user = isinstance(error, (UserError, CacheError)) and not isinstance(error, CorruptCacheError)
@@ -150,7 +151,7 @@ def train_student(config, device, cache, out, resume, dry_run):
     from pipeline import plan, student
 
     if dry_run:
-        return plan.show_plan(config, device, "student")
+        return plan.show_plan(config, device, "student", cache)
     student.train_student(config, cache, out, device, resume)
 
 

@@ -72,14 +72,7 @@ def train(task: Task, run: runs.Run, training_set: Dataset, method: str, teacher
         f"{method}: {parameters:,} parameters, {len(training_set):,} samples of {len(training_set.classes)} classes, "
         f"{runs.device_name(task.images.device)}"
     )
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=training.learning_rate,
-        momentum=training.momentum,
-        nesterov=training.nesterov,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
+    optimiser = build_optimiser(model, training)
     best = {"epoch": None, "top1": -1.0}
     first = 0
     if run.has("state.safetensors"):
@@ -89,7 +82,7 @@ def train(task: Task, run: runs.Run, training_set: Dataset, method: str, teacher
     forward = torch.compile(model) if training.compile else model
     with Progress("training", training.epochs, first, "epochs") as progress:
         for epoch in range(first, training.epochs):
-            record = {"epoch": epoch + 1, **_epoch(task, forward, optimiser, epoch)}
+            record = {"epoch": epoch + 1, **run_epoch(task, forward, optimiser, epoch)}
             if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
                 start = time.perf_counter()
                 scores = task.evaluate(model)
@@ -120,7 +113,19 @@ def train(task: Task, run: runs.Run, training_set: Dataset, method: str, teacher
     )
 
 
-def _epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, epoch: int) -> dict:
+def build_optimiser(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
+    """Stochastic gradient descent on every parameter."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        nesterov=training.nesterov,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, epoch: int) -> dict:
     """One pass over the rows of `epoch`. The host waits for the device only every CHECK_EVERY steps."""
     training, device = task.training, task.images.device
     start = time.perf_counter()

@@ -1,67 +1,97 @@
-"""What a command would do: sizes, and an estimate of time from a few real steps. Writes nothing."""
+"""What a command would do: sizes, and estimates of time and memory from a few real steps. Writes nothing."""
 
 import math
+import resource
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from cache import open_cache
 from cache.views import CropFlip
-from pipeline import losses, show
-from pipeline.config import Experiment, dump_config
+from pipeline import engine, losses, show
+from pipeline.config import CE, Experiment, dump_config
 from pipeline.data import datasets
+from pipeline.data.images import open_images
 from pipeline.models import build_model
 
 
-def show_plan(config: Experiment, device: torch.device, stage: str) -> None:
+def show_plan(config: Experiment, device: torch.device, stage: str, cache: str | None = None) -> None:
     """Prints the resolved configuration, and what `stage` ("teacher", "dump" or "student") would need."""
     training_set, test_set = datasets.load(config.data)
     samples, classes, views = len(training_set), len(training_set.classes), config.views.count
+    images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
     section = config.student if stage == "student" else config.teacher
     model = build_model(section.model, classes, config.data, config.seed).to(device)
-    counts = training_set.class_counts
-    encoding = config.cache.encoding
-    width = classes * np.dtype(encoding.dtype).itemsize if encoding.name == "probability" else None
-    store = f"{views * samples * width / 1e6:,.1f} MB ({width} bytes a view)" if width else "known once klt is fitted to the teacher"
+    seconds = _seconds(config, model, images, device, stage)
+    counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
+    held = 0
+    if stage == "student" and not isinstance(config.student.method, CE) and row:
+        held = samples * row * (views if isinstance(config.views, CropFlip) else 2)
     facts = {
         "training samples (N)": f"{samples:,}",
         "classes (C)": f"{classes:,}, of {counts.max():,} to {counts.min():,} samples",
         "test samples": f"{len(test_set):,}",
         "views": f"{views:,}",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "store": store,
-        "time": f"about {_seconds(config, model, training_set, len(test_set), device, stage):,.0f} s on {device.type}",
+        "store": f"{views * samples * row / 1e6:,.1f} MB in memory" if row else "known once klt is fitted to the teacher",
+        "memory": f"about {(_peak_bytes(device) + held) / 1e6:,.0f} MB on {device.type}",
+        "time": f"about {seconds:,.0f} s on {device.type}",
     }
     print(dump_config(config))
     show.facts(facts, f"{config.name}: {stage}, nothing written")
 
 
-def _seconds(config: Experiment, model: torch.nn.Module, training_set, tests: int, device: torch.device, stage: str) -> float:
-    """Extrapolated from a few steps on random pixels: decoding is not in it."""
+def _row_bytes(config: Experiment, classes: int, cache: str | None) -> int | None:
+    """Bytes that one sample's answer to one view takes in memory; None where only the teacher's answers can say."""
+    if cache and Path(cache).exists():
+        plane = open_cache(cache).stored_plane(0)
+        return plane.shape[1] * plane.itemsize
+    encoding = config.cache.encoding
+    return classes * np.dtype(encoding.dtype).itemsize if encoding.name == "probability" else None
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has used so far: the images are loaded and some steps were taken."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _seconds(config: Experiment, model: torch.nn.Module, images: list, device: torch.device, stage: str) -> float:
+    """Extrapolated from a few steps."""
     training = config.student.training if stage == "student" else config.teacher.training
-    size = tuple(training_set.image_size[0]) if isinstance(config.views, CropFlip) else (config.views.size,) * 2
-    batch = training.batch_size
-    images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    label = torch.zeros(batch, dtype=torch.int64, device=device)
-    precision = config.cache.precision if stage == "dump" else training.precision
+    train, test = images
+    samples, tests = len(train.label), len(test.label)
+    if stage == "dump":
+        batch, precision = config.cache.batch_size, config.cache.precision
+    else:
+        batch, precision = training.batch_size, training.precision
+    rows = np.arange(min(batch, samples))
+    views = np.zeros(len(rows), np.int64)
+    optimiser = engine.build_optimiser(model, training)
 
     def forward():
+        (found,) = train.batches(rows, views, len(rows))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            return model(images)
+            return losses.cross_entropy(model(found.images), found.label).mean()
 
     def step():
-        losses.cross_entropy(forward(), label).mean().backward()
+        optimiser.zero_grad(set_to_none=True)
+        forward().backward()
+        optimiser.step()
 
     @torch.inference_mode()
     def infer():
+        model.eval()
         forward()
 
-    infer_seconds = _time(infer, device)
     if stage == "dump":
-        return config.views.count * len(training_set) / batch * infer_seconds
+        return config.views.count * samples / len(rows) * _time(infer, device)
+    steps = training.epochs * math.ceil(samples / batch)
     evaluations = math.ceil(training.epochs / training.evaluate_every)
-    steps = training.epochs * math.ceil(len(training_set) / batch)
-    return steps * _time(step, device) + evaluations * tests / batch * infer_seconds
+    return steps * _time(step, device) + evaluations * tests / len(rows) * _time(infer, device)
 
 
 def _time(work, device: torch.device) -> float:

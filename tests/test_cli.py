@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -148,12 +149,13 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, se
     assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
 
 
-def test_help_starts_fast_because_torch_is_not_imported():
-    code = "import sys, cli; assert not {'torch', 'pandas', 'pyarrow', 'matplotlib'} & set(sys.modules)"
+def test_help_starts_fast_because_nothing_heavy_is_imported():
+    code = "import sys, cli; assert not {'torch', 'zarr', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run("--help")
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.4
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.4, "of processor time: the clock on the wall depends on who else is running"

@@ -103,6 +103,31 @@ def test_interrupted_and_resumed_is_uninterrupted_wherever_it_stopped(tmp_path, 
     assert not (tmp_path / "cut" / "state.safetensors").exists()
 
 
+def test_twenty_interruptions_at_random_steps_change_no_bit(tmp_path, monkeypatch):
+    from pipeline import losses, teacher
+
+    config = tiny.experiment("teacher.training.epochs=16")
+    train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
+    generator, left = np.random.default_rng(0), [0]
+
+    def stop_at_some_step(logits, label):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+        return losses.cross_entropy(logits, label)
+
+    stops = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "cross_entropy", stop_at_some_step)
+        while stops < 20:
+            left[0] = int(generator.integers(1, 14))  # eight steps an epoch
+            with pytest.raises(Stop):
+                train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
+            stops += 1
+    train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
+    assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     options = tiny.options("teacher.training.epochs=12")
     command = [sys.executable, str(ROOT / "cli.py"), "train-teacher", *options, "--out"]

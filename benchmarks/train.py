@@ -1,0 +1,237 @@
+"""What a distilled step costs: cached BKD against cross-entropy alone, and against training with a live teacher.
+
+    python benchmarks/train.py --out results
+
+All is measured in one run, in turns; figures are medians and ratios of medians. Images come from
+$OFFLINE_BKD_DATA/cifar100-lt where that is set; otherwise they are random pixels, which take as long.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cache.views import CropFlip  # noqa: E402
+from pipeline import config, engine, losses, runs  # noqa: E402
+from pipeline.data import datasets  # noqa: E402
+from pipeline.data.images import ResidentImages  # noqa: E402
+from pipeline.models import build_model  # noqa: E402
+from pipeline.student import method_loss  # noqa: E402
+
+T, BATCH, VIEWS = 2.0, 128, CropFlip(pad=4, flip=True)
+
+
+class SimulatedTargets:
+    """What `pipeline.targets.Targets` gathers from, filled with random numbers: K planes of N rows."""
+
+    def __init__(self, planes: int, samples: int, classes: int, width: int | None, device: torch.device):
+        """`width`: codes a row of transform-coded targets; None for float16 probabilities."""
+        generator = torch.Generator().manual_seed(0)
+        if width is None:
+            plane = torch.softmax(torch.randn(samples, classes, generator=generator), 1).half()
+        else:
+            plane = torch.randint(-300, 300, (samples, width), generator=generator, dtype=torch.int16)
+        self.planes = plane.expand(planes, *plane.shape).contiguous().to(device)
+        self.basis = width and (torch.randn(width, classes, generator=generator) * 0.01).to(device)
+        self.mean = torch.zeros(classes, device=device)
+
+    def gather(self, rows, views):
+        stored = self.planes[views % len(self.planes), rows].float()
+        return stored if self.basis is None else torch.softmax(torch.addmm(self.mean, stored, self.basis), 1)
+
+
+def load(root: str | None) -> tuple[datasets.Dataset, datasets.Dataset, config.Experiment]:
+    experiment = config.load_config(ROOT / "configs" / "cifar100-lt-quick.yaml")
+    if root:
+        return *datasets.load(experiment.data), experiment
+    counts = datasets.long_tailed_counts(100, 500, 100)
+    label = np.repeat(np.arange(100), counts)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(label), 32, 32, 3), dtype=np.uint8)
+    names = tuple(str(c) for c in range(100))
+    whole = datasets.Dataset(name="random", classes=names, sample_id=np.arange(len(label)), label=label, images=pixels)
+    return whole, whole.take(np.arange(10_000)), experiment
+
+
+def ours(experiment, method, precision, train, images, targets, steps):
+    """A function that runs `steps` steps of the engine and returns seconds a step."""
+    device = images.device
+    rows = np.random.default_rng(0).permutation(len(train))[: steps * BATCH]
+    task = engine.Task(
+        model=build_model(experiment.student.model, len(train.classes), experiment.data, 0).to(device),
+        images=images,
+        sample_id=train.sample_id,
+        views=VIEWS,
+        rows=lambda epoch: rows,
+        loss=method_loss(method, targets.gather, T, train.class_counts, device),
+        prepare=lambda epoch: None,
+        evaluate=None,
+        training=experiment.student.training.model_copy(update={"precision": precision, "batch_size": BATCH}),
+        seed=0,
+    )
+    optimiser = engine.build_optimiser(task.model, task.training)
+    return lambda: engine.run_epoch(task, task.model, optimiser, 0)["seconds"] / steps
+
+
+class Crops(torch.utils.data.Dataset):
+    """Single images, cropped one by one in worker processes."""
+
+    def __init__(self, dataset: datasets.Dataset, transform):
+        self.images, self.label = [dataset.decode(row) for row in range(len(dataset))], dataset.label
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return self.transform(self.images[row]), int(self.label[row])
+
+
+def live(experiment, train, test, device, steps):
+    """The public training loop's way of working: two functions, of seconds a step and of seconds over the test set.
+
+    A loader of single PIL crops, the teacher's forward pass in every step, `loss.item()` in every step, the teacher over
+    the test set in every epoch, float32.
+    """
+    normalise = [transforms.ToTensor(), transforms.Normalize(experiment.data.mean, experiment.data.std)]
+    crop = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *normalise])
+    teacher, student = (build_model(experiment.student.model, 100, experiment.data, seed).network.to(device) for seed in (0, 1))
+    teacher.eval()
+    optimiser = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
+    weights = losses.effective_number_weights(torch.as_tensor(train.class_counts), 0.9999).float().to(device)
+    pinned = {"num_workers": 2, "pin_memory": device.type == "cuda"}
+    chosen = torch.utils.data.Subset(Crops(train, crop), np.random.default_rng(0).permutation(len(train))[: steps * BATCH].tolist())
+    loader = torch.utils.data.DataLoader(chosen, BATCH, shuffle=True, **pinned)
+    shown = torch.utils.data.DataLoader(Crops(test.take(np.arange(2000)), transforms.Compose(normalise)), 100, **pinned)
+
+    def step_seconds():
+        start, total = time.perf_counter(), 0.0
+        for images, label in loader:
+            images, label = images.to(device), label.to(device)
+            with torch.no_grad():
+                probability = torch.softmax(teacher(images) / T, 1)
+            logits = student(images)
+            kd = losses.distillation(logits, losses.balanced_probability(probability, weights), T)
+            loss = (losses.cross_entropy(logits, label) + kd).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.item()
+        return (time.perf_counter() - start) / steps
+
+    def test_seconds():
+        start = time.perf_counter()
+        with torch.no_grad():
+            for images, label in shown:
+                (teacher(images.to(device)).argmax(1).cpu() == label).sum().item()
+        return (time.perf_counter() - start) * len(test) / len(shown.dataset)
+
+    return step_seconds, test_seconds
+
+
+def in_turns(work: dict, repeats: int) -> dict[str, float]:
+    """Median seconds of each function, called in turns; the first turn warms up and does not count."""
+    seconds = {name: [] for name in work}
+    for turn in range(repeats + 1):
+        for name, function in work.items():
+            found = function()
+            if turn:
+                seconds[name].append(found)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def growth(experiment, device, repeats) -> list[dict]:
+    """Seconds to gather a batch's targets and compute the BKD loss forward and backward, over N and C."""
+    work, sizes = {}, []
+    for samples, classes, width in (
+        (10_000, 100, None), (100_000, 100, None), (1_000_000, 100, None),
+        (100_000, 10, None), (100_000, 1000, None), (20_000, 8142, None),
+        (100_000, 10, 8), (100_000, 100, 40), (100_000, 1000, 60), (100_000, 8142, 60),
+    ):  # fmt: skip
+        targets = SimulatedTargets(1, samples, classes, width, device)
+        counts = np.full(classes, max(samples // classes, 1))
+        loss = method_loss(experiment.student.method, targets.gather, T, counts, device)
+        logits = torch.randn(BATCH, classes, device=device, requires_grad=True)
+        batch = engine.Batch(
+            rows=torch.randint(samples, (BATCH,), device=device),
+            views=torch.zeros(BATCH, dtype=torch.int64, device=device),
+            label=torch.randint(classes, (BATCH,), device=device),
+            images=None,
+        )
+
+        def once(loss=loss, logits=logits, batch=batch):
+            start = time.perf_counter()
+            for _ in range(20):
+                loss(logits, batch, 0)["loss"].mean().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) / 20
+
+        name = f"N {samples:,}, C {classes:,}, {'klt, R ' + str(width) if width else 'probability'}"
+        sizes.append(name)
+        work[name] = once
+    medians = in_turns(work, repeats)
+    return [{"targets": name, "ms": 1e3 * medians[name]} for name in sizes]
+
+
+@click.command()
+@click.option("--out", default="results", show_default=True, help="Folder for train-<device>.json.")
+@click.option("--steps", default=20, show_default=True, help="Steps a turn.")
+@click.option("--repeats", default=5, show_default=True, help="Turns that count.")
+def main(out, steps, repeats):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, test, experiment = load(os.environ.get("OFFLINE_BKD_DATA"))
+    images = ResidentImages(train, VIEWS, device)
+    coded = SimulatedTargets(162, len(train), 100, 40, device)
+    probability = SimulatedTargets(162, len(train), 100, None, device)
+    ce, bkd = config.CE(name="ce"), experiment.student.method
+    step, over_test = live(experiment, train, test, device, steps)
+    work = {"live": step, "live teacher over the test set": over_test}
+    for precision in ("float32", "bfloat16"):
+        work[f"ce {precision}"] = ours(experiment, ce, precision, train, images, probability, steps)
+        work[f"bkd probability {precision}"] = ours(experiment, bkd, precision, train, images, probability, steps)
+        work[f"bkd klt {precision}"] = ours(experiment, bkd, precision, train, images, coded, steps)
+    medians = in_turns(work, repeats)
+    steps_an_epoch = -(-len(train) // BATCH)
+    live_epoch = steps_an_epoch * medians["live"] + medians["live teacher over the test set"]
+    ratios = {}
+    for precision in ("float32", "bfloat16"):
+        for encoding in ("probability", "klt"):
+            epoch = steps_an_epoch * medians[f"bkd {encoding} {precision}"]
+            ratios[f"bkd {encoding} / ce, {precision}"] = epoch / (steps_an_epoch * medians[f"ce {precision}"])
+            ratios[f"live / bkd {encoding}, {precision}"] = live_epoch / epoch
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    result = {
+        "command": "python benchmarks/train.py",
+        "commit": commit,
+        "device": runs.device_name(device),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "data": train.name,
+        "network": experiment.student.model.model_dump(),
+        "ms a step": {name: 1e3 * value for name, value in medians.items() if "test set" not in name},
+        "live teacher over the test set, s": medians["live teacher over the test set"],
+        "steps an epoch": steps_an_epoch,
+        "ratios of epochs": ratios,
+        "growth": growth(experiment, device, repeats),
+    }
+    path = Path(out) / f"train-{device.type}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    click.echo(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
