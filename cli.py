@@ -124,10 +124,10 @@ def train_teacher(config, device, out, resume, dry_run):
 
 
 @main.command("dump-logits")
-@click.option("--teacher", required=True, metavar="RUN", help="The folder of a complete train-teacher run.")
+@click.option("--teacher", "teachers", required=True, multiple=True, metavar="RUN", help="A complete train-teacher run; several are averaged.")
 @click.option("--out", required=True, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
 @experiment
-def dump_logits(config, device, teacher, out, resume, dry_run):
+def dump_logits(config, device, teachers, out, resume, dry_run):
     """Example: python cli.py dump-logits --config configs/digits.yaml --teacher runs/teacher --out runs/cache.zarr
 
     Stage one, second half: write the teacher's tempered probabilities for every view of every training sample.
@@ -136,7 +136,7 @@ def dump_logits(config, device, teacher, out, resume, dry_run):
 
     if dry_run:
         return plan.show_plan(config, device, "dump")
-    dump.dump_logits(config, teacher, out, device, resume)
+    dump.dump_logits(config, teachers, out, device, resume)
 
 
 @main.command("train-student")
@@ -191,14 +191,14 @@ def inspect(store, as_json):
 
 @main.command()
 @click.argument("store")
-@click.option("--teacher", metavar="RUN", help="The run whose answers the cache holds.")
+@click.option("--teacher", "teachers", multiple=True, metavar="RUN", help="The run, or runs, whose answers the cache holds.")
 @click.option("--views", type=click.IntRange(min=1), default=2, show_default=True, help="How many views to compute again.")
 @click.option("--tolerance", type=float, help="Largest mean total variation to accept; default: what the encoding promises.")
 @click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
 @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the teacher's config; repeatable.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @guarded
-def verify(store, teacher, views, tolerance, checksums, overrides, device):
+def verify(store, teachers, views, tolerance, checksums, overrides, device):
     """Example: python cli.py verify runs/cache.zarr --teacher runs/teacher
 
     Compare a cache with its teacher's answers, computed again. Exits 1 if they are further apart than the tolerance.
@@ -212,13 +212,33 @@ def verify(store, teacher, views, tolerance, checksums, overrides, device):
             click.echo(problem)
         click.echo(f"{store}: {len(problems)} problems" if problems else f"{store}: every stored byte is as it was written")
         return 1 if problems else 0
-    if teacher is None:
+    if not teachers:
         raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")
     from pipeline.verify import verify_cache
 
-    report = verify_cache(store, teacher, views, tolerance, overrides, choose_device(device))
+    report = verify_cache(store, teachers, views, tolerance, overrides, choose_device(device))
     show.facts(report, store)
     return 0 if report["passed"] else 1
+
+
+@main.command()
+@click.argument("store")
+@click.option("--out", required=True, metavar="FILE.parquet", help="The file to write; must not exist.")
+@click.option("--view", "views", multiple=True, type=int, help="Only this view; repeatable.")
+@click.option("--label", "labels", multiple=True, help="Only samples of this class, by name; repeatable.")
+@click.option("--probabilities", is_flag=True, help="Add a column for each class.")
+@guarded
+def export(store, out, views, labels, probabilities):
+    """Example: python cli.py export runs/cache.zarr --out answers.parquet --view 3
+
+    Write the cached predictions as Parquet, one row a sample and view, without holding the store in memory.
+    """
+    from cache import open_cache
+
+    rows = open_cache(store).export_parquet(
+        out, view=list(views) or None, label=list(labels) or None, probabilities=probabilities
+    )
+    click.echo(f"{out}: {rows:,} rows")
 
 
 @main.command()

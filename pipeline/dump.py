@@ -1,7 +1,9 @@
 """Recipe: write a teacher's tempered probabilities for every view of every training sample into a cache."""
 
+import hashlib
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,16 +21,16 @@ FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a
 GROUP_BYTES = 1 << 30  # of probabilities that wait in memory so that one decode of an image serves several views
 
 
-def dump_logits(config: Experiment, teacher_run: str, out: str, device: torch.device, resume: bool = False) -> None:
-    """Runs the teacher of the folder `teacher_run` over all views and writes the cache `out`.
+def dump_logits(config: Experiment, teachers: Sequence[str], out: str, device: torch.device, resume: bool = False) -> None:
+    """Runs the teacher of the folder in `teachers`, or the average of several, over all views; writes the cache `out`.
 
     What is already committed there is kept with `resume`. Under torchrun, processes share the blocks.
     """
     training_set, _ = datasets.load(config.data)
-    teacher, answers_of = load_teacher(teacher_run, training_set)
+    section = config.cache
+    teacher, answers_of = load_teachers(teachers, training_set, section.temperature)
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
-    section = config.cache
 
     def answers(rows: np.ndarray, views: list[int]) -> np.ndarray:
         """Probabilities, float32 [len(views), M, C], of `rows` [M] under each of `views`, a sample's views together."""
@@ -124,6 +126,31 @@ def refuse_other(cache: Cache, path: str, training_set: datasets.Dataset, temper
     """Raises CacheError with every difference if the cache at `path` is not the one that these arguments describe."""
     if differences := cache.identity.differences(identity(training_set, temperature, views, teacher)):
         raise CacheError(f"{path} is not for this run: " + "; ".join(differences))
+
+
+class Average(torch.nn.Module):
+    """Several teachers as one: images to logits z, float32 [B, C], whose softmax(z / T) is the mean of theirs."""
+
+    def __init__(self, members: list[torch.nn.Module], temperature: float):
+        super().__init__()
+        self.members, self.temperature = torch.nn.ModuleList(members), temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers = torch.stack([torch.softmax(member(images) / self.temperature, 1) for member in self.members])
+        return self.temperature * answers.mean(0).log()
+
+
+def load_teachers(folders: Sequence[str], training_set: datasets.Dataset, temperature: float) -> tuple[torch.nn.Module, dict]:
+    """One teacher, or the average of several at T, and what a cache keeps of its identity."""
+    loaded = [load_teacher(folder, training_set) for folder in folders]
+    if len(loaded) == 1:
+        return loaded[0]
+    members, identities = zip(*loaded)
+    digests = [one["digest"] for one in identities]
+    if repeated := [folder for number, folder in enumerate(folders) if digests[number] in digests[:number]]:
+        raise UserError(f"the teacher in {repeated[0]} is given twice; an average is of different teachers")
+    whole = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return Average(list(members), temperature).eval(), {"digest": whole, "average_of": list(identities)}
 
 
 def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.Module, dict]:

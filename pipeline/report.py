@@ -20,7 +20,7 @@ def draw_run(run: runs.Run) -> None:
     """curves.png and accuracy_by_class.png of one run; a student's shows its teacher too."""
     summary = run.summary()
     scores = {name(summary): summary["last"]}
-    if summary["teacher"]:
+    if summary["teacher"] and "test" in summary["teacher"]:  # an average of teachers was never tested
         scores = {NAMES["teacher"]: summary["teacher"]["test"], **scores}
     _draw_curves([(name(summary), run.metrics())], run.folder / "curves.png")
     _draw_classes(scores, np.array(summary["class_counts"]), run.folder / "accuracy_by_class.png")

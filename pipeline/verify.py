@@ -1,5 +1,7 @@
 """Is a cache what its teacher answers? Some views are computed again and compared."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -7,23 +9,23 @@ from cache import CacheError, encodings, open_cache, philox
 from pipeline import metrics, runs
 from pipeline.data import datasets
 from pipeline.data.images import open_images
-from pipeline.dump import load_teacher, tempered
+from pipeline.dump import load_teachers, tempered
 from pipeline.student import refuse_other
 
 ROUNDING = 0.005  # a fresh forward pass on another device or with other batches rounds differently, more so in bfloat16
 
 
-def verify_cache(path: str, teacher_run: str, views: int, tolerance: float | None, overrides: tuple, device: torch.device) -> dict:
+def verify_cache(path: str, teachers: Sequence[str], views: int, tolerance: float | None, overrides: tuple, device: torch.device) -> dict:
     """Compares `views` views of the cache, chosen by its teacher's digest, with fresh answers of the teacher.
 
     The error is the total variation of the BKD target, stored from fresh, a mean over samples. Returns mean and worst,
     by shot group and by class, and whether the mean is within `tolerance` (default: what the encoding promises, and
     rounding).
     """
-    config = runs.open_run(teacher_run).config(overrides)
+    config = runs.open_run(teachers[0]).config(overrides)
     training_set, _ = datasets.load(config.data)
     cache = open_cache(path)
-    teacher, identity = load_teacher(teacher_run, training_set)
+    teacher, identity = load_teachers(teachers, training_set, cache.temperature)
     refuse_other(cache, path, training_set, temperature=cache.temperature, views=cache.views, teacher=identity)
     images = open_images(training_set, cache.views, device, config.data.workers)
     dumped = sorted({*range(cache.views.count)} - {view for view, _ in cache.missing()})

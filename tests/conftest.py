@@ -34,5 +34,5 @@ def cache(tmp_path_factory, teacher_run):
     import tiny
 
     path = tmp_path_factory.mktemp("tiny") / "cache.zarr"
-    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), str(teacher_run), str(path), tiny.CPU)
+    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), [str(teacher_run)], str(path), tiny.CPU)
     return path

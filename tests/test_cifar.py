@@ -39,7 +39,7 @@ def test_the_sets_are_the_published_ones():
 def test_a_bkd_student_learns_classes_that_a_kd_student_does_not(tmp_path):
     experiment = config.load_config(CONFIG, SMALL)
     train_teacher(experiment, str(tmp_path / "teacher"), tiny.CPU)
-    dump_logits(experiment, str(tmp_path / "teacher"), str(tmp_path / "cache.zarr"), tiny.CPU)
+    dump_logits(experiment, [str(tmp_path / "teacher")], str(tmp_path / "cache.zarr"), tiny.CPU)
     scores = {}
     for method in ("kd", "bkd"):
         student = config.load_config(CONFIG, (*SMALL, f"student.method.name={method}"))

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train-teacher", "dump-logits", "train-student", "evaluate", "inspect", "verify", "report")
+COMMANDS = ("train-teacher", "dump-logits", "train-student", "evaluate", "inspect", "verify", "export", "report")
 
 
 def run(*arguments, **named) -> subprocess.CompletedProcess:
@@ -65,6 +65,19 @@ def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run):
     assert run("verify", cache, "--checksums").returncode == 0
     assert "name the teacher's run with --teacher" in refused("verify", cache)
     assert run("verify", cache, "--teacher", teacher_run, "--device", "cpu", "--tolerance", "-1").returncode == 1
+
+
+def test_export_writes_what_pandas_shows(tmp_path, cache):
+    import pandas
+
+    from cache import open_cache
+
+    out = tmp_path / "answers.parquet"
+    result = run("export", cache, "--out", out, "--view", 1, "--view", 3, "--label", "7", "--probabilities")
+    assert result.returncode == 0 and "26 rows" in result.stdout, "thirteen samples of class 7 in two views"
+    expected = open_cache(cache).to_pandas(view=[1, 3], label=["7"], probabilities=True)
+    pandas.testing.assert_frame_equal(pandas.read_parquet(out), expected, check_dtype=False, check_categorical=False)
+    assert "exists; choose another file" in refused("export", cache, "--out", out)
 
 
 def test_damage_ends_with_1_and_names_the_rows(tmp_path, cache):

@@ -75,7 +75,7 @@ def test_cached_training_is_training_with_a_live_teacher(method, teacher_run, ca
 
 def test_half_precision_targets_change_losses_by_no_more_than_their_rounding(tmp_path, teacher_run):
     config = tiny.experiment()
-    dump_logits(config, str(teacher_run), str(tmp_path / "half.zarr"), tiny.CPU)
+    dump_logits(config, [str(teacher_run)], str(tmp_path / "half.zarr"), tiny.CPU)
     exact, rounded = losses_of(config, live_teacher(config, teacher_run), cached(tmp_path / "half.zarr", config)).T
     error = np.abs(exact - rounded)
     assert 0 < error.max() < 2 * 2**-11 * exact.max(), "eleven bits of each probability"
@@ -84,20 +84,20 @@ def test_half_precision_targets_change_losses_by_no_more_than_their_rounding(tmp
 def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, teacher_run):
     config = tiny.experiment("cache.encoding={name: klt, max_error: 0.005}")
     path = tmp_path / "klt.zarr"
-    dump_logits(config, str(teacher_run), str(path), tiny.CPU)
+    dump_logits(config, [str(teacher_run)], str(path), tiny.CPU)
     store = open_cache(path)
     rows, views = torch.arange(464), torch.full((464,), 4)
     np.testing.assert_allclose(cached(path, config)(rows, views), store.plane(4), atol=1e-5)
     exact, coded = losses_of(config, live_teacher(config, teacher_run), cached(path, config)).T
     assert 0 < np.abs(exact - coded).max() < 0.02 * exact.max()
-    report = verify_cache(str(path), str(teacher_run), 2, None, (), tiny.CPU)
+    report = verify_cache(str(path), [str(teacher_run)], 2, None, (), tiny.CPU)
     assert report["passed"] and 0 < report["mean"] <= 0.005 + 1e-4
 
 
 def test_the_student_needs_no_teacher(tmp_path, teacher_run, cache):
     config = tiny.experiment()
     shutil.copytree(teacher_run, tmp_path / "teacher")
-    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), str(tmp_path / "teacher"), str(tmp_path / "c.zarr"), tiny.CPU)
+    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), [str(tmp_path / "teacher")], str(tmp_path / "c.zarr"), tiny.CPU)
     train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "before"), tiny.CPU)
     shutil.rmtree(tmp_path / "teacher")
     train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "after"), tiny.CPU)
@@ -153,12 +153,12 @@ def test_an_incomplete_cache_is_refused_and_a_resumed_one_is_the_uninterrupted_o
     path = tmp_path / "cut.zarr"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(CacheWriter, "write", stop)
-        dump_logits(config, str(teacher_run), str(path), tiny.CPU)
+        dump_logits(config, [str(teacher_run)], str(path), tiny.CPU)
     with pytest.raises(CacheError, match="lacks 5 blocks; finish it with dump-logits --resume"):
         train_student(config, str(path), str(tmp_path / "run"), tiny.CPU)
     with pytest.raises(CacheError, match="is not empty"):
-        dump_logits(config, str(teacher_run), str(path), tiny.CPU)
-    dump_logits(config, str(teacher_run), str(path), tiny.CPU, resume=True)
+        dump_logits(config, [str(teacher_run)], str(path), tiny.CPU)
+    dump_logits(config, [str(teacher_run)], str(path), tiny.CPU, resume=True)
     whole, resumed = ({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (cache, path))
     assert resumed == whole
 
@@ -177,7 +177,7 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
         "student.method={name: kd}",
     )
     train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
-    dump_logits(config, str(tmp_path / "teacher"), str(tmp_path / "cache.zarr"), tiny.CPU)
+    dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "cache.zarr"), tiny.CPU)
     train_student(config, str(tmp_path / "cache.zarr"), str(tmp_path / "student"), tiny.CPU)
     assert len(runs.open_run(tmp_path / "student").metrics()) == 4
     cache = open_cache(tmp_path / "cache.zarr")
@@ -193,13 +193,13 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
 
 
 def test_verify_agrees_with_the_teacher_and_notices_another(tmp_path, teacher_run, cache):
-    report = verify_cache(str(cache), str(teacher_run), 2, None, (), tiny.CPU)
+    report = verify_cache(str(cache), [str(teacher_run)], 2, None, (), tiny.CPU)
     assert report["passed"] and report["worst"] < 1e-6 and len(report["views"]) == 2 and len(report["classes"]) == 10
     from pipeline.teacher import train_teacher
 
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
     with pytest.raises(CacheError, match="teacher.digest"):
-        verify_cache(str(cache), str(tmp_path / "other"), 2, None, (), tiny.CPU)
+        verify_cache(str(cache), [str(tmp_path / "other")], 2, None, (), tiny.CPU)
 
 
 def test_a_run_that_is_no_complete_teacher_is_refused(tmp_path, cache):
@@ -247,7 +247,7 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
     decoded, decode, write = [], datasets.Dataset.decode, CacheWriter.write
     with monkeypatch.context() as patch:
         patch.setattr(datasets.Dataset, "decode", lambda self, row: decoded.append(row) or decode(self, row))
-        dump_logits(config, str(tmp_path / "teacher"), str(tmp_path / "whole.zarr"), tiny.CPU)
+        dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "whole.zarr"), tiny.CPU)
     assert decoded == [*range(6)] * 3
 
     def stop(self, view, block, probability):
@@ -257,9 +257,9 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
         patch.setattr(CacheWriter, "write", stop)
-        dump_logits(config, str(tmp_path / "teacher"), str(tmp_path / "cut.zarr"), tiny.CPU)
+        dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "cut.zarr"), tiny.CPU)
     assert open_cache(tmp_path / "cut.zarr").missing() == [(3, 0), (4, 0)]
-    dump_logits(config, str(tmp_path / "teacher"), str(tmp_path / "cut.zarr"), tiny.CPU, resume=True)
+    dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "cut.zarr"), tiny.CPU, resume=True)
     for path in (tmp_path / "whole.zarr").rglob("c.*"):
         assert path.read_bytes() == (tmp_path / "cut.zarr" / path.relative_to(tmp_path / "whole.zarr")).read_bytes()
 
@@ -276,4 +276,26 @@ def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sampl
     monkeypatch.setattr(dump, "infer", poisoned)
     train, _ = datasets.load(tiny.experiment().data)
     with pytest.raises(ValueError, match=rf"sample {train.sample_id[7]}, view 0"):
-        dump_logits(tiny.experiment(), str(teacher_run), str(tmp_path / "c.zarr"), tiny.CPU)
+        dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "c.zarr"), tiny.CPU)
+
+
+def test_several_teachers_are_averaged(tmp_path, teacher_run):
+    from pipeline.teacher import train_teacher
+
+    config = tiny.experiment("cache.encoding.dtype=float32")
+    train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
+    both = [str(teacher_run), str(tmp_path / "other")]
+    for name, teachers in {"first": both[:1], "second": both[1:], "both": both}.items():
+        dump_logits(config, teachers, str(tmp_path / f"{name}.zarr"), tiny.CPU)
+    first, second, average = (open_cache(tmp_path / f"{name}.zarr") for name in ("first", "second", "both"))
+    np.testing.assert_allclose(average.plane(2), (first.plane(2) + second.plane(2)) / 2, atol=1e-6)
+    assert [one["digest"] for one in average.identity.teacher["average_of"]] == [
+        cache.identity.teacher["digest"] for cache in (first, second)
+    ]
+    assert verify_cache(str(tmp_path / "both.zarr"), both, 1, None, (), tiny.CPU)["passed"]
+    with pytest.raises(CacheError, match="teacher.digest"):
+        verify_cache(str(tmp_path / "both.zarr"), both[:1], 1, None, (), tiny.CPU)
+    with pytest.raises(UserError, match="is given twice; an average is of different teachers"):
+        dump_logits(config, [both[0], both[0]], str(tmp_path / "twice.zarr"), tiny.CPU)
+    train_student(config, str(tmp_path / "both.zarr"), str(tmp_path / "student"), tiny.CPU)
+    assert (tmp_path / "student" / "accuracy_by_class.png").exists()
