@@ -1,7 +1,7 @@
 """The store of a teacher's answers: written once block by block, read by anyone. NumPy and Zarr, no torch.
 
-    from cache import open_cache
-    open_cache("store.zarr").to_pandas(view=3)
+from cache import open_cache
+open_cache("store.zarr").to_pandas(view=3)
 """
 
 from cache.format import CacheError, CorruptCacheError, Identity

@@ -167,9 +167,7 @@ class Klt:
         """Raises ValueError where a store of this size cannot be of this encoding."""
         whole = all(type(value) is int for value in (self.coefficients, self.high, self.reference))
         if not whole or not (
-            1 <= self.coefficients <= classes
-            and 0 <= self.high <= self.coefficients
-            and 0 <= self.reference < views
+            1 <= self.coefficients <= classes and 0 <= self.high <= self.coefficients and 0 <= self.reference < views
         ):
             raise ValueError(f"its codebook is not one for {classes} classes and {views} views: {self.to_json()}")
 
@@ -208,7 +206,7 @@ class Klt:
         return np.concatenate([rest, high], 1).astype(np.int8)
 
     def unpack(self, columns: np.ndarray, values: dict, reference=None, out=None) -> np.ndarray:
-        """Columns, int8 [B, S], and their marker's values to codes, int16 [B, R]. Raises ValueError for other values."""
+        """Columns, int8 [B, S], and their marker's values to codes, int16 [B, R]. Raises ValueError for others."""
         shift = values.get("shift")
         if type(shift) is not int or not 0 <= shift <= _SHIFT:
             raise ValueError(f"its marker says shift {shift!r}")
@@ -312,7 +310,7 @@ def _step(coefficients, probability, mean, basis, weight, target):
         kept = _kept(coefficients, step)
         codes = np.clip(np.rint(coefficients[..., :kept] / step), -(_MOST >> _SHIFT), _MOST >> _SHIFT)
         decoded = codes @ (basis[:kept] * np.float32(step)) + mean
-        return max(total_variation(p, softmax(x), weight).mean() for p, x in zip(probability, decoded))
+        return max(total_variation(p, softmax(x), weight).mean() for p, x in zip(probability, decoded, strict=True))
 
     high = 4 * max(float(np.abs(coefficients).max()), 1e-3)
     if error(high) <= target:
@@ -332,7 +330,7 @@ def _step(coefficients, probability, mean, basis, weight, target):
 
 
 def _zstd_content(head: bytes) -> int | None:
-    """The size of what a Zstandard frame decodes to, from its header (RFC 8878, section 3.1.1.1); None if it says none."""
+    """The size of what a Zstandard frame decodes to, from its header (RFC 8878, 3.1.1.1); None if it says none."""
     if len(head) < 9 or head[:4] != b"\x28\xb5\x2f\xfd":
         return None
     flag, single, dictionary = head[4] >> 6, head[4] >> 5 & 1, head[4] & 3
@@ -356,7 +354,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def class_weight(class_counts) -> np.ndarray:
-    """ω_c = (1 − β) / (1 − β^n_c), the inverse effective number of samples, float64 [C]. An empty class counts as one."""
+    """ω_c = (1 − β) / (1 − β^n_c), the inverse effective number of samples, float64 [C]. No sample counts as one."""
     return (1 - BETA) / (1 - BETA ** np.maximum(np.asarray(class_counts, np.float64), 1))
 
 

@@ -55,7 +55,7 @@ class Identity:
     def differences(self, other: "Identity") -> list[str]:
         """One readable line for each thing in which this store's identity differs from the run's, `other`."""
         lines = []
-        for index, (ours, theirs) in enumerate(zip(self.classes, other.classes)):
+        for index, (ours, theirs) in enumerate(zip(self.classes, other.classes, strict=False)):
             if ours != theirs:
                 lines.append(f"classes: class {index} is {ours!r} in the store and {theirs!r} in the run")
                 break
@@ -155,11 +155,13 @@ class Layout:
     def documents(self) -> dict[str, dict]:
         """Every zarr.json of the store, by key."""
         found = {
-            "zarr.json": group_document({
-                "cache_format": FORMAT,
-                "encoding": self.encoding.to_json(),
-                "identity": self.identity.to_json(),
-            }),
+            "zarr.json": group_document(
+                {
+                    "cache_format": FORMAT,
+                    "encoding": self.encoding.to_json(),
+                    "identity": self.identity.to_json(),
+                }
+            ),
             "done/zarr.json": group_document({}),  # or Zarr's listings complain of a folder that is no node
             "sample_id/zarr.json": array_document([self.samples], "int64", ["sample"]),
             "label/zarr.json": array_document([self.samples], "int64", ["sample"]),
@@ -176,7 +178,9 @@ class Layout:
     def fixed_chunks(self) -> list[str]:
         """The keys of the chunks that are written when the store is created."""
         arrays = {key.removesuffix("/zarr.json"): values.get("shape") for key, values in self.documents().items()}
-        return [f"{name}/c{'.0' * len(shape)}" for name, shape in arrays.items() if shape and name != self.encoding.array]
+        return [
+            f"{name}/c{'.0' * len(shape)}" for name, shape in arrays.items() if shape and name != self.encoding.array
+        ]
 
 
 PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]

@@ -192,7 +192,8 @@ def _quality(cache, views):
             "confidence": float(confidence[chosen].mean()),
             "calibration_error": calibration_error(confidence[chosen], correct[chosen]),
         }
-        for name, chosen in groups.items() if chosen.any()
+        for name, chosen in groups.items()
+        if chosen.any()
     }
 
 

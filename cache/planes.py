@@ -50,7 +50,7 @@ class Planes:
             cache.stored_plane(int(view), self._codes[place])
 
     def rows(self, samples, views) -> np.ndarray:
-        """Probabilities of B pairs, float32 [B, C]. `samples` are positions in [0, N). Raises KeyError for other views."""
+        """Probabilities of B pairs, float32 [B, C]. `samples` are positions. Raises KeyError for other views."""
         place = self._place[np.asarray(views)]
         if (place < 0).any():
             raise KeyError(f"view {np.asarray(views)[place < 0][0]} is not held")

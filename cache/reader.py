@@ -306,7 +306,9 @@ class Cache:
     def _read(self, key, most=_DOCUMENT_BYTES):
         size = self._storage.size(key)
         if size is None:
-            raise CacheError(f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump")
+            raise CacheError(
+                f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump"
+            )
         if size > most:
             raise CacheError(f"{self._storage} is not a store: {key} has {size} bytes; {_FOREIGN}")
         return self._storage.read(key)

@@ -129,9 +129,9 @@ def test_a_document_too_large_to_be_one_is_refused_unread(url):
 
 
 def test_more_samples_than_the_file_of_ids_has_are_refused(url):
-    for key in "sample_id/zarr.json", "label/zarr.json", "image_size/zarr.json", "probability/zarr.json":
-        shape = {"sample_id": [10**12], "label": [10**12], "image_size": [10**12, 2], "probability": [2, 10**12, 5]}
-        edit(url, key, lambda document: document.__setitem__("shape", shape[key.split("/")[0]]))
+    shapes = {"sample_id": [10**12], "label": [10**12], "image_size": [10**12, 2], "probability": [2, 10**12, 5]}
+    for name, shape in shapes.items():
+        edit(url, f"{name}/zarr.json", lambda document, shape=shape: document.__setitem__("shape", shape))
     refused(url, "sample_id/zarr.json is not what format 1 says")
     os.truncate(url / "sample_id/c.0", 1 << 40)
     refused(url, "sample_id is damaged: it has 1099511627776 bytes")

@@ -57,7 +57,7 @@ def test_held_planes_give_rows_without_the_store(tmp_path, scratch):
     for path in sorted((tmp_path / "s").rglob("c.*")):
         path.unlink()
     samples, views = np.array([7, 0, 359, 7]), np.array([1, 0, 1, 0])
-    expected = np.stack([answers(view)[sample] for sample, view in zip(samples, views)])
+    expected = np.stack([answers(view)[sample] for sample, view in zip(samples, views, strict=False)])
     assert (planes.rows(samples, views) == expected).all()
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 

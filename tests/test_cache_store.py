@@ -50,7 +50,7 @@ def test_blocks_hold_every_sample_once_and_fit_their_limits(samples, classes):
     layout = format.Layout(identity=identity(classes=names), samples=samples, encoding=encoding)
     rows = [layout.rows(block) for block in range(layout.blocks)]
     assert rows[0].start == 0 and rows[-1].stop == samples
-    assert all(a.stop == b.start for a, b in zip(rows, rows[1:])) and all(r.stop > r.start for r in rows)
+    assert all(a.stop == b.start for a, b in zip(rows, rows[1:], strict=False)) and all(r.stop > r.start for r in rows)
     assert layout.block_rows * classes * 2 <= 8 << 20
 
 
@@ -72,7 +72,7 @@ def test_columns_and_identity_come_back(tmp_path):
 def test_rows_gathers_pairs_in_the_order_asked(tmp_path):
     cache = dump(tmp_path / "s")
     samples, views = np.array([5, 359, 5, 0]), np.array([3, 17, 0, 3])
-    expected = np.stack([answers(view)[sample] for sample, view in zip(samples, views)])
+    expected = np.stack([answers(view)[sample] for sample, view in zip(samples, views, strict=False)])
     assert (cache.rows(samples, views) == expected).all()
 
 

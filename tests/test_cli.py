@@ -172,3 +172,12 @@ def test_help_starts_fast_because_nothing_heavy_is_imported():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.4, "of processor time: the clock on the wall depends on who else is running"
+
+
+def test_processes_of_one_torchrun_share_a_dump_and_the_bytes_are_the_same(tmp_path, teacher_run, cache):
+    command = [sys.executable, str(ROOT / "cli.py"), "dump-logits", *tiny.options("cache.encoding.dtype=float32")]
+    command += ["--teacher", str(teacher_run), "--out", str(tmp_path / "cache.zarr")]
+    started = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    shared, alone = ({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (tmp_path / "cache.zarr", cache))
+    assert shared == alone

@@ -26,7 +26,7 @@ def test_crop_and_flip_enumerates_every_crop_once():
     specification = CropFlip(pad=4)
     assert specification.count == 162
     top, left, height, width, flip = boxes(specification, 0, np.arange(162), (32, 32))
-    assert set(zip(top, left, flip)) == {(i, j, f) for i in range(-4, 5) for j in range(-4, 5) for f in (0, 1)}
+    assert set(zip(top, left, flip, strict=False)) == {(i, j, f) for i in range(-4, 5) for j in range(-4, 5) for f in (0, 1)}
     assert set(height) == set(width) == {32}
     assert CropFlip(pad=2, flip=False).count == 25 and not boxes(CropFlip(pad=2, flip=False), 0, np.arange(25))[4].any()
 
@@ -69,7 +69,7 @@ def test_random_resized_crops_are_distributed_as_torchvisions(size):
     draw = transforms.RandomResizedCrop.get_params
     theirs = np.array([draw(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)], float).T
     limit = 1.95 * math.sqrt(2 / count)  # Kolmogorov and Smirnov's, one in a thousand
-    for name, a, b in zip(("top", "left", "height", "width"), ours, theirs):
+    for name, a, b in zip(("top", "left", "height", "width"), ours, theirs, strict=False):
         assert _largest_gap(a, b) < limit, name
     assert _largest_gap(ours[2] * ours[3], theirs[2] * theirs[3]) < limit
     assert abs(ours[4].mean() - 0.5) < 4 * 0.5 / math.sqrt(count)
