@@ -2,14 +2,12 @@
 
 import builtins
 import errno
-import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from cache_store import answers, arguments, dump, files, fill, identity
 
@@ -116,7 +114,7 @@ def test_everything_is_synced_before_its_marker_appears(tmp_path, monkeypatch, t
     log = Faults(monkeypatch).log
     dump_two(tmp_path / "s")
     synced = set()
-    for name, path, *rest in log:
+    for name, path, *_ in log:
         if name == "fsync":
             synced.add(path)
         elif name in ("write", "open"):

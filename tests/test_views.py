@@ -26,7 +26,8 @@ def test_crop_and_flip_enumerates_every_crop_once():
     specification = CropFlip(pad=4)
     assert specification.count == 162
     top, left, height, width, flip = boxes(specification, 0, np.arange(162), (32, 32))
-    assert set(zip(top, left, flip, strict=False)) == {(i, j, f) for i in range(-4, 5) for j in range(-4, 5) for f in (0, 1)}
+    crops = {(i, j, f) for i in range(-4, 5) for j in range(-4, 5) for f in (0, 1)}
+    assert set(zip(top, left, flip, strict=True)) == crops
     assert set(height) == set(width) == {32}
     assert CropFlip(pad=2, flip=False).count == 25 and not boxes(CropFlip(pad=2, flip=False), 0, np.arange(25))[4].any()
 
