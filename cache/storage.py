@@ -176,24 +176,21 @@ class ZarrStorage(Store):
     """The Zarr store over a storage. `check` sees every value that is read, `written` records every one that is set.
 
     `check(key, data)` gets uint8 [size], or None where nothing is stored, and raises what the reader is to see.
-    With `fresh` no chunk is read: Zarr would merge a block shorter than its chunk with what lies there, damaged or not.
     """
 
     supports_writes = supports_deletes = supports_listing = True
 
-    def __init__(self, storage, *, check=None, fresh: bool = False, read_only: bool = False):
+    def __init__(self, storage, *, check=None, read_only: bool = False):
         super().__init__(read_only=read_only)
-        self.storage, self.check, self.fresh, self.written = storage, check, fresh, {}
+        self.storage, self.check, self.written = storage, check, {}
 
     def with_read_only(self, read_only: bool = False):
-        return ZarrStorage(self.storage, check=self.check, fresh=self.fresh, read_only=read_only)
+        return ZarrStorage(self.storage, check=self.check, read_only=read_only)
 
     def __eq__(self, other):
         return isinstance(other, ZarrStorage) and str(self.storage) == str(other.storage)
 
     def _get(self, key, prototype, byte_range):
-        if self.fresh and not key.endswith("zarr.json"):
-            return None
         data = self.storage.read(key)
         if self.check is not None:
             self.check(key, data)

@@ -123,7 +123,7 @@ def _create(storage, contents: _Contents, fit, rank, world) -> "CacheWriter":
         data = to_bytes(document)
         storage.write(key, data)
         files[key] = {"size": len(data), "checksum": digest(data)}
-    store = ZarrStorage(storage, fresh=True)
+    store = ZarrStorage(storage)
     columns = {name: getattr(contents, name) for name in ("sample_id", "label", "image_size")}
     for name, values in {**columns, **layout.encoding.codebook()}.items():
         zarr.open_array(store, path=name, mode="r+")[...] = values
@@ -198,7 +198,7 @@ class CacheWriter:
             columns, values = self._encoding.encode(probability, reference)
         except CacheError as error:
             raise CacheError(f"view {view}, rows {rows.start} to {rows.stop - 1}: {error}") from error
-        store = ZarrStorage(self._storage, fresh=True)
+        store = ZarrStorage(self._storage)
         zarr.open_array(store, path=self._encoding.array, mode="r+")[view, rows] = columns
         owner = {"store": self.cache.digest, "view": view, "rows": [rows.start, rows.stop]}
         self._storage.write(f"done/{view}.{block}", marker(_sizes(store.written), **owner, **values))

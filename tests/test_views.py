@@ -33,9 +33,10 @@ def test_crop_and_flip_enumerates_every_crop_once():
 
 
 def test_golden_boxes_never_change():
-    assert boxes(CropFlip(pad=4), 5, [0, 1, 80, 161], (32, 32)).T.tolist() == [
+    assert boxes(CropFlip(pad=4), 5, [0, 1, 2, 80, 161], (32, 32)).T.tolist() == [
         [-4, -4, 32, 32, 0],
         [-4, -4, 32, 32, 1],
+        [-4, -3, 32, 32, 0],
         [0, 0, 32, 32, 0],
         [4, 4, 32, 32, 1],
     ]
