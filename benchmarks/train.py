@@ -27,8 +27,8 @@ from cache.views import CropFlip  # noqa: E402
 from pipeline import config, engine, losses, runs  # noqa: E402
 from pipeline.data import datasets  # noqa: E402
 from pipeline.data.images import ResidentImages  # noqa: E402
+from pipeline.methods import method_loss  # noqa: E402
 from pipeline.models import build_model  # noqa: E402
-from pipeline.student import method_loss  # noqa: E402
 
 T, BATCH, VIEWS = 2.0, 128, CropFlip(pad=4, flip=True)
 

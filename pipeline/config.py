@@ -73,6 +73,7 @@ class CifarResNet(Section):
     name: Literal["cifar_resnet"]
     depth: Positive = 32
     width: Annotated[int, Field(ge=2, multiple_of=2)] = 16  # channels of the first stage
+    classifier: Literal["linear", "cosine"] = "linear"  # cosine: features and weights normalised, no bias
 
     @model_validator(mode="after")
     def _depth(self):
@@ -152,6 +153,47 @@ class BKD(Section):
     reweight_from: Annotated[int, Field(ge=0)] = 0  # first epoch with class weights; 160 in the CIFAR-10 recipe
 
 
+class CB(Section):
+    """Cross-entropy weighted by the label's inverse effective number (Cui et al., 2019)."""
+
+    name: Literal["cb"]
+    beta: Fraction = 0.9999
+    reweight_from: Annotated[int, Field(ge=0)] = 0
+
+
+class Focal(Section):
+    """Focal loss (Lin et al., 2017)."""
+
+    name: Literal["focal"]
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+
+
+class CBFocal(Section):
+    """Focal loss weighted by the label's inverse effective number (Cui et al., 2019)."""
+
+    name: Literal["cb_focal"]
+    beta: Fraction = 0.9999
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    reweight_from: Annotated[int, Field(ge=0)] = 0
+
+
+class LogitAdjustment(Section):
+    """Cross-entropy of logits shifted by the log prior (Menon et al., 2021)."""
+
+    name: Literal["logit_adjustment"]
+    tau: Annotated[float, Field(ge=0)] = 1.0
+
+
+class LDAM(Section):
+    """Margins that grow for rare classes, with deferred re-weighting (Cao et al., 2019); needs a cosine classifier."""
+
+    name: Literal["ldam"]
+    max_margin: Annotated[float, Field(ge=0)] = 0.5
+    scale: Annotated[float, Field(gt=0)] = 30.0
+    beta: Fraction = 0.9999
+    reweight_from: Annotated[int, Field(ge=0)] = 160
+
+
 class Probability(Section):
     """The tempered probabilities themselves."""
 
@@ -185,8 +227,16 @@ class Teacher(Section):
 
 class Student(Section):
     model: Model
-    method: Annotated[Union[CE, KD, BKD], Field(discriminator="name")] = BKD(name="bkd")
+    method: Annotated[
+        Union[CE, KD, BKD, CB, Focal, CBFocal, LogitAdjustment, LDAM], Field(discriminator="name")
+    ] = BKD(name="bkd")
     training: Training = Training()
+
+    @model_validator(mode="after")
+    def _classifier(self):
+        if self.method.name == "ldam" and getattr(self.model, "classifier", "linear") != "cosine":
+            raise ValueError("method ldam needs normalised features and weights: a cifar_resnet with classifier: cosine")
+        return self
 
 
 class Experiment(Section):

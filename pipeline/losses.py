@@ -13,6 +13,30 @@ def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits, label, reduction="none")
 
 
+def focal(logits: torch.Tensor, label: torch.Tensor, gamma: float) -> torch.Tensor:
+    """-(1 - p_y)^gamma log p_y (Lin et al., 2017, eq. 4)."""
+    ce = cross_entropy(logits, label)
+    # a power below one has no slope at zero, where the label is certain
+    return (-torch.expm1(-ce)).clamp_min(1e-12).pow(gamma) * ce
+
+
+def logit_adjusted(logits: torch.Tensor, label: torch.Tensor, log_prior: torch.Tensor, tau: float) -> torch.Tensor:
+    """Cross-entropy of z + tau log pi, pi [C] the classes' shares of the training set (Menon et al., 2021, eq. 10)."""
+    return cross_entropy(logits + tau * log_prior, label)
+
+
+def ldam(cosine: torch.Tensor, label: torch.Tensor, margin: torch.Tensor, scale: float) -> torch.Tensor:
+    """Cross-entropy of s (z - margin_y e_y) (Cao et al., 2019, eq. 12). `cosine`: logits of a normalised classifier."""
+    own = functional.one_hot(label, cosine.shape[1]) * margin[label, None]
+    return cross_entropy(scale * (cosine - own), label)
+
+
+def ldam_margins(class_counts: torch.Tensor, largest: float) -> torch.Tensor:
+    """margin_c in proportion to n_c^(-1/4), the largest being `largest`: float64 [C] (Cao et al., 2019, eq. 11)."""
+    margins = class_counts.double().pow(-0.25)
+    return margins * (largest / margins.max())
+
+
 def effective_number_weights(class_counts: torch.Tensor, beta: float) -> torch.Tensor:
     """w_c = (1 - beta) / (1 - beta^n_c), float64 [C] (Cui et al., 2019, eq. 2; BKD, eq. 2). Their scale is arbitrary."""
     counts = class_counts.double()

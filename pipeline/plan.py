@@ -11,9 +11,10 @@ import torch
 from cache import open_cache
 from cache.views import CropFlip
 from pipeline import engine, losses, show
-from pipeline.config import CE, Experiment, dump_config
+from pipeline.config import Experiment, dump_config
 from pipeline.data import datasets
 from pipeline.data.images import open_images
+from pipeline.methods import needs_cache
 from pipeline.models import build_model
 
 
@@ -27,7 +28,7 @@ def show_plan(config: Experiment, device: torch.device, stage: str, cache: str |
     seconds = _seconds(config, model, images, device, stage)
     counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
     held = 0
-    if stage == "student" and not isinstance(config.student.method, CE) and row:
+    if stage == "student" and needs_cache(config.student.method) and row:
         held = samples * row * (views if isinstance(config.views, CropFlip) else 2)
     facts = {
         "training samples (N)": f"{samples:,}",

@@ -13,7 +13,17 @@ from pipeline.show import COLUMNS
 matplotlib.use("Agg")  # files only, no display
 from matplotlib import pyplot  # noqa: E402
 
-NAMES = {"teacher": "teacher", "ce": "CE student", "kd": "KD student", "bkd": "BKD student"}
+NAMES = {
+    "teacher": "teacher",
+    "ce": "CE student",
+    "kd": "KD student",
+    "bkd": "BKD student",
+    "cb": "CB student",
+    "focal": "Focal student",
+    "cb_focal": "CB-Focal student",
+    "logit_adjustment": "Logit-adjusted student",
+    "ldam": "LDAM student",
+}
 
 
 def draw_run(run: runs.Run) -> None:

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 
 from cache import Cache, CacheError, open_cache
-from pipeline import UserError, losses, runs, samplers
-from pipeline.config import CE, Experiment
+from pipeline import UserError, runs, samplers
+from pipeline.config import Experiment
 from pipeline.data import datasets
-from pipeline.data.images import Batch, open_images
+from pipeline.data.images import open_images
 from pipeline.dump import refuse_other
 from pipeline.engine import Task, train
 from pipeline.evaluate import evaluate
+from pipeline.methods import method_loss, needs_cache
 from pipeline.models import build_model
 from pipeline.report import draw_run
 from pipeline.targets import Targets
@@ -25,7 +26,7 @@ def train_student(config: Experiment, cache_path: str | None, out: str, device: 
     """
     training_set, test_set = datasets.load(config.data)
     method = config.student.method
-    cache = None if isinstance(method, CE) else open_matching_cache(cache_path, config, training_set)
+    cache = open_matching_cache(cache_path, config, training_set) if needs_cache(method) else None
     images, test_images = (open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set))
     model = build_model(config.student.model, len(training_set.classes), config.data, config.seed).to(device)
     run = runs.start_run(out, config, "student", device, resume)
@@ -57,25 +58,3 @@ def open_matching_cache(path: str | None, config: Experiment, training_set: data
     if missing := len(cache.missing()):
         raise CacheError(f"{path} lacks {missing} blocks; finish it with dump-logits --resume")
     return cache
-
-
-def method_loss(method, gather, temperature: float, class_counts, device: torch.device):
-    """The loss of a batch by `method`: logits [B, C], batch, epoch -> per-sample terms [B], of which "loss" is minimised.
-
-    `gather(rows, views)` gives the teacher's tempered probabilities [B, C].
-    """
-    if method.name == "ce":
-        return lambda logits, batch, epoch: {"loss": losses.cross_entropy(logits, batch.label)}
-    weights = None
-    if method.name == "bkd":
-        weights = losses.effective_number_weights(torch.as_tensor(class_counts), method.beta).float().to(device)
-
-    def loss(logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
-        target = gather(batch.rows, batch.views)
-        if weights is not None and epoch >= method.reweight_from:
-            target = losses.balanced_probability(target, weights)
-        ce = losses.cross_entropy(logits, batch.label)
-        kd = losses.distillation(logits, target, temperature)
-        return {"loss": ce + method.alpha * kd, "ce": ce, "kd": kd}
-
-    return loss

@@ -7,7 +7,9 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from sklearn.metrics import log_loss
 
-from pipeline import losses
+from pipeline import config, losses
+from pipeline.data.images import Batch
+from pipeline.methods import method_loss
 
 T, BETA = 2.0, 0.9999
 COUNTS = np.array([500, 200, 80, 30, 12, 5])
@@ -80,3 +82,71 @@ def test_gradients_match_finite_differences(batch):
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda z: losses.distillation(z, p, T), student)
     assert torch.autograd.gradcheck(lambda z: losses.cross_entropy(z, label), student)
+
+
+def test_focal_loss_is_torchvisions_and_cross_entropy_at_gamma_zero(batch):
+    from torchvision.ops import sigmoid_focal_loss
+
+    student, _, label = batch
+    p = softmax(student, axis=1)[np.arange(32), label]
+    for gamma in (0.5, 1, 2):
+        ours = losses.focal(torch.tensor(student), torch.tensor(label), gamma)
+        np.testing.assert_allclose(ours, -((1 - p) ** gamma) * np.log(p), rtol=1e-9)
+    np.testing.assert_allclose(losses.focal(torch.tensor(student), torch.tensor(label), 0), -np.log(p), rtol=1e-12)
+    # of two classes it is torchvision's sigmoid focal loss on the difference of the logits
+    two = torch.tensor(student[:, :2])
+    right = torch.tensor(label % 2)
+    theirs = sigmoid_focal_loss(two[:, 1] - two[:, 0], right.double(), alpha=-1, gamma=2.0)
+    np.testing.assert_allclose(losses.focal(two, right, 2.0), theirs, rtol=1e-9)
+
+
+def test_focal_loss_has_a_gradient_where_the_label_is_certain():
+    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
+    losses.focal(logits, torch.tensor([0, 0]), 0.5).sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[1].tolist() == [-1.0, 1.0]
+
+
+def test_logit_adjustment_shifts_logits_by_the_log_prior(batch):
+    student, _, label = batch
+    prior = COUNTS / COUNTS.sum()
+    ours = losses.logit_adjusted(torch.tensor(student), torch.tensor(label), torch.tensor(prior).log(), 1.0)
+    weighted = np.exp(student) * prior
+    np.testing.assert_allclose(ours, -np.log(weighted[np.arange(32), label] / weighted.sum(1)), rtol=1e-10)
+
+
+def test_ldam_takes_a_margin_from_the_labels_cosine(batch):
+    student, _, label = batch
+    cosine = np.tanh(student)
+    margins = losses.ldam_margins(torch.tensor(COUNTS), 0.5)
+    np.testing.assert_allclose(margins, 0.5 * (COUNTS[-1] / COUNTS) ** 0.25, rtol=1e-12)
+    shifted = cosine.copy()
+    shifted[np.arange(32), label] -= margins.numpy()[label]
+    expected = -log_softmax(30 * shifted, axis=1)[np.arange(32), label]
+    np.testing.assert_allclose(losses.ldam(torch.tensor(cosine), torch.tensor(label), margins, 30), expected, rtol=1e-10)
+
+
+def loss_of(name, **settings):
+    section = config.Student(model={"name": "cifar_resnet", "classifier": "cosine"}, method={"name": name, **settings})
+    return method_loss(section.method, None, T, COUNTS, torch.device("cpu"))
+
+
+def test_class_weights_have_mean_one_and_wait_for_their_epoch(batch):
+    student, _, label = batch
+    logits, batch = torch.tensor(student), Batch(rows=None, views=None, label=torch.tensor(label), images=None)
+    weights = np.array([(1 - BETA) / (1 - BETA**n) for n in COUNTS])
+    weights *= len(COUNTS) / weights.sum()
+    ce = -log_softmax(student, axis=1)[np.arange(32), label]
+    balanced = loss_of("cb", reweight_from=2)
+    np.testing.assert_allclose(balanced(logits, batch, 1)["loss"], ce, rtol=1e-6)
+    np.testing.assert_allclose(balanced(logits, batch, 2)["loss"], weights[label] * ce, rtol=1e-6)
+    focal = (1 - np.exp(-ce)) ** 2 * ce
+    np.testing.assert_allclose(loss_of("cb_focal", gamma=2)(logits, batch, 0)["loss"], weights[label] * focal, rtol=1e-6)
+    margins = losses.ldam_margins(torch.tensor(COUNTS), 0.5).float()
+    unweighted = losses.ldam(logits, batch.label, margins, 30.0)
+    np.testing.assert_allclose(loss_of("ldam")(logits, batch, 159)["loss"], unweighted, rtol=1e-6)
+    np.testing.assert_allclose(loss_of("ldam")(logits, batch, 160)["loss"], weights[label] * unweighted.numpy(), rtol=1e-6)
+
+
+def test_ldam_is_refused_with_a_linear_classifier():
+    with pytest.raises(ValueError, match="ldam needs normalised features and weights"):
+        config.Student(model={"name": "cifar_resnet"}, method={"name": "ldam"})

@@ -11,7 +11,7 @@ LAYERS = [
     {"cache"},
     {"pipeline"},
     {"pipeline.config", "pipeline.losses", "pipeline.metrics", "pipeline.samplers", "pipeline.progress", "pipeline.show"},
-    {"pipeline.data.datasets", "pipeline.models.cifar_resnet", "pipeline.runs", "pipeline.targets"},
+    {"pipeline.data.datasets", "pipeline.models.cifar_resnet", "pipeline.runs", "pipeline.targets", "pipeline.methods"},
     {"pipeline.data.images", "pipeline.models", "pipeline.report"},
     {"pipeline.engine", "pipeline.evaluate"},
     {"pipeline.dump"},

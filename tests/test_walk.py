@@ -12,9 +12,10 @@ from pipeline import UserError, runs
 from pipeline.data import datasets
 from pipeline.data.images import open_images
 from pipeline.dump import dump_logits, load_teacher
+from pipeline.methods import method_loss
 from pipeline.models import build_model
 from pipeline.samplers import instance_balanced
-from pipeline.student import method_loss, open_matching_cache, train_student
+from pipeline.student import open_matching_cache, train_student
 from pipeline.targets import Targets
 from pipeline.verify import verify_cache
 
@@ -106,9 +107,11 @@ def test_the_student_needs_no_teacher(tmp_path, teacher_run, cache):
     assert before["teacher"]["test"] == runs.open_run(teacher_run).summary()["last"], "its accuracy came along in the cache"
 
 
-def test_ce_needs_no_cache_and_the_others_do(tmp_path):
-    train_student(tiny.experiment("student.method={name: ce}"), None, str(tmp_path / "ce"), tiny.CPU)
-    assert runs.open_run(tmp_path / "ce").summary()["method"] == "ce"
+def test_methods_that_distil_nothing_need_no_cache_and_the_others_do(tmp_path):
+    for method in ("ce", "cb", "focal", "cb_focal", "logit_adjustment", "ldam"):
+        config = tiny.experiment(f"student.method={{name: {method}}}", "student.model.classifier=cosine")
+        train_student(config, None, str(tmp_path / method), tiny.CPU)
+        assert runs.open_run(tmp_path / method).summary()["method"] == method
     with pytest.raises(UserError, match="method bkd learns from a cache; name one with --cache"):
         train_student(tiny.experiment(), None, str(tmp_path / "bkd"), tiny.CPU)
 

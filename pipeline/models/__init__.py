@@ -31,7 +31,10 @@ def build_model(section: config.Model, classes: int, data: config.Data, seed: in
     """A network with `classes` outputs, its initial weights drawn from `seed` alone, in channels-last memory."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = CifarResNet(section.depth, section.width, classes) if section.name == "cifar_resnet" else _torchvision(section, classes)
+        if section.name == "cifar_resnet":
+            network = CifarResNet(section.depth, section.width, classes, section.classifier)
+        else:
+            network = _torchvision(section, classes)
     return Classifier(network, data.mean, data.std).to(memory_format=torch.channels_last)
 
 

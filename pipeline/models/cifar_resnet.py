@@ -26,10 +26,21 @@ class BasicBlock(nn.Module):
         return functional.relu(x + y)
 
 
+class CosineClassifier(nn.Module):
+    """Features [B, D] to the cosines of their angles with each class's weight, [B, C]."""
+
+    def __init__(self, inputs: int, classes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, inputs))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return functional.linear(functional.normalize(features), functional.normalize(self.weight))
+
+
 class CifarResNet(nn.Module):
     """Normalised images [B, 3, H, W] to logits [B, C]."""
 
-    def __init__(self, depth: int, width: int, classes: int):
+    def __init__(self, depth: int, width: int, classes: int, classifier: str = "linear"):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -40,9 +51,9 @@ class CifarResNet(nn.Module):
                 blocks.append(BasicBlock(inputs, outputs, 2 if stage and not position else 1))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.fc = nn.Linear(inputs, classes)
+        self.fc = nn.Linear(inputs, classes) if classifier == "linear" else CosineClassifier(inputs, classes)
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv2d, nn.Linear, CosineClassifier)):
                 nn.init.kaiming_normal_(module.weight)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
