@@ -126,8 +126,9 @@ def train_teacher(config, device, out, resume, dry_run):
 @main.command("dump-logits")
 @click.option("--teacher", "teachers", required=True, multiple=True, metavar="RUN", help="A complete train-teacher run; several are averaged.")
 @click.option("--out", required=True, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
+@click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")
 @experiment
-def dump_logits(config, device, teachers, out, resume, dry_run):
+def dump_logits(config, device, teachers, out, apart, resume, dry_run):
     """Example: python cli.py dump-logits --config configs/digits.yaml --teacher runs/teacher --out runs/cache.zarr
 
     Stage one, second half: write the teacher's tempered probabilities for every view of every training sample.
@@ -136,7 +137,7 @@ def dump_logits(config, device, teachers, out, resume, dry_run):
 
     if dry_run:
         return plan.show_plan(config, device, "dump")
-    dump.dump_logits(config, teachers, out, device, resume)
+    dump.dump_logits(config, teachers, out, device, resume, apart)
 
 
 @main.command("train-student")

@@ -5,6 +5,8 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,76 +23,96 @@ FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a
 GROUP_BYTES = 1 << 30  # of probabilities that wait in memory so that one decode of an image serves several views
 
 
-def dump_logits(config: Experiment, teachers: Sequence[str], out: str, device: torch.device, resume: bool = False) -> None:
-    """Runs the teacher of the folder in `teachers`, or the average of several, over all views; writes the cache `out`.
+def dump_logits(
+    config: Experiment, teachers: Sequence[str], out: str, device: torch.device, resume: bool = False, apart: bool = False
+) -> None:
+    """Runs the teachers of the folders `teachers` over all views and writes their average's cache to `out`.
 
-    What is already committed there is kept with `resume`. Under torchrun, processes share the blocks.
+    With `apart` there is a cache for each, named as its folder, in the folder `out`: one decode of an image serves all.
+    What is already committed is kept with `resume`. Under torchrun, processes share the blocks.
     """
     training_set, _ = datasets.load(config.data)
     section = config.cache
-    teacher, answers_of = load_teachers(teachers, training_set, section.temperature)
+    teacher, identities = load_teachers(teachers, training_set)
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
+    if apart:
+        paths = [str(Path(out) / f"{Path(folder).name}.zarr") for folder in teachers]
+        if len(set(paths)) < len(paths):
+            raise UserError("teachers that are kept apart need folders of different names")
+    else:
+        paths, identities = [out], [average(identities)]
 
     def answers(rows: np.ndarray, views: list[int]) -> np.ndarray:
-        """Probabilities, float32 [len(views), M, C], of `rows` [M] under each of `views`, a sample's views together."""
+        """Probabilities, float32 [caches, len(views), M, C], of `rows` [M] under each of `views`, a sample's together."""
         found = tempered(teacher, images, rows.repeat(len(views)), np.tile(views, len(rows)), section)
-        return found.view(len(rows), len(views), -1).transpose(0, 1).cpu().numpy()
+        found = found if apart else found.mean(1, keepdim=True)
+        return found.view(len(rows), len(views), *found.shape[1:]).permute(2, 1, 0, 3).cpu().numpy()
 
     chosen = philox.permutation(0, philox.SUBSET, training_set.sample_id)[:FIT_SAMPLES]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank:
-        _wait_for(out)
     make = resume_cache if resume or rank else create_cache
-    with make(
-        out,
-        identity=identity(training_set, section.temperature, config.views, answers_of),
-        sample_id=training_set.sample_id,
-        label=training_set.label,
-        image_size=training_set.image_size,
-        encoding=section.encoding.model_dump(),
-        fit=lambda views: answers(chosen, views),
-        rank=rank,
-        world=world,
-    ) as writer:
-        _write_pending(writer, answers, config.views.count, images.decodes)
+    with ExitStack() as stack:
+        writers = []
+        for number, (path, answers_of) in enumerate(zip(paths, identities)):
+            if rank:
+                _wait_for(path)
+            writer = make(
+                path,
+                identity=identity(training_set, section.temperature, config.views, answers_of),
+                sample_id=training_set.sample_id,
+                label=training_set.label,
+                image_size=training_set.image_size,
+                encoding=section.encoding.model_dump(),
+                fit=lambda views, number=number: answers(chosen, views)[number],
+                rank=rank,
+                world=world,
+            )
+            writers.append(stack.enter_context(writer))
+        _write_pending(writers, answers, config.views.count, images.decodes)
 
 
-def _write_pending(writer: CacheWriter, answers, views: int, decodes: bool) -> None:
-    """Asks for the answers of every pending block and writes them while the next are computed.
+def _write_pending(writers: list[CacheWriter], answers, views: int, decodes: bool) -> None:
+    """Asks for the answers of every block that a writer lacks, and writes them while the next are computed.
 
     Where images are decoded, one decode serves a group of views. Groups do not depend on what is pending, so that the
     teacher sees the same batches, and the store gets the same bytes, whether or not the work was interrupted.
     """
-    pending = writer.pending()
-    left, rows = dict.fromkeys(pending), np.arange(len(writer.cache))
+    left = [dict.fromkeys(writer.pending()) for writer in writers]
+    pending = dict.fromkeys(item for items in left for item in items)
+    samples, classes, blocks = len(writers[0].cache), len(writers[0].cache.classes), writers[0].blocks
     start, done = time.perf_counter(), 0
-    with Progress("dumping", views * writer.blocks, views * writer.blocks - len(pending), "blocks", plain=True) as progress, \
-            ThreadPoolExecutor(1) as writing:
-        last = None
-        for view, block in pending:
-            if (view, block) not in left:
-                continue
-            members = rows[writer.rows(block)]
-            size = max(1, GROUP_BYTES // (len(members) * len(writer.cache.classes) * 4)) if decodes else 1
-            first = view // size * size
-            group = list(range(first, min(first + size, views)))
-            probability = answers(members, group)
+    with Progress("dumping", views * blocks, views * blocks - len(pending), "blocks", plain=True) as progress:
+        with ThreadPoolExecutor(1) as writing:
+            last = None
+            while pending:
+                view, block = next(iter(pending))
+                rows = np.arange(samples)[writers[0].rows(block)]
+                size = max(1, GROUP_BYTES // (len(writers) * len(rows) * classes * 4)) if decodes else 1
+                first = view // size * size
+                group = range(first, min(first + size, views))
+                probability = answers(rows, list(group))
+                if last:
+                    last.result()
+                work = [
+                    (writer, (member, block), probability[number, member - first])
+                    for number, writer in enumerate(writers)
+                    for member in sorted(group, key=lambda member: member != view)  # the first pending comes first
+                    if (member, block) in left[number]
+                ]
+                last = writing.submit(_write, work)
+                finished = [(member, block) for member in group if (member, block) in pending]
+                for item in finished:
+                    del pending[item]
+                done += len(rows) * len(finished)
+                progress.advance(done / (time.perf_counter() - start), "views/s", len(finished))
             if last:
                 last.result()
-            wanted = [(member, block) for member in sorted(group, key=lambda member: member != view) if (member, block) in left]
-            last = writing.submit(_write_group, writer, wanted, probability, first)
-            for item in wanted:
-                del left[item]
-            done += len(members) * len(wanted)
-            progress.advance(done / (time.perf_counter() - start), "views/s", len(wanted))
-        if last:
-            last.result()
 
 
-def _write_group(writer: CacheWriter, blocks: list[tuple[int, int]], probability: np.ndarray, first: int) -> None:
-    for view, block in blocks:
-        writer.write(view, block, probability[view - first])
+def _write(work: list) -> None:
+    for writer, (view, block), probability in work:
+        writer.write(view, block, probability)
 
 
 def _wait_for(path: str, seconds: float = 600) -> None:
@@ -106,9 +128,9 @@ def _wait_for(path: str, seconds: float = 600) -> None:
 
 
 def tempered(teacher: torch.nn.Module, images, rows: np.ndarray, views: np.ndarray, section) -> torch.Tensor:
-    """softmax(z / T), float32 [M, C] on the device, of `rows` [M] under `views` [M]."""
+    """softmax(z / T) of each of K teachers, float32 [M, K, C] on the device, of `rows` [M] under `views` [M]."""
     logits = infer(teacher, images, rows, views, section.batch_size, section.precision)
-    return torch.softmax(logits / section.temperature, dim=1)
+    return torch.softmax(logits / section.temperature, dim=-1)
 
 
 def identity(training_set: datasets.Dataset, temperature: float, views, teacher: dict) -> Identity:
@@ -128,29 +150,32 @@ def refuse_other(cache: Cache, path: str, training_set: datasets.Dataset, temper
         raise CacheError(f"{path} is not for this run: " + "; ".join(differences))
 
 
-class Average(torch.nn.Module):
-    """Several teachers as one: images to logits z, float32 [B, C], whose softmax(z / T) is the mean of theirs."""
+class Teachers(torch.nn.Module):
+    """K teachers that see the same images: logits, float32 [B, K, C]."""
 
-    def __init__(self, members: list[torch.nn.Module], temperature: float):
+    def __init__(self, members: list[torch.nn.Module]):
         super().__init__()
-        self.members, self.temperature = torch.nn.ModuleList(members), temperature
+        self.members = torch.nn.ModuleList(members)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        answers = torch.stack([torch.softmax(member(images) / self.temperature, 1) for member in self.members])
-        return self.temperature * answers.mean(0).log()
+        return torch.stack([member(images) for member in self.members], dim=1)
 
 
-def load_teachers(folders: Sequence[str], training_set: datasets.Dataset, temperature: float) -> tuple[torch.nn.Module, dict]:
-    """One teacher, or the average of several at T, and what a cache keeps of its identity."""
-    loaded = [load_teacher(folder, training_set) for folder in folders]
-    if len(loaded) == 1:
-        return loaded[0]
-    members, identities = zip(*loaded)
+def load_teachers(folders: Sequence[str], training_set: datasets.Dataset) -> tuple[Teachers, list[dict]]:
+    """The teachers of `folders`, and what a cache keeps of each one's identity."""
+    members, identities = zip(*(load_teacher(folder, training_set) for folder in folders))
     digests = [one["digest"] for one in identities]
     if repeated := [folder for number, folder in enumerate(folders) if digests[number] in digests[:number]]:
-        raise UserError(f"the teacher in {repeated[0]} is given twice; an average is of different teachers")
-    whole = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return Average(list(members), temperature).eval(), {"digest": whole, "average_of": list(identities)}
+        raise UserError(f"the teacher in {repeated[0]} is given twice; name different teachers")
+    return Teachers(list(members)).eval(), list(identities)
+
+
+def average(identities: list[dict]) -> dict:
+    """What a cache keeps of the identity of several teachers' average; one teacher is itself."""
+    if len(identities) == 1:
+        return identities[0]
+    digests = "\n".join(one["digest"] for one in identities)
+    return {"digest": hashlib.sha256(digests.encode()).hexdigest(), "average_of": identities}
 
 
 def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.Module, dict]:

@@ -9,7 +9,7 @@ from cache import CacheError, encodings, open_cache, philox
 from pipeline import metrics, runs
 from pipeline.data import datasets
 from pipeline.data.images import open_images
-from pipeline.dump import load_teachers, tempered
+from pipeline.dump import average, load_teachers, tempered
 from pipeline.student import refuse_other
 
 ROUNDING = 0.005  # a fresh forward pass on another device or with other batches rounds differently, more so in bfloat16
@@ -25,7 +25,8 @@ def verify_cache(path: str, teachers: Sequence[str], views: int, tolerance: floa
     config = runs.open_run(teachers[0]).config(overrides)
     training_set, _ = datasets.load(config.data)
     cache = open_cache(path)
-    teacher, identity = load_teachers(teachers, training_set, cache.temperature)
+    teacher, identities = load_teachers(teachers, training_set)
+    identity = average(identities)
     refuse_other(cache, path, training_set, temperature=cache.temperature, views=cache.views, teacher=identity)
     images = open_images(training_set, cache.views, device, config.data.workers)
     dumped = sorted({*range(cache.views.count)} - {view for view, _ in cache.missing()})
@@ -39,7 +40,7 @@ def verify_cache(path: str, teachers: Sequence[str], views: int, tolerance: floa
     weight = encodings.class_weight(cache.class_counts)
     teacher.to(device)
     for index, view in enumerate(chosen):
-        fresh = tempered(teacher, images, rows, np.full(len(rows), view), settings).cpu().numpy()
+        fresh = tempered(teacher, images, rows, np.full(len(rows), view), settings).mean(1).cpu().numpy()
         error[index] = encodings.total_variation(fresh, cache.plane(view), weight)
     by_sample = error.mean(0)
     by_class = np.bincount(training_set.label, by_sample, len(cache.classes)) / training_set.class_counts
