@@ -75,7 +75,7 @@ def ours(experiment, method, precision, train, images, targets, steps):
         views=VIEWS,
         rows=lambda epoch: rows,
         loss=method_loss(method, targets.gather, T, train.class_counts, device),
-        prepare=lambda epoch: None,
+        prepare=lambda views, later: None,
         evaluate=None,
         training=experiment.student.training.model_copy(update={"precision": precision, "batch_size": BATCH}),
         seed=0,

@@ -35,7 +35,7 @@ class Task:
     views: object  # a specification of cache.views
     rows: Callable[[int], np.ndarray]  # epoch -> the rows that it visits, in order
     loss: Callable[[torch.Tensor, Batch, int], dict[str, torch.Tensor]]  # logits, batch, epoch -> {"loss": [B], parts: [B]}
-    prepare: Callable[[int], None]  # called before each epoch, with its number
+    prepare: Callable[[np.ndarray, np.ndarray], None]  # called before each epoch with its views and the next one's
     evaluate: Callable[[torch.nn.Module], dict]  # -> metrics.scores on the test part
     training: Training
     seed: int
@@ -129,9 +129,8 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
     """One pass over the rows of `epoch`. The host waits for the device only every CHECK_EVERY steps."""
     training, device = task.training, task.images.device
     start = time.perf_counter()
-    task.prepare(epoch)
-    rows = task.rows(epoch)
-    views = task.views.draw(task.seed, epoch, task.sample_id[rows])
+    rows, views = _draw(task, epoch)
+    task.prepare(views, _draw(task, epoch + 1)[1])
     steps = math.ceil(len(rows) / training.batch_size)
     sums: dict[str, torch.Tensor] = {}
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -163,6 +162,12 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
         "seconds": seconds,
         "images_per_second": len(rows) / seconds,
     }
+
+
+def _draw(task: Task, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that an epoch visits, in order, and the view of each."""
+    rows = task.rows(epoch)
+    return rows, task.views.draw(task.seed, epoch, task.sample_id[rows])
 
 
 def _check(task: Task, bad: int, rows: np.ndarray, epoch: int, steps: int) -> None:

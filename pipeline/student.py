@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import numpy as np
 import torch
 
 from cache import Cache, CacheError, open_cache
@@ -31,7 +30,7 @@ def train_student(config: Experiment, cache_path: str | None, out: str, device: 
     model = build_model(config.student.model, len(training_set.classes), config.data, config.seed).to(device)
     run = runs.start_run(out, config, "student", device, resume)
     training = config.student.training
-    targets = cache and Targets(cache, device, lambda epoch: np.unique(config.views.draw(config.seed, epoch, cache.sample_id)))
+    targets = cache and Targets(cache, device)
     task = Task(
         model=model,
         images=images,
@@ -39,7 +38,7 @@ def train_student(config: Experiment, cache_path: str | None, out: str, device: 
         views=config.views,
         rows=partial(samplers.instance_balanced, config.seed, sample_id=training_set.sample_id),
         loss=method_loss(method, targets and targets.gather, config.cache.temperature, training_set.class_counts, device),
-        prepare=targets.prepare if targets else lambda epoch: None,
+        prepare=lambda views, later: targets and targets.prepare(views, later),
         evaluate=partial(evaluate, images=test_images, class_counts=training_set.class_counts, precision=training.precision),
         training=training,
         seed=config.seed,

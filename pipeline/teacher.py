@@ -29,7 +29,7 @@ def train_teacher(config: Experiment, out: str, device: torch.device, resume: bo
         views=config.views,
         rows=partial(samplers.instance_balanced, config.seed, sample_id=training_set.sample_id),
         loss=lambda logits, batch, epoch: {"loss": cross_entropy(logits, batch.label)},
-        prepare=lambda epoch: None,
+        prepare=lambda views, later: None,
         evaluate=partial(evaluate, images=test_images, class_counts=training_set.class_counts, precision=training.precision),
         training=training,
         seed=config.seed,

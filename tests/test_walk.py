@@ -1,6 +1,7 @@
 """The walk from images to a student, and that cached training is training with a live teacher."""
 
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -61,8 +62,8 @@ def live_teacher(config, teacher_run):
 
 
 def cached(path, config):
-    targets = Targets(open_cache(path), tiny.CPU, lambda epoch: np.arange(config.views.count))
-    targets.prepare(0)
+    targets, views = Targets(open_cache(path), tiny.CPU), np.arange(config.views.count)
+    targets.prepare(views, views)
     return targets.gather
 
 
@@ -186,13 +187,26 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
     cache = open_cache(tmp_path / "cache.zarr")
     read, stored_plane = [], cache.stored_plane
     cache.stored_plane = lambda view, out=None: read.append(view) or stored_plane(view, out)
-    targets = Targets(cache, tiny.CPU, lambda epoch: np.unique(config.views.draw(0, epoch, cache.sample_id)))
+    targets, drawn = Targets(cache, tiny.CPU), [config.views.draw(0, epoch, cache.sample_id) for epoch in range(4)]
     for epoch in range(3):
-        targets.prepare(epoch)
-        view = int(config.views.draw(0, epoch, cache.sample_id)[0])
-        gathered = targets.gather(torch.arange(6), torch.full((6,), view))
-        np.testing.assert_array_equal(gathered, cache.plane(view).astype(np.float32))
-    assert sorted(set(read)) == [0, 1, 2]
+        targets.prepare(drawn[epoch], drawn[epoch + 1])
+        gathered = targets.gather(torch.arange(6), torch.from_numpy(drawn[epoch]))
+        np.testing.assert_array_equal(gathered, open_cache(tmp_path / "cache.zarr").plane(int(drawn[epoch][0])))
+        assert len(targets.held) == 1
+    targets.reader.shutdown()
+    assert sorted(read) == [0, 1, 2], "each plane is read once; the fourth epoch begins with the plane that is held"
+
+
+def test_planes_too_large_for_memory_lie_in_a_scratch_file(cache, monkeypatch):
+    from pipeline import targets
+
+    config = tiny.experiment()
+    expected = losses_of(config, cached(cache, config))
+    scratch, planes = [], targets.Planes
+    monkeypatch.setattr(targets, "ROOM", 0)
+    monkeypatch.setattr(targets, "Planes", lambda *arguments, **named: scratch.append(named["scratch"]) or planes(*arguments, **named))
+    np.testing.assert_array_equal(losses_of(config, cached(cache, config)), expected)
+    assert scratch == [tempfile.gettempdir()]
 
 
 def test_verify_agrees_with_the_teacher_and_notices_another(tmp_path, teacher_run, cache):
