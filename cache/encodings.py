@@ -8,15 +8,18 @@ B rows, C classes, S stored columns, R codes a row.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numcodecs.zstd import Zstd
 
 from cache.format import PLAIN, CacheError, array_document, group_document
 
 BETA = 0.9999  # of the effective number of samples, in the class weights of the target that `klt` is fitted to
 _FLOOR = 1e-12  # of a probability before its logarithm; no class weight brings back what is smaller
-_ZSTD_LEVEL = 19
+_ZSTD_LEVEL = 1  # up to 12 the levels differ by one part in a hundred; 19 takes a tenth off, for a hundred times the time
+_PIECE = 256 << 10  # bytes of float32 rows worked on at a time: they stay in the CPU's cache from step to step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,11 +174,17 @@ class Klt:
         ):
             raise ValueError(f"its codebook is not one for {classes} classes and {views} views: {self.to_json()}")
 
-    def check_chunk(self, data: np.ndarray, numbers: int) -> None:
-        """Raises ValueError where a stored chunk, uint8 [size], would not decode to so many numbers."""
+    def decompress(self, data: np.ndarray, rows: int) -> np.ndarray:
+        """A stored chunk without its checksum, uint8 [size], to columns, int8 [rows, S], in the order they have there.
+
+        Raises ValueError, before anything is allocated, where it would not decode to so many; RuntimeError where it
+        does not decode.
+        """
+        shape = self.columns(0), rows
         found = _zstd_content(bytes(data[:18]))
-        if found != numbers:  # the decoder would allocate whatever it is told
-            raise ValueError(f"it claims to hold {found} bytes of {numbers}")
+        if found != shape[0] * rows:  # the decoder would allocate whatever it is told
+            raise ValueError(f"it claims to hold {found} bytes of {shape[0] * rows}")
+        return np.frombuffer(Zstd().decode(data), np.int8).reshape(shape).T
 
     def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
         """float32 [B, C] to columns, int8 [B, S], and {"shift": …, "error": {"mean": …, "worst": …}}.
@@ -183,13 +192,14 @@ class Klt:
         `reference`: codes [B, R] of the same samples in the view `self.reference`; None for that view itself.
         Raises CacheError where the error exceeds `max_error` even so.
         """
-        basis = self.decoder.basis
-        exact = (centred_log(probability) - self.decoder.mean) @ (basis.T / np.square(basis).sum(1))
+        columns = np.empty((len(probability), self.coefficients + self.high), np.int8)
+        error = np.empty(len(probability))
         for shift in range(_SHIFT, -1, -1):
             values = {"shift": shift}
-            columns = self._columns(exact, shift, self._predicted(reference, shift))
-            decoded = self.decode(self.unpack(columns, values, reference))
-            error = total_variation(probability, decoded, self.class_weight)
+            for piece in _pieces(*probability.shape):
+                before = None if reference is None else reference[piece]
+                columns[piece] = self._columns(probability[piece], shift, before)
+                error[piece] = self._error(probability[piece], self.unpack(columns[piece], values, before))
             if error.mean() <= self.max_error:
                 return columns, values | {"error": {"mean": _rounded(error.mean()), "worst": _rounded(error.max())}}
         raise CacheError(
@@ -197,35 +207,67 @@ class Klt:
             "answers than these; dump with a larger max_error, or as probability"
         )
 
-    def _columns(self, exact, shift, predicted):
-        most = np.where(np.arange(self.coefficients) < self.high, _MOST, 127)
-        codes = np.clip(np.rint(exact * 2.0**-shift), -(_MOST >> shift), _MOST >> shift)
-        rest = np.clip(codes - predicted, -most, most).astype(np.int32)
-        high = (rest[:, : self.high] + 127) // _RADIX  # so that low is in [-127, 127], and high 0 wherever it can be
-        rest[:, : self.high] -= high * _RADIX
+    @cached_property
+    def _projection(self):
+        """What takes log p, not centred, to codes that are not rounded: float32 [C, R] and what to subtract, [R]."""
+        inverse = self.decoder.basis.T / np.square(self.decoder.basis).sum(1)
+        return inverse - inverse.mean(0), self.decoder.mean @ inverse
+
+    def _columns(self, probability, shift, reference):
+        project, offset = self._projection
+        logs = np.maximum(probability, np.float32(_FLOOR))
+        exact = np.log(logs, out=logs) @ project
+        exact -= offset
+        exact *= np.float32(2.0**-shift)
+        most = np.where(np.arange(self.coefficients) < self.high, _MOST, 127).astype(np.float32)
+        codes = np.clip(np.rint(exact, out=exact), -(_MOST >> shift), _MOST >> shift, out=exact)
+        codes -= self._predicted(reference, shift)
+        rest = np.clip(codes, -most, most, out=codes).astype(np.int16)
+        high = (rest[:, : self.high] + np.int16(127)) // np.int16(_RADIX)  # so that low is in [-127, 127], and high 0
+        rest[:, : self.high] -= high * np.int16(_RADIX)  # wherever it can be
         return np.concatenate([rest, high], 1).astype(np.int8)
+
+    def _error(self, probability, codes):
+        """The total variation of q decoded from `codes` [B, R] from that of `probability` [B, C], float64 [B]."""
+        weight = self.class_weight.astype(np.float32)
+        q = probability * weight
+        q *= (1 / (probability @ weight))[:, None]
+        # ω is folded into the mean row: the softmax is that of q itself.
+        q -= _decoded(codes, self._weighted_matrix)
+        return 0.5 * np.abs(q, out=q).sum(1, dtype=np.float64)
 
     def unpack(self, columns: np.ndarray, values: dict, reference=None, out=None) -> np.ndarray:
         """Columns, int8 [B, S], and their marker's values to codes, int16 [B, R]. Raises ValueError for others."""
         shift = values.get("shift")
         if type(shift) is not int or not 0 <= shift <= _SHIFT:
             raise ValueError(f"its marker says shift {shift!r}")
-        codes = np.empty((len(columns), self.coefficients), np.int16) if out is None else out
-        codes[...] = columns[:, : self.coefficients]
-        codes[:, : self.high] += columns[:, self.coefficients :].astype(np.int16) * np.int16(_RADIX)
-        codes += self._predicted(reference, shift)
-        codes <<= shift
-        return codes
+        out = np.empty((len(columns), self.coefficients), np.int16) if out is None else out
+        for piece in _pieces(*out.shape):
+            codes = out[piece]
+            codes[...] = columns[piece, : self.coefficients]
+            codes[:, : self.high] += columns[piece, self.coefficients :].astype(np.int16) * np.int16(_RADIX)
+            codes += self._predicted(None if reference is None else reference[piece], shift)
+            codes <<= shift
+        return out
 
     def _predicted(self, reference, shift):
         if reference is None:
             return np.int16(0)
         # A product with a rounding by IEEE 754, so that reader and writer agree on every machine.
-        return np.rint(reference * (self.prediction * np.float32(2.0**-shift))).astype(np.int16)
+        predicted = reference * (self.prediction * np.float32(2.0**-shift))
+        return np.rint(predicted, out=predicted).astype(np.int16)
+
+    @cached_property
+    def _matrix(self):
+        return np.vstack([self.decoder.basis, self.decoder.mean])
+
+    @cached_property
+    def _weighted_matrix(self):
+        return np.vstack([self.decoder.basis, self.decoder.mean + np.log(self.class_weight).astype(np.float32)])
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes [B, R] to float32 [B, C]."""
-        return softmax(codes.astype(np.float32) @ self.decoder.basis + self.decoder.mean)
+        return _decoded(codes, self._matrix)
 
     def to_json(self) -> dict:
         request = {"name": self.name, "max_error": self.max_error}
@@ -278,6 +320,7 @@ _SHIFT = 2  # codes count quarters of the step
 _RADIX = 255
 _MOST = 127 * _RADIX  # a code, and its difference from the predicted one
 _MARGIN = 0.97  # of max_error, for the step to aim at: few blocks of other views and samples then need a finer one
+_SAFE = 60  # logits whose exponential neither overflows nor vanishes, nor their sum
 _EXACT_CLASSES = 4096  # up to here every direction is in the basis; above, those that the fit's rows span
 
 
@@ -347,10 +390,27 @@ def centred_log(probability: np.ndarray) -> np.ndarray:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """exp(x) / Σ exp(x) over the last axis, float32 [..., C]. Overwrites `logits`."""
-    logits -= logits.max(-1, keepdims=True)
+    if not (logits.max(initial=0) < _SAFE and logits.min(initial=0) > -_SAFE):
+        logits -= logits.max(-1, keepdims=True)
     np.exp(logits, out=logits)
-    logits /= logits.sum(-1, keepdims=True)
+    logits *= (1 / (logits @ np.ones(logits.shape[-1], np.float32)))[..., None]
     return logits
+
+
+def _decoded(codes, matrix):
+    """softmax(codes @ basis + mean), float32 [B, C], of codes [B, R] and basis and mean below each other."""
+    out = np.empty((len(codes), matrix.shape[1]), np.float32)
+    for piece in _pieces(*out.shape):
+        factor = np.ones((len(out[piece]), len(matrix)), np.float32)
+        factor[:, :-1] = codes[piece]
+        softmax(np.matmul(factor, matrix, out=out[piece]))
+    return out
+
+
+def _pieces(rows, width):
+    """Slices of `rows` rows of `width` numbers that the CPU's cache holds."""
+    step = max(1, _PIECE // (4 * width))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def class_weight(class_counts) -> np.ndarray:

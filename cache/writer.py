@@ -152,6 +152,8 @@ class CacheWriter:
     def __init__(self, cache: Cache, owned: range, lock):
         self.cache, self._owned, self._lock = cache, owned, lock
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
+        self._store = ZarrStorage(self._storage)
+        self._array = zarr.open_array(self._store, path=self._encoding.array, mode="r+")
 
     def __enter__(self):
         return self
@@ -198,17 +200,18 @@ class CacheWriter:
             columns, values = self._encoding.encode(probability, reference)
         except CacheError as error:
             raise CacheError(f"view {view}, rows {rows.start} to {rows.stop - 1}: {error}") from error
-        store = ZarrStorage(self._storage)
-        zarr.open_array(store, path=self._encoding.array, mode="r+")[view, rows] = columns
+        self._array[view, rows] = columns
+        chunk = layout.chunk(view, block)
+        files = _sizes({chunk: self._store.written.pop(chunk)})
         owner = {"store": self.cache.digest, "view": view, "rows": [rows.start, rows.stop]}
-        self._storage.write(f"done/{view}.{block}", marker(_sizes(store.written), **owner, **values))
+        self._storage.write(f"done/{view}.{block}", marker(files, **owner, **values))
 
     def _check(self, probability, view, rows):
         # NaN fails every comparison, and an infinity fails the sum.
-        sums = probability.sum(1, dtype=np.float64)
-        wrong = np.flatnonzero(~((np.abs(sums - 1) <= _SUM_TOLERANCE) & (probability.min(1) >= 0)))
-        if len(wrong):
-            row = wrong[0]
-            found = f"from {probability[row].min()} to {probability[row].max()}, sum {sums[row]}"
-            sample = self.cache.sample_id[rows.start + row]
-            raise ValueError(f"sample {sample}, view {view}: not a distribution ({found}); mend the teacher's output")
+        sums = probability @ np.ones(probability.shape[1], np.float32)
+        if np.abs(sums - 1).max() <= _SUM_TOLERANCE and probability.min() >= 0:
+            return
+        row = np.flatnonzero(~((np.abs(sums - 1) <= _SUM_TOLERANCE) & (probability.min(1) >= 0)))[0]
+        found = f"from {probability[row].min()} to {probability[row].max()}, sum {sums[row]}"
+        sample = self.cache.sample_id[rows.start + row]
+        raise ValueError(f"sample {sample}, view {view}: not a distribution ({found}); mend the teacher's output")
