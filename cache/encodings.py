@@ -15,11 +15,12 @@ import numpy as np
 from numcodecs.zstd import Zstd
 
 from cache.format import PLAIN, CacheError, array_document, group_document
+from cache.pieces import pieces
 
 BETA = 0.9999  # of the effective number of samples, in the class weights of the target that `klt` is fitted to
 _FLOOR = 1e-12  # of a probability before its logarithm; no class weight brings back what is smaller
-_ZSTD_LEVEL = 1  # up to 12 the levels differ by one part in a hundred; 19 takes a tenth off, for a hundred times the time
-_PIECE = 256 << 10  # bytes of float32 rows worked on at a time: they stay in the CPU's cache from step to step
+# Of Zstandard. Levels to 12 differ by a hundredth of the bytes; 19 takes five off, in ten times the time.
+_ZSTD_LEVEL = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ class Klt:
         error = np.empty(len(probability))
         for shift in range(_SHIFT, -1, -1):
             values = {"shift": shift}
-            for piece in _pieces(*probability.shape):
+            for piece in pieces(*probability.shape):
                 before = None if reference is None else reference[piece]
                 columns[piece] = self._columns(probability[piece], shift, before)
                 error[piece] = self._error(probability[piece], self.unpack(columns[piece], values, before))
@@ -242,7 +243,7 @@ class Klt:
         if type(shift) is not int or not 0 <= shift <= _SHIFT:
             raise ValueError(f"its marker says shift {shift!r}")
         out = np.empty((len(columns), self.coefficients), np.int16) if out is None else out
-        for piece in _pieces(*out.shape):
+        for piece in pieces(*out.shape):
             codes = out[piece]
             codes[...] = columns[piece, : self.coefficients]
             codes[:, : self.high] += columns[piece, self.coefficients :].astype(np.int16) * np.int16(_RADIX)
@@ -400,17 +401,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def _decoded(codes, matrix):
     """softmax(codes @ basis + mean), float32 [B, C], of codes [B, R] and basis and mean below each other."""
     out = np.empty((len(codes), matrix.shape[1]), np.float32)
-    for piece in _pieces(*out.shape):
+    for piece in pieces(*out.shape):
         factor = np.ones((len(out[piece]), len(matrix)), np.float32)
         factor[:, :-1] = codes[piece]
         softmax(np.matmul(factor, matrix, out=out[piece]))
     return out
-
-
-def _pieces(rows, width):
-    """Slices of `rows` rows of `width` numbers that the CPU's cache holds."""
-    step = max(1, _PIECE // (4 * width))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def class_weight(class_counts) -> np.ndarray:

@@ -7,7 +7,8 @@ needs to know nothing else of a store before it trusts shapes, types and codecs.
     sample_id [N], label [N], image_size [N, 2]     int64
     probability [V, N, C]         encoding `probability`: one chunk is one view of one block of samples
     code [V, N, S]                encoding `klt`: likewise, with codebook/mean [C], basis [R, C], prediction [R]
-    done/store                    marker: the files above are written, but the chunks of `probability` or `code`
+    feature/<name> [V, N, D]      int8, where there are features: likewise
+    done/store                    marker: the files above are written, but the chunks of views
     done/<view>.<block>           marker: this block of this view is written
 
 V views, N samples, C classes. A block is a range of samples; it is what is written, marked and resumed as one.
@@ -122,11 +123,15 @@ def _leaves(name, value):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The sizes of a store, and every metadata document that follows from them."""
+    """The sizes of a store, and every metadata document that follows from them.
+
+    encoding: one of cache.encodings.  features: the width D of each, by name.
+    """
 
     identity: Identity
     samples: int
-    encoding: object  # one of cache.encodings
+    encoding: object
+    features: dict[str, int]
 
     @property
     def views(self) -> int:
@@ -139,7 +144,8 @@ class Layout:
     @property
     def block_rows(self) -> int:
         """Samples a block, as equal as can be, so that little of the last chunk is padding."""
-        stored = self.samples * self.encoding.columns(self.classes) * np.dtype(self.encoding.stored_dtype).itemsize
+        stored = self.encoding.columns(self.classes) * np.dtype(self.encoding.stored_dtype).itemsize
+        stored = self.samples * max(stored, *self.features.values(), 0)
         blocks = math.ceil(max(stored / _CHUNK_BYTES, self.samples * self.classes * 4 / _BLOCK_BYTES))
         return math.ceil(self.samples / blocks)
 
@@ -154,33 +160,42 @@ class Layout:
 
     def documents(self) -> dict[str, dict]:
         """Every zarr.json of the store, by key."""
+        attributes = {
+            "cache_format": FORMAT,
+            "encoding": self.encoding.to_json(),
+            "identity": self.identity.to_json(),
+        }
         found = {
-            "zarr.json": group_document(
-                {
-                    "cache_format": FORMAT,
-                    "encoding": self.encoding.to_json(),
-                    "identity": self.identity.to_json(),
-                }
-            ),
+            "zarr.json": group_document(attributes | ({"features": self.features} if self.features else {})),
             "done/zarr.json": group_document({}),  # or Zarr's listings complain of a folder that is no node
             "sample_id/zarr.json": array_document([self.samples], "int64", ["sample"]),
             "label/zarr.json": array_document([self.samples], "int64", ["sample"]),
             "image_size/zarr.json": array_document([self.samples, 2], "int64", ["sample", "side"]),
         }
-        for name, document in self.encoding.documents(self.views, self.samples, self.classes, self.block_rows).items():
+        sizes = self.views, self.samples
+        for name, document in self.encoding.documents(*sizes, self.classes, self.block_rows).items():
             found[f"{name}/zarr.json"] = document
+        if self.features:
+            found["feature/zarr.json"] = group_document({})
+        for name, width in self.features.items():
+            shape, chunks = [*sizes, width], [1, self.block_rows, width]
+            document = array_document(shape, "int8", ["view", "sample", f"feature_{name}"], chunks=chunks)
+            found[f"feature/{name}/zarr.json"] = document
         return found
 
-    def chunk(self, view: int, block: int) -> str:
-        """The key of the one chunk of `block` of `view`."""
-        return f"{self.encoding.array}/c.{view}.{block}.0"
+    @property
+    def arrays(self) -> list[str]:
+        """The paths of the arrays that are written block by block."""
+        return [self.encoding.array, *(f"feature/{name}" for name in self.features)]
+
+    def chunk(self, array: str, view: int, block: int) -> str:
+        """The key of the one chunk of `block` of `view` in one of `arrays`."""
+        return f"{array}/c.{view}.{block}.0"
 
     def fixed_chunks(self) -> list[str]:
         """The keys of the chunks that are written when the store is created."""
         arrays = {key.removesuffix("/zarr.json"): values.get("shape") for key, values in self.documents().items()}
-        return [
-            f"{name}/c{'.0' * len(shape)}" for name, shape in arrays.items() if shape and name != self.encoding.array
-        ]
+        return [f"{name}/c{'.0' * len(shape)}" for name, shape in arrays.items() if shape and name not in self.arrays]
 
 
 PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]

@@ -10,7 +10,7 @@ import google_crc32c  # Zarr's own
 import numpy as np
 import zarr
 
-from cache import encodings
+from cache import encodings, features
 from cache.format import (
     _MOST,
     FORMAT,
@@ -45,7 +45,8 @@ class Cache:
     """A store that is open for reading. It holds no file open, and may be read while it is being dumped.
 
     identity: whose answers these are.  sample_id, label int64 [N].  image_size int64 [N, 2] (height, width).
-    encoding: how probabilities are stored.  class_counts int64 [C]: samples a class.  digest: of all of the above.
+    encoding: how probabilities are stored.  features: the width D of each, by name.
+    class_counts int64 [C]: samples a class.  digest: of all of the above.
     """
 
     def __init__(self, storage):
@@ -55,7 +56,10 @@ class Cache:
         data = self._read(STORE_MARKER)
         self.digest, files = digest(data), read_marker(data, f"{storage}/{STORE_MARKER}")["files"]
         self.encoding = self._load_encoding(attributes["encoding"])
-        self.layout = Layout(identity=self.identity, samples=self._samples(), encoding=self.encoding)
+        self.features = self._load_features(attributes.get("features", {}))
+        self.layout = Layout(
+            identity=self.identity, samples=self._samples(), encoding=self.encoding, features=self.features
+        )
         self._check_documents(files)
         self._fixed = {key: files.get(key, {}) for key in self.layout.fixed_chunks()}
         self._reference = {}
@@ -121,12 +125,26 @@ class Cache:
         """
         if self.encoding.max_error is None:
             return None
-        rows = [(self.layout.rows(block), self._marker(view, block)["error"]) for view, block in self._committed()]
-        counts = [row.stop - row.start for row, _ in rows]
+        return {"bound": self.encoding.max_error, **self._error(lambda marker: marker["error"])}
+
+    def feature_error(self, name: str) -> dict:
+        """What storing the features `name` costs, as `error` does: their cosine distance from the exact ones."""
+        self._width(name)
+        return {"bound": features.MAX_ERROR, **self._error(lambda marker: marker["features"][name])}
+
+    def _error(self, of_marker):
+        pairs = self._committed()
+        try:
+            errors = [of_marker(self._marker(view, block)) for view, block in pairs]
+            stated = all(type(error[key]) in (int, float) for error in errors for key in ("mean", "worst"))
+        except (KeyError, TypeError):
+            stated = False
+        if not stated:
+            raise CacheError(f"{self._storage} is not usable: its markers do not say what was lost; {_FOREIGN}")
+        counts = [_length(self.layout.rows(block)) for _, block in pairs]
         return {
-            "bound": self.encoding.max_error,
-            "mean": float(np.average([error["mean"] for _, error in rows], weights=counts)) if rows else None,
-            "worst": max((error["worst"] for _, error in rows), default=None),
+            "mean": float(np.average([error["mean"] for error in errors], weights=counts)) if pairs else None,
+            "worst": max((error["worst"] for error in errors), default=None),
         }
 
     def _committed(self):
@@ -143,19 +161,40 @@ class Cache:
         where one is damaged.
         """
         layout = self.layout
-        if not 0 <= view < layout.views:
-            raise CacheError(f"there is no view {view}: the store has views 0 to {layout.views - 1}")
+        self._check_view(view)
         out = self._room(layout.samples, out)
         for block in range(layout.blocks):
             self.stored_block(view, block, out[layout.rows(block)])
         return out
 
+    def stored_feature_plane(self, name: str, view: int, out=None) -> np.ndarray:
+        """The features `name` of one view of every sample as they are stored, int8 [N, D], into `out` where given.
+
+        Raises what `stored_plane` raises, and CacheError where the store has no such features.
+        """
+        layout, width = self.layout, self._width(name)
+        self._check_view(view)
+        out = _room((layout.samples, width), "int8", out)
+        for block in range(layout.blocks):
+            self._read_plain(f"feature/{name}", view, block, out[layout.rows(block)])
+        return out
+
+    def _width(self, name):
+        if name not in self.features:
+            found = f"it has {', '.join(self.features)}" if self.features else "it has none"
+            raise CacheError(f"{self._storage} has no features {name!r}: {found}")
+        return self.features[name]
+
+    def _check_view(self, view):
+        if not 0 <= view < self.layout.views:
+            raise CacheError(f"there is no view {view}: the store has views 0 to {self.layout.views - 1}")
+
     def stored_block(self, view: int, block: int, out=None) -> np.ndarray:
         """The rows of one block of `stored_plane`. Raises what it raises."""
         rows, encoding = self.layout.rows(block), self.encoding
-        out = self._room(rows.stop - rows.start, out)
+        out = self._room(_length(rows), out)
         if encoding.reference is None:  # what is stored is what is asked for
-            self._read_plain(view, block, out)
+            self._read_plain(encoding.array, view, block, out)
         else:
             columns, marker = self._read_columns(view, block), self._marker(view, block)
             try:
@@ -178,22 +217,23 @@ class Cache:
 
     def _read_columns(self, view, block):
         """A compressed chunk: the rows of columns, int8 [rows, S], that are of the block. Zarr reads it as well."""
-        where, key, rows = self._where(view, block), self.layout.chunk(view, block), self.layout.rows(block)
+        rows, key = self.layout.rows(block), self.layout.chunk(self.encoding.array, view, block)
+        where = self._where(view, block)
         expected, data = self._marker(view, block)["files"].get(key, {}), self._storage.read(key)
         _check_chunk(expected, data, where)
         if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {_REDO}")
         try:
-            return self.encoding.decompress(data[:-4], self.layout.block_rows)[: rows.stop - rows.start]
+            return self.encoding.decompress(data[:-4], self.layout.block_rows)[: _length(rows)]
         except (ValueError, RuntimeError) as error:
             raise CorruptCacheError(f"{where} is damaged: {error}; {_REDO}") from error
 
-    def _read_plain(self, view, block, out):
+    def _read_plain(self, array, view, block, out):
         """A chunk of plain numbers and their crc32c into `out`.
 
         Zarr reads this as well, at three times the cost: here every piece is summed while it is in the CPU's cache.
         """
-        where, key = self._where(view, block), self.layout.chunk(view, block)
+        where, key = self._where(view, block, array), self.layout.chunk(array, view, block)
         expected = self._marker(view, block)["files"].get(key, {})
         size = self.layout.block_rows * out.shape[1] * out.itemsize + 4
         file = self._storage.open(key)
@@ -222,16 +262,11 @@ class Cache:
             raise CorruptCacheError(f"{where} is damaged: it is not the chunk that was written; {_REDO}")
 
     def _room(self, count, out):
-        shape, dtype = (count, self.encoding.width(self.layout.classes)), np.dtype(self.encoding.dtype)
-        if out is None:
-            return np.empty(shape, dtype)
-        if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
-            raise ValueError(f"out must be {dtype} {list(shape)}, contiguous, found {out.dtype} {list(out.shape)}")
-        return out
+        return _room((count, self.encoding.width(self.layout.classes)), self.encoding.dtype, out)
 
-    def _where(self, view, block):
+    def _where(self, view, block, array=None):
         rows = self.layout.rows(block)
-        return f"{self._storage}: {self.encoding.array}, view {view}, rows {rows.start} to {rows.stop - 1}"
+        return f"{self._storage}: {array or self.encoding.array}, view {view}, rows {rows.start} to {rows.stop - 1}"
 
     def _marker(self, view, block):
         key, where = f"done/{view}.{block}", self._where(view, block)
@@ -248,6 +283,13 @@ class Cache:
     def plane(self, view: int) -> np.ndarray:
         """One view of every sample: probabilities, float32 [N, C]. Raises what `stored_plane` raises."""
         return self.encoding.decode(self.stored_plane(view))
+
+    def feature_plane(self, name: str, view: int) -> np.ndarray:
+        """The features `name` of one view of every sample, of length one, float32 [N, D].
+
+        Raises what `stored_feature_plane` raises.
+        """
+        return features.decode(self.stored_feature_plane(name, view))
 
     def rows(self, samples, views) -> np.ndarray:
         """Probabilities of B (sample, view) pairs, float32 [B, C]. `samples` are positions, in [0, N), not ids.
@@ -270,6 +312,9 @@ class Cache:
         for view, block in self._committed():
             try:
                 self.stored_block(view, block)
+                for name, width in self.features.items():
+                    room = np.empty((_length(self.layout.rows(block)), width), np.int8)
+                    self._read_plain(f"feature/{name}", view, block, room)
             except CacheError as error:
                 problems.append(str(error))
         return problems
@@ -337,6 +382,13 @@ class Cache:
         except ValueError as error:
             raise CacheError(f"{self._storage} has an encoding that this version does not read: {error}") from error
 
+    def _load_features(self, values):
+        try:
+            features.check(values)
+            return values
+        except ValueError as error:
+            raise CacheError(f"{self._storage} has features that this version does not read: {error}") from error
+
     def _check_documents(self, files):
         for key, document in self.layout.documents().items():
             data, where = self._read(key), f"{self._storage}/{key}"
@@ -356,6 +408,19 @@ class Cache:
             raise
         except Exception as error:  # a codec raises what it likes
             raise CorruptCacheError(f"{self._storage}: {name} is damaged: {error}; {_RESTORE}") from error
+
+
+def _length(rows):
+    return rows.stop - rows.start
+
+
+def _room(shape, dtype, out):
+    dtype = np.dtype(dtype)
+    if out is None:
+        return np.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+        raise ValueError(f"out must be {dtype} {list(shape)}, contiguous, found {out.dtype} {list(out.shape)}")
+    return out
 
 
 def _check_chunk(expected, data, where, remedy=None):

@@ -6,7 +6,7 @@ A block's chunks are written and synced, then its marker. Only markers are trust
 import numpy as np
 import zarr
 
-from cache import encodings
+from cache import encodings, features
 from cache.format import (
     LOCK,
     STORE_MARKER,
@@ -22,18 +22,29 @@ from cache.format import (
 from cache.reader import Cache
 from cache.storage import ZarrStorage, open_storage
 
-_NAMES = {"zarr.json", "done", "sample_id", "label", "image_size"}
+_NAMES = {"zarr.json", "done", "sample_id", "label", "image_size", "feature"}
 _SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near
 
 
 def create_cache(
-    url, *, identity: Identity, sample_id, label, image_size, encoding: dict, fit=None, rank: int = 0, world: int = 1
+    url,
+    *,
+    identity: Identity,
+    sample_id,
+    label,
+    image_size,
+    encoding: dict,
+    features: dict[str, int] | None = None,
+    fit=None,
+    rank: int = 0,
+    world: int = 1,
 ) -> "CacheWriter":
     """Make the store `url`, a path or fsspec URL, with every array at its full size, and open it for writing.
 
     sample_id [N] distinct integers, label [N] in [0, C), image_size [N, 2] (height, width) in pixels.
     encoding: {"name": "probability", "dtype": "float16" | "float32"}, or {"name": "klt", "max_error": …}, the mean
     total variation of the BKD target that the encoding may cost.
+    features: the width D of each that is stored beside the probabilities, by the name of the teacher; none by default.
     fit: `klt` calls fit(views), which returns the teacher's probabilities of some samples, the same for every view,
     float32 [len(views), S, C]; a few thousand samples do.
     Of `world` processes that dump together, one creates the store, the others resume it; process `rank` writes
@@ -44,11 +55,21 @@ def create_cache(
     storage = open_storage(url)
     if storage.names():
         raise CacheError(f"{url} is not empty; resume the dump, or choose another folder")
-    return _create(storage, _Contents(identity, sample_id, label, image_size, encoding), fit, rank, world)
+    return _create(storage, _Contents(identity, sample_id, label, image_size, encoding, features), fit, rank, world)
 
 
 def resume_cache(
-    url, *, identity: Identity, sample_id, label, image_size, encoding: dict, fit=None, rank: int = 0, world: int = 1
+    url,
+    *,
+    identity: Identity,
+    sample_id,
+    label,
+    image_size,
+    encoding: dict,
+    features: dict[str, int] | None = None,
+    fit=None,
+    rank: int = 0,
+    world: int = 1,
 ) -> "CacheWriter":
     """Open the store `url` to write what it does not have yet. Takes what `create_cache` takes.
 
@@ -56,7 +77,7 @@ def resume_cache(
     Raises CacheError where the store is not for exactly these arguments, and says what differs.
     """
     storage = open_storage(url)
-    contents = _Contents(identity, sample_id, label, image_size, encoding)
+    contents = _Contents(identity, sample_id, label, image_size, encoding, features)
     if storage.size(STORE_MARKER) is None:
         strangers = [name for name in storage.names() if name not in contents.encoding.names() | _NAMES]
         if strangers:
@@ -74,8 +95,10 @@ def resume_cache(
 class _Contents:
     """What a store is to hold, checked."""
 
-    def __init__(self, identity, sample_id, label, image_size, encoding):
+    def __init__(self, identity, sample_id, label, image_size, encoding, widths):
         identity.check()
+        widths = widths or {}
+        features.check(widths)
         self.identity = identity
         self.sample_id, self.label, self.image_size = (
             np.ascontiguousarray(values, np.int64) for values in (sample_id, label, image_size)
@@ -93,10 +116,13 @@ class _Contents:
             raise ValueError(f"label must be in [0, {classes}), found {self.label.min()} to {self.label.max()}")
         self.class_counts = np.bincount(self.label, minlength=classes)
         self.encoding = encodings.from_json(encoding)
+        self.features = dict(sorted(widths.items()))
 
     def layout(self, fit) -> Layout:
         encoding = self.encoding.fitted(fit, self.identity.views, self.class_counts)
-        return Layout(identity=self.identity, samples=len(self.sample_id), encoding=encoding)
+        return Layout(
+            identity=self.identity, samples=len(self.sample_id), encoding=encoding, features=self.features
+        )
 
     def differences(self, cache: Cache) -> list[str]:
         lines = []
@@ -112,6 +138,8 @@ class _Contents:
         for key, value in self.encoding.to_json().items():  # what is asked for; a codebook is the store's own
             if ours.get(key) != value:
                 lines.append(f"encoding.{key}: the store has {ours.get(key)}, the run has {value}")
+        if cache.features != self.features:
+            lines.append(f"features: the store has {cache.features}, the run has {self.features}")
         return lines
 
 
@@ -153,7 +181,7 @@ class CacheWriter:
         self.cache, self._owned, self._lock = cache, owned, lock
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
         self._store = ZarrStorage(self._storage)
-        self._array = zarr.open_array(self._store, path=self._encoding.array, mode="r+")
+        self._arrays = {name: zarr.open_array(self._store, path=name, mode="r+") for name in self._layout.arrays}
 
     def __enter__(self):
         return self
@@ -181,30 +209,49 @@ class CacheWriter:
         missing = [(view, block) for view, block in self.cache.missing() if block in self._owned]
         return sorted(missing, key=lambda pair: (pair[0] != first, pair))
 
-    def write(self, view: int, block: int, probability) -> None:
+    def write(self, view: int, block: int, probability, features=None) -> None:
         """Encode and commit `probability`, float32 [rows of the block, C]: on return it survives a crash.
 
-        Raises ValueError, naming sample and view, for a row that is no distribution, and CacheError where the encoding
-        costs more than it may. Raises OSError where the storage does. The block then counts as not written.
+        features: float32 [rows of the block, D] by name, of just those that the store has.
+        Raises ValueError, naming sample and view, for a row that is no distribution and for features that are zero or
+        not finite, and CacheError where the encoding costs more than it may. Raises OSError where the storage does.
+        The block then counts as not written.
         """
         layout, rows = self._layout, self._layout.rows(block)
         probability = np.asarray(probability, np.float32)
-        expected = (rows.stop - rows.start, layout.classes)
+        vectors = {name: np.asarray(values, np.float32) for name, values in (features or {}).items()}
         if not 0 <= view < layout.views or block not in self._owned:
             raise ValueError(f"view {view}, block {block} is not this process's to write")
-        if probability.shape != expected:
-            raise ValueError(f"block {block} takes probability {list(expected)}, found {list(probability.shape)}")
+        count = rows.stop - rows.start
+        if probability.shape != (count, layout.classes):
+            expected = [count, layout.classes]
+            raise ValueError(f"block {block} takes probability {expected}, found {list(probability.shape)}")
+        expected = {name: [count, width] for name, width in layout.features.items()}
+        found = {name: list(values.shape) for name, values in vectors.items()}
+        if found != expected:
+            raise ValueError(f"block {block} takes features {expected}, found {found}")
         self._check(probability, view, rows)
-        reference = self.cache.reference_codes(view, block)
-        try:
-            columns, values = self._encoding.encode(probability, reference)
-        except CacheError as error:
-            raise CacheError(f"view {view}, rows {rows.start} to {rows.stop - 1}: {error}") from error
-        self._array[view, rows] = columns
-        chunk = layout.chunk(view, block)
-        files = _sizes({chunk: self._store.written.pop(chunk)})
+        for name, values in vectors.items():
+            self._check_features(name, values, view, rows)
+        stored, values = self._encode(view, block, probability, vectors)
+        for name, numbers in stored.items():
+            self._arrays[name][view, rows] = numbers
+        chunks = [layout.chunk(name, view, block) for name in stored]
+        files = _sizes({chunk: self._store.written.pop(chunk) for chunk in chunks})
         owner = {"store": self.cache.digest, "view": view, "rows": [rows.start, rows.stop]}
         self._storage.write(f"done/{view}.{block}", marker(files, **owner, **values))
+
+    def _encode(self, view, block, probability, vectors):
+        """What each array of the store gets, by path, and what the marker says of it."""
+        try:
+            columns, values = self._encoding.encode(probability, self.cache.reference_codes(view, block))
+            stored, errors = {self._encoding.array: columns}, {}
+            for name in self._layout.features:
+                stored[f"feature/{name}"], errors[name] = features.encode(vectors[name])
+        except CacheError as error:
+            rows = self._layout.rows(block)
+            raise CacheError(f"view {view}, rows {rows.start} to {rows.stop - 1}: {error}") from error
+        return stored, values | ({"features": errors} if errors else {})
 
     def _check(self, probability, view, rows):
         # NaN fails every comparison, and an infinity fails the sum.
@@ -215,3 +262,12 @@ class CacheWriter:
         found = f"from {probability[row].min()} to {probability[row].max()}, sum {sums[row]}"
         sample = self.cache.sample_id[rows.start + row]
         raise ValueError(f"sample {sample}, view {view}: not a distribution ({found}); mend the teacher's output")
+
+    def _check_features(self, name, vectors, view, rows):
+        wrong = features.unusable(vectors)
+        if len(wrong):
+            sample, found = self.cache.sample_id[rows.start + wrong[0]], vectors[wrong[0]]
+            raise ValueError(
+                f"sample {sample}, view {view}: features {name} have no direction (from {found.min()} to "
+                f"{found.max()}); mend the teacher's output"
+            )

@@ -47,7 +47,7 @@ def test_blocks_cut_a_view_evenly_and_give_the_same_planes(tmp_path, monkeypatch
 def test_blocks_hold_every_sample_once_and_fit_their_limits(samples, classes):
     names = tuple(str(c) for c in range(classes))
     encoding = create_encoding("float16")
-    layout = format.Layout(identity=identity(classes=names), samples=samples, encoding=encoding)
+    layout = format.Layout(identity=identity(classes=names), samples=samples, encoding=encoding, features={})
     rows = [layout.rows(block) for block in range(layout.blocks)]
     assert rows[0].start == 0 and rows[-1].stop == samples
     assert all(a.stop == b.start for a, b in zip(rows, rows[1:], strict=False)) and all(r.stop > r.start for r in rows)
