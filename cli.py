@@ -9,7 +9,7 @@ import traceback
 
 import click
 
-from pipeline import UserError
+from pipeline import UserError, __version__
 
 
 class Commands(click.Group):
@@ -97,7 +97,7 @@ def choose_device(name: str):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="offline-bkd", prog_name="offline-bkd")
+@click.version_option(__version__, prog_name="offline-bkd")
 def main():
     """Train students of long-tailed data from a teacher's cached answers.
 
@@ -108,7 +108,7 @@ def main():
     """
 
 
-@main.command("train-teacher")
+@main.command("train-teacher", short_help="Train the teacher (stage one, first half).")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
 @experiment
 def train_teacher(config, device, out, resume, dry_run):
@@ -123,7 +123,7 @@ def train_teacher(config, device, out, resume, dry_run):
     teacher.train_teacher(config, out, device, resume)
 
 
-@main.command("dump-logits")
+@main.command("dump-logits", short_help="Write the teacher's answers into a cache (stage one, second half).")
 @click.option("--teacher", "teachers", required=True, multiple=True, metavar="RUN", help="A complete train-teacher run; several are averaged.")
 @click.option("--out", required=True, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
 @click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")
@@ -140,7 +140,7 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
     dump.dump_logits(config, teachers, out, device, resume, apart)
 
 
-@main.command("train-student")
+@main.command("train-student", short_help="Train a student from a cache (stage two).")
 @click.option("--cache", metavar="STORE.zarr", help="A complete cache of this experiment; not needed by method ce.")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
 @experiment
@@ -156,7 +156,7 @@ def train_student(config, device, cache, out, resume, dry_run):
     student.train_student(config, cache, out, device, resume)
 
 
-@main.command()
+@main.command(short_help="Score a run's checkpoint again.")
 @click.argument("run")
 @click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
 @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's config; repeatable.")
@@ -174,7 +174,7 @@ def evaluate(run, checkpoint, overrides, device, as_json):
     click.echo(json.dumps(scores)) if as_json else show.scores(scores, f"{run} ({checkpoint} epoch)")
 
 
-@main.command()
+@main.command(short_help="Tell what a cache is.")
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @guarded
@@ -190,7 +190,7 @@ def inspect(store, as_json):
     click.echo(json.dumps(summary)) if as_json else show.facts(summary, store)
 
 
-@main.command()
+@main.command(short_help="Compare a cache with its teacher's answers.")
 @click.argument("store")
 @click.option("--teacher", "teachers", multiple=True, metavar="RUN", help="The run, or runs, whose answers the cache holds.")
 @click.option("--views", type=click.IntRange(min=1), default=2, show_default=True, help="How many views to compute again.")
@@ -222,7 +222,7 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
     return 0 if report["passed"] else 1
 
 
-@main.command()
+@main.command(short_help="Write a cache as Parquet.")
 @click.argument("store")
 @click.option("--out", required=True, metavar="FILE.parquet", help="The file to write; must not exist.")
 @click.option("--view", "views", multiple=True, type=int, help="Only this view; repeatable.")
@@ -242,7 +242,7 @@ def export(store, out, views, labels, probabilities):
     click.echo(f"{out}: {rows:,} rows")
 
 
-@main.command()
+@main.command(short_help="Compare runs: a table and pictures.")
 @click.argument("run", nargs=-1, required=True)
 @click.option("--out", required=True, metavar="FOLDER", help="Where the table and the figures go.")
 @guarded

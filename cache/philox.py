@@ -7,7 +7,7 @@ worker, batch, order or restart. Everything is 32-bit integer arithmetic: the sa
 import numpy as np
 
 # The fourth counter word is the number of the draw, the third says what the draw is for.
-SUBSET, ORDER, VIEW, BOX = 1, 2, 3, 4
+SUBSET, ORDER, VIEW, BOX, DROPOUT = 1, 2, 3, 4, 5
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -42,6 +42,6 @@ def below(words: np.ndarray, bound) -> np.ndarray:
 
 
 def permutation(seed: int, purpose: int, items, second=0) -> np.ndarray:
-    """A random order of `items` (distinct integers [N]): positions, int64 [N], sorted by a 64-bit draw for each item."""
+    """A random order of `items`, distinct integers [N]: positions, int64 [N], sorted by a 64-bit draw for each item."""
     high, low, _, _ = draw(seed, purpose, items, second).astype(np.uint64)
     return np.argsort((high << _SHIFT) | low, kind="stable")

@@ -17,12 +17,13 @@ from pipeline import UserError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PerChannel = tuple[float, float, float]
+PositivePerChannel = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
 class Data(Section):
@@ -30,10 +31,10 @@ class Data(Section):
 
     root: str = "."  # folder that relative paths start from; ~ and ${VARIABLES} are expanded
     imbalance_ratio: Annotated[float, Field(ge=1)] | None = None  # n_max / n_min; null keeps every training sample
-    max_per_class: Positive | None = None  # n_max; null takes the largest class's size
+    max_per_class: Positive | None = None  # n_max; null takes the first class's size
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0  # which samples stay
     mean: PerChannel = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
-    std: PerChannel = (0.229, 0.224, 0.225)
+    std: PositivePerChannel = (0.229, 0.224, 0.225)
     workers: Annotated[int, Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
 
 
@@ -285,7 +286,7 @@ def expand(path: str) -> Path:
     expanded = os.path.expanduser(os.path.expandvars(path))
     if unset := re.search(r"\$\{?(\w+)", expanded):
         raise UserError(f"the environment variable {unset[1]} in {path!r} is not set; set it, or give -o data.root=FOLDER")
-    return Path(expanded)
+    return Path(expanded).resolve()
 
 
 def _override(values: dict, override: str) -> None:
@@ -304,14 +305,20 @@ def _override(values: dict, override: str) -> None:
         values[parent] = dict(values[parent])
         values = values[parent]
     try:
-        values[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"-o {override}: the value is not YAML; quote it")
+    values[last] = value
+    if last == "name" and parents:  # another kind of section knows other keys
+        _, known = _place((*parents, value))
+        for unknown in [key for key in values if "name" in known and key not in known]:
+            del values[unknown]
 
 
 def _default(section, key: str):
     """What the schema has at `key` of a section or a kind of section: a section, a kind of section, or None."""
-    field = getattr(section, "model_fields", {}).get(key) if isinstance(section, type) else type(section).model_fields.get(key)
+    kind = section if isinstance(section, type) else type(section)
+    field = getattr(kind, "model_fields", {}).get(key)
     if field is None or isinstance(field.default, Section):
         return field and field.default
     return field.annotation if isinstance(field.annotation, type) else None

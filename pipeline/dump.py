@@ -70,6 +70,7 @@ def dump_logits(
             )
             writers.append(stack.enter_context(writer))
         _write_pending(writers, answers, config.views.count, images.decodes)
+    print(f"{', '.join(paths)}: {config.views.count} views of {len(training_set):,} samples", flush=True)
 
 
 def _write_pending(writers: list[CacheWriter], answers, views: int, decodes: bool) -> None:
@@ -190,13 +191,12 @@ def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.
     if tuple(summary["classes"]) != training_set.classes:
         raise UserError(f"the teacher in {folder} knows other classes than {training_set.name}; use the data it was trained on")
     model = load_model(run, "last", trained, len(training_set.classes))
-    if runs.digest(model.state_dict()) != summary["digest"]:
-        raise UserError(f"last.safetensors in {folder} is not the checkpoint its summary.json describes; train the teacher again")
     answers_of = {
         "digest": summary["digest"],
         "model": trained.teacher.model.model_dump(mode="json"),
         "seed": trained.seed,
         "epochs": trained.teacher.training.epochs,
+        "data": trained.data.name,
         "dataset": summary["dataset"],
         "test": summary["last"],
     }

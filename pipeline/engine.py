@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cache import philox
 from pipeline import runs
 from pipeline.config import Training
-from pipeline.data.datasets import Dataset
 from pipeline.data.images import Batch
 from pipeline.progress import Progress
 
@@ -57,11 +57,11 @@ def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
     return base * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
 
 
-def train(task: Task, run: runs.Run, training_set: Dataset, method: str, teacher: dict | None = None) -> None:
+def train(task: Task, run: runs.Run, about: dict) -> None:
     """Trains to the last epoch, from the run's state if it has one, and writes the run's summary.
 
     After every epoch the weights and the optimiser's state are on disk. Raises NotFinite with step, learning rate and
-    sample ids; the last epoch's files stay. `method` and `teacher` (what a cache knows of its teacher) go into the summary.
+    sample ids; the last epoch's files stay. `about` (method, classes, class_counts, …) goes into the summary.
     """
     if run.has("summary.json"):
         run.log(f"the run in {run.folder} is complete")
@@ -69,7 +69,7 @@ def train(task: Task, run: runs.Run, training_set: Dataset, method: str, teacher
     training, model = task.training, task.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     run.log(
-        f"{method}: {parameters:,} parameters, {len(training_set):,} samples of {len(training_set.classes)} classes, "
+        f"{about['method']}: {parameters:,} parameters, {len(task.sample_id):,} samples of {len(about['classes'])} classes, "
         f"{runs.device_name(task.images.device)}"
     )
     optimiser = build_optimiser(model, training)
@@ -98,17 +98,13 @@ def train(task: Task, run: runs.Run, training_set: Dataset, method: str, teacher
     records = run.metrics()
     run.write_summary(
         {
-            "method": method,
+            **about,
             "seed": task.seed,
             "parameters": parameters,
-            "dataset": training_set.fingerprint,
-            "classes": training_set.classes,
-            "class_counts": training_set.class_counts.tolist(),
             "last": {"epoch": training.epochs, **records[-1]["test"]},
             "best": best,
             "seconds": sum(record["seconds"] + record.get("evaluation_seconds", 0) for record in records),
             "digest": runs.digest(model.state_dict()),
-            "teacher": teacher,
         }
     )
 
@@ -129,8 +125,10 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
     """One pass over the rows of `epoch`. The host waits for the device only every CHECK_EVERY steps."""
     training, device = task.training, task.images.device
     start = time.perf_counter()
+    # what a network draws itself (dropout, stochastic depth) follows from seed and epoch too
+    torch.manual_seed(int(philox.draw(task.seed, philox.DROPOUT, epoch)[:2].astype(np.int64) @ [1 << 31, 1]))
     rows, views = _draw(task, epoch)
-    task.prepare(views, _draw(task, epoch + 1)[1])
+    task.prepare(views, views if epoch + 1 == training.epochs else _draw(task, epoch + 1)[1])
     steps = math.ceil(len(rows) / training.batch_size)
     sums: dict[str, torch.Tensor] = {}
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -154,6 +152,8 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
             first_bad = torch.where(loss.isfinite() | (first_bad < step), first_bad, step)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
             _check(task, int(first_bad), rows, epoch, steps)
+    if not all(bool(parameter.isfinite().all()) for parameter in task.model.parameters()):
+        _check(task, steps - 1, rows, epoch, steps)  # the last step's loss was finite, what it did was not
     seconds = time.perf_counter() - start
     return {
         **{name: float(value) / len(rows) for name, value in sums.items()},
@@ -176,16 +176,18 @@ def _check(task: Task, bad: int, rows: np.ndarray, epoch: int, steps: int) -> No
     size = task.training.batch_size
     ids = task.sample_id[rows[bad * size : (bad + 1) * size]].tolist()
     rate = learning_rate(task.training, epoch * steps + bad, steps)
+    kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "no epoch was finished"
     raise NotFinite(
-        f"the loss is not finite at epoch {epoch + 1}, step {epoch * steps + bad}, learning rate {rate:.4g}; the checkpoint of"
-        f" epoch {epoch} is kept; lower the learning rate or look at samples {ids}"
+        f"training diverged (not finite) at epoch {epoch + 1}, step {epoch * steps + bad}, learning rate {rate:.4g}; {kept}; "
+        f"lower the learning rate, or look at samples {', '.join(map(str, ids))}"
     )
 
 
 def _save_state(run: runs.Run, model, optimiser, epoch: int, best: dict) -> None:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"]
+        if (momentum := optimiser.state[parameter].get("momentum_buffer")) is not None:
+            tensors[f"momentum.{name}"] = momentum
     run.save_tensors("state", tensors, epoch=epoch, best=best)
 
 
@@ -193,8 +195,9 @@ def _load_state(run: runs.Run, model, optimiser) -> tuple[int, dict]:
     tensors, metadata = run.load_tensors("state")
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
-        momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])  # in the parameter's memory format
-        optimiser.state[parameter]["momentum_buffer"] = momentum
+        if (momentum := tensors.get(f"momentum.{name}")) is not None:
+            momentum = torch.empty_like(parameter).copy_(momentum)  # in the parameter's memory format
+            optimiser.state[parameter]["momentum_buffer"] = momentum
     return metadata["epoch"], metadata["best"]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline import config, metrics, runs
+from pipeline import UserError, config, metrics, runs
 from pipeline.data import datasets
 from pipeline.data.images import open_images
 from pipeline.models import build_model
@@ -32,10 +32,17 @@ def evaluate(model: torch.nn.Module, images, class_counts: np.ndarray, precision
 
 def load_model(run: runs.Run, checkpoint: str, experiment: config.Experiment, classes: int) -> torch.nn.Module:
     """The run's model at `checkpoint` ("last" or "best"), on the CPU."""
-    section = getattr(experiment, run.stage)
-    model = build_model(section.model, classes, experiment.data, seed=0)
+    section = getattr(experiment, run.stage).model
+    if section.name == "torchvision":
+        section = section.model_copy(update={"weights": None})  # the checkpoint has them all
+    model = build_model(section, classes, experiment.data, seed=0)
     tensors, _ = run.load_tensors(checkpoint)
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise UserError(f"{checkpoint}.safetensors in {run.folder} does not fit its config.yaml; restore both or train again")
+    if checkpoint == "last" and runs.digest(model.state_dict()) != run.summary()["digest"]:
+        raise UserError(f"last.safetensors in {run.folder} is not the checkpoint its summary.json describes; train again")
     return model.eval()
 
 
@@ -44,6 +51,8 @@ def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], devic
     run = runs.open_run(folder)
     experiment = run.config(overrides)
     training_set, test_set = datasets.load(experiment.data)
+    if tuple(run.summary()["classes"]) != training_set.classes:
+        raise UserError(f"the network in {folder} knows other classes than {training_set.name}; use the data it was trained on")
     model = load_model(run, checkpoint, experiment, len(training_set.classes)).to(device)
     images = open_images(test_set, experiment.views, device, experiment.data.workers)
     precision = getattr(experiment, run.stage).training.precision

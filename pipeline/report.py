@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import matplotlib
@@ -39,37 +40,57 @@ def draw_run(run: runs.Run) -> None:
 def write_report(folders: list[str], out: str) -> list[list[str]]:
     """Compares complete runs of one data set: table.md, table.csv, curves.png, accuracy_by_class.png in the folder `out`.
 
-    Returns the table, its heading first. Runs of one method with other seeds are one row: mean and standard deviation.
+    Returns the table, its heading first. Runs that differ in nothing but the seed are one row: mean and standard deviation.
     """
+    out = Path(out)
+    if (out / "config.yaml").exists():
+        raise UserError(f"--out {out} is a run's folder; name another one")
     opened = [runs.open_run(folder) for folder in folders]
     summaries = [run.summary() for run in opened]
     for folder, summary in zip(folders, summaries):
-        if summary["dataset"] != summaries[0]["dataset"]:
-            raise UserError(f"{folder} and {folders[0]} were trained on different data; report them apart")
-    methods = {}
-    for summary in summaries:
-        methods.setdefault(name(summary), []).append(summary)
+        if any(summary[part] != summaries[0][part] for part in ("dataset", "test_dataset")):
+            raise UserError(f"{folder} and {folders[0]} were trained or tested on different data; report them apart")
+    groups = _grouped(folders, opened, summaries)
     table = [["method", "seeds", *COLUMNS, "best epoch's all"]]
-    for method, group in methods.items():
-        last = [spread([summary["last"][column] for summary in group]) for column in COLUMNS.values()]
-        table.append([method, str(len(group)), *last, spread([summary["best"]["top1"] for summary in group])])
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    for label, group in groups.items():
+        last = [spread([summary["last"][column] for summary, _ in group]) for column in COLUMNS.values()]
+        table.append([label, str(len(group)), *last, spread([summary["best"]["top1"] for summary, _ in group])])
     rule = ["---"] + ["---:"] * (len(table[0]) - 1)
     lines = ["| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])]
     text = io.StringIO()
     csv.writer(text).writerows(table)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}; name another folder")
     runs.write_whole(out / "table.md", ("\n".join(lines) + "\n").encode())
     runs.write_whole(out / "table.csv", text.getvalue().encode())
-    _draw_curves([(name(summary), run.metrics()) for run, summary in zip(opened, summaries)], out / "curves.png")
+    _draw_curves([(label, records) for label, group in groups.items() for _, records in group], out / "curves.png")
     means = {
-        method: {
-            key: _mean([summary["last"][key] for summary in group]) for key in ("top1", "per_class")
-        }
-        for method, group in methods.items()
+        label: {key: _mean([summary["last"][key] for summary, _ in group]) for key in ("top1", "per_class")}
+        for label, group in groups.items()
     }
     _draw_classes(means, np.array(summaries[0]["class_counts"]), out / "accuracy_by_class.png")
     return table
+
+
+def _grouped(folders: list[str], opened: list[runs.Run], summaries: list[dict]) -> dict[str, list[tuple[dict, list[dict]]]]:
+    """(summary, epochs) of the runs by what they did, apart from the seed. A name that two experiments share gets a folder."""
+    found: dict[str, dict] = {}
+    for folder, run, summary in zip(folders, opened, summaries):
+        config = run.config().model_dump(mode="json")
+        did = [run.stage, config[run.stage], config["views"], summary["teacher"] and summary["teacher"]["digest"]]
+        group = found.setdefault(json.dumps(did), {"name": name(summary), "folder": folder, "seeds": {}})
+        if summary["seed"] in group["seeds"]:
+            raise UserError(f"{folder} repeats the experiment and the seed of another run; name each run once")
+        group["seeds"][summary["seed"]] = summary, run.metrics()
+    names = [group["name"] for group in found.values()]
+    return {
+        group["name"] if names.count(group["name"]) == 1 else f"{group['name']} ({Path(group['folder']).name})": list(
+            group["seeds"].values()
+        )
+        for group in found.values()
+    }
 
 
 def name(summary: dict) -> str:

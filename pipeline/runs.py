@@ -13,6 +13,7 @@
 Every file is written under another name, synchronised and renamed, so it is whole or absent.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -53,7 +56,10 @@ class Run:
     def metrics(self) -> list[dict]:
         """One dictionary an epoch, oldest first."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or damaged ({error}); restore it or train again")
 
     def rewind_metrics(self, epochs: int) -> None:
         """Forgets what was recorded after the first `epochs` epochs."""
@@ -80,7 +86,16 @@ class Run:
     @property
     def stage(self) -> str:
         """ "teacher" or "student"."""
-        return json.loads((self.folder / "environment.json").read_text())["stage"]
+        return self.environment()["stage"]
+
+    def _json(self, file: str, *keys: str) -> dict:
+        try:
+            values = json.loads((self.folder / file).read_text())
+            for key in keys:
+                values[key]
+            return values
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.folder / file} is missing or damaged ({error}); restore it or train again")
 
     def has(self, file: str) -> bool:
         return (self.folder / file).exists()
@@ -90,33 +105,59 @@ class Run:
         (self.folder / "state.safetensors").unlink(missing_ok=True)
 
     def summary(self) -> dict:
-        return json.loads((self.folder / "summary.json").read_text())
+        return self._json("summary.json", "classes", "digest", "last", "best")
+
+    def environment(self) -> dict:
+        return self._json("environment.json", "stage", "device", "packages", "threads", "learns_from")
 
     def config(self, overrides: tuple[str, ...] = ()) -> Experiment:
         return load_config(self.folder / "config.yaml", overrides)
 
 
-def start_run(folder: str | Path, config: Experiment, stage: str, device: torch.device, resume: bool) -> Run:
-    """A folder for `stage` ("teacher" or "student") of `config`: new, or the same run's with `resume`.
-
-    Raises UserError if the folder is not empty and `resume` is not given, or holds something else.
-    """
+def refuse_taken(folder: str | Path, resume: bool) -> None:
+    """Raises UserError if `folder` cannot be a new run's, or with `resume` goes on with one. Writes nothing."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
-    run = Run(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if _begun(folder):
         if not resume:
             raise UserError(f"--out {folder} is not empty; add --resume to go on with the run in it, or name another folder")
-        if not run.has("config.yaml"):
+        if not (folder / "config.yaml").exists():
             raise UserError(f"--out {folder} holds no run to resume; name another folder")
-        _refuse_other(run, config, stage, device)
-    else:
+
+
+@contextmanager
+def start_run(
+    folder: str | Path, config: Experiment, stage: str, device: torch.device, resume: bool, learns_from: str | None = None
+) -> Iterator[Run]:
+    """A folder for `stage` ("teacher" or "student") of `config`: new, or the same run's with `resume`.
+
+    A context: until it ends, no other command may write into the folder.
+
+    `learns_from`: the digest of the cache that the run learns from. Raises UserError if the folder is not empty and
+    `resume` is not given, if it holds something else, or if another command is writing into it.
+    """
+    folder = Path(folder)
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-    # config.yaml comes last: a folder that was left before it holds no run
-    write_whole(folder / "environment.json", (json.dumps(environment(stage, device), indent=1) + "\n").encode())
-    write_whole(folder / "config.yaml", dump_config(config).encode())
-    return run
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error.strerror}; name another folder")
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command is writing into {folder}; wait for it, or name another folder")
+        refuse_taken(folder, resume)
+        run, record = Run(folder), environment(stage, device) | {"learns_from": learns_from}
+        if _begun(folder):
+            _refuse_other(run, config, record)
+        else:  # config.yaml comes last: a folder that was left before it holds no run
+            write_whole(folder / "environment.json", (json.dumps(record, indent=1) + "\n").encode())
+            write_whole(folder / "config.yaml", dump_config(config).encode())
+        yield run
+    finally:
+        os.close(lock)  # which frees it, as the end of the process does
 
 
 def open_run(folder: str | Path) -> Run:
@@ -167,25 +208,44 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash at any moment `path` is the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk gets its space back
+        raise
 
 
-def _refuse_other(run: Run, config: Experiment, stage: str, device: torch.device) -> None:
-    found = json.loads((run.folder / "environment.json").read_text())
-    if found["stage"] != stage:
-        raise UserError(f"--out {run.folder} holds a {found['stage']}'s run, not a {stage}'s; name another folder")
+def _begun(folder: Path) -> bool:
+    """Whether there is anything in `folder` but what a run writes before it has begun."""
+    return folder.is_dir() and any(
+        path.name != "environment.json" and path.suffix != ".partial" for path in folder.iterdir()
+    )
+
+
+def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
+    found = run.environment()
+    if found["stage"] != record["stage"]:
+        raise UserError(f"--out {run.folder} holds a {found['stage']}'s run, not a {record['stage']}'s; name another folder")
     old, new = run.config().model_dump(mode="json"), config.model_dump(mode="json")
     if difference := _difference(old, new):
         raise UserError(f"cannot resume {run.folder}: {difference}; use the same configuration or another folder")
-    if found["device"] != device_name(device):
+    if found["learns_from"] != record["learns_from"]:
+        raise UserError(f"cannot resume {run.folder}: it began with another cache; name that one, or another folder")
+    if found["device"] != record["device"]:
         raise UserError(
-            f"cannot resume {run.folder} on {device_name(device)}: it began on {found['device']}, which rounds differently; "
+            f"cannot resume {run.folder} on {record['device']}: it began on {found['device']}, which rounds differently; "
             "go on there, or name another folder"
         )
+    for name, old, new in (
+        ("torch", found["packages"]["torch"], record["packages"]["torch"]),
+        ("threads", found["threads"], record["threads"]),
+    ):
+        if old != new:
+            run.log(f"note: the run began with {name} {old} and goes on with {new}; results may differ in the last bits")
 
 
 def _difference(old, new, key: str = "") -> str | None:

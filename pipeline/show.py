@@ -6,14 +6,17 @@ from rich.table import Table
 COLUMNS = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
 
 
-def table(rows: list[list[str]], title: str) -> None:
+def table(rows: list[list[str]], title: str, heading: bool = True) -> None:
     """A table of text, its heading first."""
-    shown = Table(title=title, title_justify="left")
-    for index, heading in enumerate(rows[0]):
-        shown.add_column(heading, justify="right" if index else "left", overflow="fold")
-    for row in rows[1:]:
+    shown = Table(show_header=heading)
+    for index, name in enumerate(rows[0]):
+        shown.add_column(name, justify="left" if not index or not heading else "right", overflow="fold")
+    for row in rows[heading:]:
         shown.add_row(*row)
-    Console(highlight=False).print(shown)
+    # text of the user's is no markup; a file has no width to fit into
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(title)
+    console.print(shown, width=None if console.is_terminal else 140)
 
 
 def scores(values: dict, title: str) -> None:
@@ -24,7 +27,7 @@ def scores(values: dict, title: str) -> None:
 
 def facts(values: dict, title: str) -> None:
     """One line a fact; nested values by dotted name."""
-    table([["", ""], *([name, text] for name, text in _leaves(values))], title)
+    table([[name, text] for name, text in _leaves(values)], title, heading=False)
 
 
 def _leaves(values: dict, prefix: str = ""):

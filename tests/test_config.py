@@ -44,6 +44,12 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("views={name: random_resized_crop, size: 4, count: 2, ratio: [2, 1]}", r"ratio is a range"),
         ("views={name: random_resized_crop, size: 4, count: 2, seed: -1}", r"seed is in \[0, 2\^64\); found -1"),
         ("data={name: parquet}", r"data\.train: missing; it must be given"),
+        ("studnet.training.epochs=5", r"studnet: unknown key; did you mean 'student'\?"),
+        ("a..b=1", r"a: unknown key"),
+        ("data.mean.0=0.5", r"'mean' holds a value, not a section"),
+        ("data.std=[0, 1, 1]", r"data\.std\.0: .*greater than 0"),
+        ("data.mean=[.nan, 0, 0]", r"data\.mean\.0: .*finite"),
+        ("student.training.learning_rate=.inf", r"learning_rate: .*finite"),
         ("epochs", r"an override is key=value"),
         ("name.first=1", r"'name' holds a value, not a section"),
         ("name=[1", r"the value is not YAML; quote it"),
@@ -63,6 +69,17 @@ def test_all_errors_are_reported_at_once():
 def test_an_override_reaches_only_the_section_it_names_though_the_file_shares_it():
     config = tiny.experiment("student.training.epochs=7")
     assert (config.teacher.training.epochs, config.student.training.epochs) == (2, 7)
+
+
+def test_another_kind_of_section_keeps_the_keys_that_both_know():
+    config = tiny.experiment("student.method={name: bkd, alpha: 3, beta: 0.9}", "student.method.name=kd")
+    assert config.student.method.alpha == 3
+    config = tiny.experiment("teacher.training.schedule={name: step, gamma: 0.5}", "teacher.training.schedule.name=cosine")
+    assert config.teacher.training.schedule.name == "cosine"
+    config = tiny.experiment("cache.encoding.name=klt")
+    assert config.cache.encoding.max_error == 0.02
+    config = tiny.experiment("data.name=cifar10")
+    assert config.data.imbalance_ratio == 20, "nothing is silently forgotten"
 
 
 @pytest.mark.parametrize(

@@ -126,14 +126,14 @@ def test_a_pattern_that_matches_nothing_and_a_file_that_is_no_parquet_are_named(
 
 def test_an_image_column_without_bytes_is_named(tmp_path):
     pq.write_table(pa.table({"image": ["a"], "label": [0]}), tmp_path / "train-0.parquet")
-    with pytest.raises(UserError, match=r"column 'image' is string, not a struct with a field 'bytes'"):
+    with pytest.raises(UserError, match=r"column 'image' is string, not a struct with a binary field 'bytes'"):
         datasets.load(section(tmp_path))
 
 
 def test_class_names_that_differ_between_shards_or_parts_are_refused(tmp_path):
     parquet(tmp_path, [0, 1], "train-0.parquet")
     parquet(tmp_path, [0, 1], "test-0.parquet", names=("dog", "cat"))
-    with pytest.raises(UserError, match="the training and the test part differ in their classes"):
+    with pytest.raises(UserError, match="the training and the test part differ in their classes: their order differs"):
         datasets.load(section(tmp_path))
     parquet(tmp_path, [0, 1], "train-1.parquet", names=("dog", "cat"))
     with pytest.raises(UserError, match="train-1.parquet: class names differ"):
@@ -175,6 +175,41 @@ def test_odd_images_are_decoded_upright_in_rgb_and_broken_ones_named(tmp_path):
     train, _ = datasets.load(section)
     with pytest.raises(UserError, match=r"3\.jpg cannot be read.*4\.jpg cannot be read.*: replace or remove them"):
         _ = train.image_size
+
+
+def test_sixteen_bits_become_eight_and_the_size_of_a_turned_tiff_is_right(tmp_path):
+    section = folder_of_images(tmp_path)
+    ant = tmp_path / "train" / "ant"
+    grey = (np.arange(256, dtype=np.uint16).reshape(16, 16)) * 257
+    Image.fromarray(grey).save(ant / "0.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 8)).save(ant / "1.tif", exif=exif)
+    train, _ = datasets.load(section)
+    rows = {path.name: row for row, path in enumerate(train.images) if path.parent == ant}
+    np.testing.assert_array_equal(np.asarray(train.decode(rows["0.png"]))[..., 0].ravel(), np.arange(256))
+    assert train.image_size[rows["1.tif"]].tolist() == [16, 8] == list(train.decode(rows["1.tif"]).size[::-1])
+    Image.fromarray(grey.astype(np.float32)).save(ant / "2.tif")
+    with pytest.raises(UserError, match="2.tif cannot be read as an image: it holds floating-point pixels"):
+        _ = datasets.load(section)[0].image_size
+
+
+def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path):
+    parquet(tmp_path, [0, 1], "test-0.parquet", names=("cat", "cat"))
+    parquet(tmp_path, [0, 1], "train-0.parquet", names=("cat", "cat"))
+    with pytest.raises(UserError, match="class names must be distinct texts"):
+        datasets.load(section(tmp_path))
+    parquet(tmp_path, [0, 0], "test-0.parquet", names=("cat",))
+    parquet(tmp_path, [0, 0], "train-0.parquet", names=("cat",))
+    with pytest.raises(UserError, match="has 1 classes; there must be 2 to 100,000"):
+        datasets.load(section(tmp_path))
+
+
+def test_a_class_that_only_one_part_has_is_named(tmp_path):
+    section = folder_of_images(tmp_path)
+    (tmp_path / "train" / "cow").mkdir()
+    with pytest.raises(UserError, match="differ in their classes: only one has 'cow'"):
+        datasets.load(section)
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -227,4 +262,4 @@ def test_the_fingerprint_tells_pixels_labels_and_choice_apart():
     changed.images[0, 0, 0] ^= 1
     assert {k for k in train.fingerprint if changed.fingerprint[k] != train.fingerprint[k]} == {"images"}
     fewer = train.take(np.arange(1, len(train)))
-    assert {k for k in train.fingerprint if fewer.fingerprint[k] == train.fingerprint[k]} == {"name"}
+    assert {k for k in train.fingerprint if fewer.fingerprint[k] == train.fingerprint[k]} == set()

@@ -104,7 +104,7 @@ def test_interrupted_and_resumed_is_uninterrupted_wherever_it_stopped(tmp_path, 
 
 
 def test_twenty_interruptions_at_random_steps_change_no_bit(tmp_path, monkeypatch):
-    from pipeline import losses, teacher
+    from pipeline import losses
 
     config = tiny.experiment("teacher.training.epochs=16")
     train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
@@ -114,11 +114,12 @@ def test_twenty_interruptions_at_random_steps_change_no_bit(tmp_path, monkeypatc
         left[0] -= 1
         if left[0] == 0:
             raise Stop
-        return losses.cross_entropy(logits, label)
+        return cross_entropy(logits, label)
 
+    cross_entropy = losses.cross_entropy
     stops = 0
     with monkeypatch.context() as patch:
-        patch.setattr(teacher, "cross_entropy", stop_at_some_step)
+        patch.setattr(losses, "cross_entropy", stop_at_some_step)
         while stops < 20:
             left[0] = int(generator.integers(1, 14))  # eight steps an epoch
             with pytest.raises(Stop):
@@ -146,21 +147,21 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config = tiny.experiment("teacher.training.learning_rate=1e30", "teacher.training.schedule={name: constant}")
-    with pytest.raises(engine.NotFinite, match=r"epoch 1, step \d+, learning rate 1e\+30; .* samples \[\d+, "):
+    with pytest.raises(engine.NotFinite, match=r"epoch 1, step \d+, learning rate 1e\+30; no epoch was finished; .* samples \d+, "):
         train_teacher(config, str(tmp_path / "run"), tiny.CPU)
     assert not (tmp_path / "run" / "last.safetensors").exists()
 
 
 def test_the_step_that_diverged_is_the_one_named(tmp_path, monkeypatch):
-    from pipeline import losses, teacher
+    from pipeline import losses
 
-    calls = []
+    calls, cross_entropy = [], losses.cross_entropy
 
     def poisoned(logits, label):
         calls.append(len(label))
-        return losses.cross_entropy(logits, label) * (float("nan") if len(calls) == 11 else 1)
+        return cross_entropy(logits, label) * (float("nan") if len(calls) == 11 else 1)
 
-    monkeypatch.setattr(teacher, "cross_entropy", poisoned)
+    monkeypatch.setattr(losses, "cross_entropy", poisoned)
     with pytest.raises(engine.NotFinite, match=r"epoch 2, step 10, .*the checkpoint of epoch 1 is kept"):
         train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU)  # 8 steps an epoch
     state, metadata = runs.Run(tmp_path / "run").load_tensors("last")
@@ -193,6 +194,54 @@ def test_a_bfloat16_forward_learns_what_float32_does(tmp_path, teacher_run):
     exact, rounded = (runs.Run(Path(folder)).metrics() for folder in (teacher_run, tmp_path / "bf16"))
     np.testing.assert_allclose([r["loss"] for r in rounded], [r["loss"] for r in exact], rtol=0.05)
     assert all(value.dtype in (torch.float32, torch.int64) for value in tensors(tmp_path / "bf16").values())
+
+
+def test_a_last_step_that_ruins_the_weights_is_noticed(tmp_path):
+    config = tiny.experiment(
+        "teacher.training.epochs=1", "teacher.training.batch_size=1000", "teacher.training.learning_rate=1e30",
+        "teacher.training.weight_decay=1e30",
+    )  # fmt: skip
+    with pytest.raises(engine.NotFinite, match="step 0"):
+        train_teacher(config, str(tmp_path / "run"), tiny.CPU)
+
+
+def test_momentum_may_be_zero(tmp_path):
+    config = tiny.experiment("teacher.training.momentum=0")
+    train_teacher(config, str(tmp_path / "run"), tiny.CPU)
+    assert runs.open_run(tmp_path / "run").summary()["last"]["epoch"] == 2
+
+
+def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, monkeypatch):
+    from pipeline import losses
+
+    class Dropping(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images):
+            return torch.nn.functional.dropout(self.inner(images), 0.3, self.training)
+
+    from pipeline import recipe
+
+    build = recipe.build_model
+    monkeypatch.setattr(recipe, "build_model", lambda *arguments: Dropping(build(*arguments)))
+    config = tiny.experiment("teacher.training.epochs=3")
+    train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
+    cross_entropy, calls = losses.cross_entropy, []
+
+    def stop(logits, label):
+        calls.append(1)
+        if len(calls) == 12:
+            raise Stop
+        return cross_entropy(logits, label)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(losses, "cross_entropy", stop)
+        train_teacher(config, str(tmp_path / "cut"), tiny.CPU)
+    torch.rand(3)
+    train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
+    assert equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.cuda

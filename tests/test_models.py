@@ -82,6 +82,16 @@ def test_an_unknown_architecture_and_weights_that_do_not_fit_are_refused(tmp_pat
         torchvision_model(weights=str(tmp_path / "nothing.pth"))
 
 
+def test_a_layer_that_is_missing_is_not_excused_by_its_width(tmp_path):
+    from torchvision.models import resnet18
+
+    state = {name: value for name, value in resnet18(num_classes=512).state_dict().items() if "layer4.1.conv1" not in name}
+    save_file(state, tmp_path / "weights.safetensors")
+    section = config.TorchvisionModel(name="torchvision", architecture="resnet18", weights=str(tmp_path / "weights.safetensors"))
+    with pytest.raises(UserError, match="do not fit resnet18: layer4.1.conv1.weight"):
+        build_model(section, 512, DATA, 0)
+
+
 def test_weights_that_are_code_are_not_run(tmp_path):
     class Trap:
         def __reduce__(self):

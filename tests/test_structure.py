@@ -15,7 +15,8 @@ LAYERS = [
     {"pipeline.data.images", "pipeline.models", "pipeline.report"},
     {"pipeline.engine", "pipeline.evaluate"},
     {"pipeline.dump"},
-    {"pipeline.teacher", "pipeline.student", "pipeline.plan"},
+    {"pipeline.recipe", "pipeline.plan"},
+    {"pipeline.teacher", "pipeline.student"},
     {"pipeline.verify"},
     {"cli"},
 ]

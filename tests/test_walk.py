@@ -321,3 +321,97 @@ def test_several_teachers_are_averaged_or_kept_apart(tmp_path, teacher_run):
         dump_logits(config, [both[0], both[0]], str(tmp_path / "twice.zarr"), tiny.CPU)
     train_student(config, str(tmp_path / "both.zarr"), str(tmp_path / "student"), tiny.CPU)
     assert (tmp_path / "student" / "accuracy_by_class.png").exists()
+
+
+def test_a_run_goes_on_with_the_cache_it_began_with_and_with_no_other(tmp_path, cache, teacher_run, monkeypatch):
+    from pipeline import engine
+
+    config = tiny.experiment("student.training.epochs=3")
+    half = tiny.experiment("student.training.epochs=3", "cache.encoding.dtype=float16")
+    dump_logits(half, [str(teacher_run)], str(tmp_path / "other.zarr"), tiny.CPU)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "_line", stop)
+        train_student(config, str(cache), str(tmp_path / "run"), tiny.CPU)
+    with pytest.raises(UserError, match="began with another cache; name that one, or another folder"):
+        train_student(config, str(tmp_path / "other.zarr"), str(tmp_path / "run"), tiny.CPU, resume=True)
+    train_student(config, str(cache), str(tmp_path / "run"), tiny.CPU, resume=True)
+    assert len(runs.open_run(tmp_path / "run").metrics()) == 3
+
+
+def test_a_folder_has_one_writer_and_what_was_cut_before_it_began_is_no_run(tmp_path):
+    config = tiny.experiment("student.method={name: ce}")
+    with runs.start_run(tmp_path / "run", config, "student", tiny.CPU, resume=False):
+        with pytest.raises(UserError, match="another command is writing into"):
+            train_student(config, None, str(tmp_path / "run"), tiny.CPU, resume=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "environment.json").write_text("{}")
+    (tmp_path / "cut" / "config.yaml.partial").write_text("na")
+    train_student(config, None, str(tmp_path / "cut"), tiny.CPU)
+    assert runs.open_run(tmp_path / "cut").summary()["method"] == "ce"
+
+
+def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
+    from pipeline.report import write_report
+
+    folders = {}
+    for name, epochs, seed in (("a", 1, 0), ("b", 1, 1), ("c", 2, 0)):
+        config = tiny.experiment("student.method={name: ce}", f"student.training.epochs={epochs}", seed=seed)
+        folders[name] = str(tmp_path / name)
+        train_student(config, None, folders[name], tiny.CPU)
+    table = write_report(list(folders.values()), str(tmp_path / "report"))
+    assert [row[:2] for row in table[1:]] == [["CE student (a)", "2"], ["CE student (c)", "1"]]
+    found = [runs.open_run(folders[name]).summary()["last"]["top1"] for name in "ab"]
+    assert table[1][2] == f"{np.mean(found):.2f} ± {np.std(found, ddof=1):.2f}"
+    with pytest.raises(UserError, match="repeats the experiment and the seed"):
+        write_report([folders["a"], folders["a"]], str(tmp_path / "twice"))
+    with pytest.raises(UserError, match="is a run's folder; name another one"):
+        write_report([folders["a"]], folders["b"])
+    other = tiny.experiment("student.method={name: ce}", "data.seed=1")
+    train_student(other, None, str(tmp_path / "d"), tiny.CPU)
+    with pytest.raises(UserError, match="were trained or tested on different data"):
+        write_report([folders["a"], str(tmp_path / "d")], str(tmp_path / "mixed"))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("summary.json", "{", "summary.json is missing or damaged"),
+        ("summary.json", "{}", "summary.json is missing or damaged .'classes'"),
+        ("environment.json", None, "environment.json is missing or damaged"),
+        ("config.yaml", "width: 8", "last.safetensors in .* does not fit its config.yaml"),
+        ("last.safetensors", "best", "is not the checkpoint its summary.json describes"),
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path, teacher_run, file, damage, message):
+    from pipeline.evaluate import evaluate_run
+
+    shutil.copytree(teacher_run, tmp_path / "run")
+    path = tmp_path / "run" / file
+    if damage is None:
+        path.unlink()
+    elif damage == "width: 8":
+        path.write_text(path.read_text().replace("width: 4", damage))
+    elif damage == "best":
+        run = runs.Run(tmp_path / "run")
+        run.save_tensors("last", {name: value * 2 for name, value in run.load_tensors("best")[0].items()})
+    else:
+        path.write_text(damage)
+    with pytest.raises(UserError, match=message):
+        evaluate_run(str(tmp_path / "run"), "last", (), tiny.CPU)
+
+
+def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_written(tmp_path):
+    """A last batch of one image leaves nothing to normalise over where the features are one pixel."""
+    config = tiny.experiment(
+        "student.model={name: torchvision, architecture: resnet18}", "student.method={name: ce}", "student.training.batch_size=463"
+    )
+    with pytest.raises(UserError, match="cannot train on 1 images of .8, 8. pixels"):
+        train_student(config, None, str(tmp_path / "run"), tiny.CPU)
+    config = tiny.experiment("student.model={name: torchvision, architecture: alexnet}", "student.method={name: ce}")
+    with pytest.raises(UserError, match="cannot train on 64 images"):
+        train_student(config, None, str(tmp_path / "run"), tiny.CPU)
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 Left out: crops and tensors (images.py). Shapes: N samples, C classes.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -13,11 +14,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cache import philox
 from pipeline import UserError, config
 
+MOST_CLASSES = 100_000
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -74,7 +76,7 @@ class Dataset:
                 image = f"{image.relative_to(self.root).as_posix()} {image.stat().st_size}\n".encode()
             images.update(image)
         return {
-            "name": self.name,
+            "size": f"{len(self):,} samples of {len(self.classes):,} classes",
             "samples": hashlib.sha256(self.sample_id.astype("<i8").tobytes()).hexdigest(),
             "labels": hashlib.sha256(self.label.astype("<i8").tobytes()).hexdigest(),
             "images": images.hexdigest(),
@@ -88,8 +90,15 @@ class Dataset:
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
             if draft:  # a JPEG need not be decoded at full size to see that it is whole
                 image.draft("RGB", (1, 1))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("it holds floating-point pixels")
+            return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if isinstance(error, UnidentifiedImageError):
+                error = "no known format"
             raise UserError(f"{self.describe(row)} cannot be read as an image: {error}")
 
     def _probe(self, row: int):
@@ -97,11 +106,13 @@ class Dataset:
         if isinstance(image, np.ndarray):
             return image.shape[:2]
         try:
-            self._open(row, draft=True)
+            decoded = self._open(row, draft=True)
         except UserError as error:
             return error
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
-            width, height = header.size
+            if header.format != "JPEG":
+                return decoded.size[::-1]
+            width, height = header.size  # the draft is smaller
             upright = header.getexif().get(ExifTags.Base.Orientation, 1) < 5  # 5 to 8 swap the sides
         return (height, width) if upright else (width, height)
 
@@ -113,7 +124,13 @@ def load(section: config.Data) -> tuple[Dataset, Dataset]:
     """
     train, test = LOADERS[section.name](section, config.expand(section.root))
     if train.classes != test.classes:
-        raise UserError(f"{train.name}: the training and the test part differ in their classes")
+        odd = sorted(set(train.classes) ^ set(test.classes))[:5]
+        what = f"only one has {', '.join(map(repr, odd))}" if odd else "their order differs"
+        raise UserError(f"{train.name}: the training and the test part differ in their classes: {what}")
+    if not all(isinstance(name, str) for name in train.classes) or len(set(train.classes)) < len(train.classes):
+        raise UserError(f"{train.name}: class names must be distinct texts; mend the names in the data's metadata")
+    if not 2 <= len(train.classes) <= MOST_CLASSES:
+        raise UserError(f"{train.name} has {len(train.classes):,} classes; there must be 2 to {MOST_CLASSES:,}")
     for part, dataset in ("training", train), ("test", test):
         if not len(dataset):
             raise UserError(f"{dataset.name}: the {part} part holds no samples")
@@ -179,7 +196,7 @@ def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
     import pyarrow
     import pyarrow.parquet
 
-    paths = sorted(root.glob(pattern)) if not Path(pattern).is_absolute() else [Path(pattern)]
+    paths = sorted(Path(path) for path in glob.glob(str(root / pattern)))
     if not paths:
         raise UserError(f"no file matches {pattern!r} in {root}; check data.root and data.train or data.test")
     images, labels, names = [], [], None
@@ -193,21 +210,22 @@ def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read {path} as Parquet: {error}")
         image, label = table[section.image], table[section.label]
-        if not pyarrow.types.is_struct(image.type) or image.type.get_field_index("bytes") < 0:
-            raise UserError(f"{path}: column {section.image!r} is {image.type}, not a struct with a field 'bytes'")
+        data = image.type.field("bytes").type if pyarrow.types.is_struct(image.type) and "bytes" in image.type.names else None
+        if data not in (pyarrow.binary(), pyarrow.large_binary()):
+            raise UserError(f"{path}: column {section.image!r} is {image.type}, not a struct with a binary field 'bytes'")
         if not pyarrow.types.is_integer(label.type) or label.null_count:
-            raise UserError(f"{path}: column {section.label!r} must hold whole numbers without gaps; it is {label.type}")
+            found = f"it is {label.type} with {label.null_count} nulls"
+            raise UserError(f"{path}: column {section.label!r} must hold whole numbers without gaps; {found}")
         images += [value for chunk in image.chunks for value in chunk.field("bytes").to_pylist()]
         labels.append(label.to_numpy().astype(np.int64))
-        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        found = found.get("info", {}).get("features", {}).get(section.label, {}).get("names")
+        found = _class_names(schema, section.label)
         if names and found != names:
             raise UserError(f"{path}: class names differ from those of {paths[0]}")
         names = found
     if missing := [row for row, value in enumerate(images) if value is None]:
         raise UserError(f"{paths[0].parent / pattern}: row {missing[0]} has no image bytes ({len(missing)} such rows)")
     label = np.concatenate(labels)
-    classes = names or [str(c) for c in range(label.max(initial=-1) + 1)]
+    classes = names or [str(c) for c in range(min(label.max(initial=-1), MOST_CLASSES) + 1)]
     return Dataset(
         name=paths[0].parent.name,
         classes=tuple(classes),
@@ -215,6 +233,14 @@ def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
         label=label,
         images=images,
     )
+
+
+def _class_names(schema, label: str) -> list[str] | None:
+    """The names that the Hugging Face metadata of a Parquet schema give to the column `label`, if they do."""
+    try:
+        return json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 def _cifar(section: config.Cifar, root: Path) -> tuple[Dataset, Dataset]:

@@ -5,6 +5,7 @@ Two sources with one interface: `batches(rows, views, batch_size)` yields `Batch
 Shapes: B samples a batch, S the side of a crop. Normalisation belongs to the model.
 """
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -85,7 +86,8 @@ class DecodedImages:
     decodes = True
 
     def __init__(self, dataset: Dataset, views: RandomResizedCrop, device: torch.device, workers: int):
-        self.dataset, self.views, self.device, self.workers = dataset, views, device, workers
+        self.dataset, self.views, self.device = dataset, views, device
+        self.workers = min(workers, len(os.sched_getaffinity(0)))
         self.image_size = dataset.image_size  # also finds unreadable images before training begins
         self.label = torch.from_numpy(dataset.label)
 
@@ -119,7 +121,7 @@ class _Crops(torch.utils.data.Dataset):
             boxes = source.views.boxes(source.dataset.sample_id[rows], views, source.image_size[rows])
         else:  # the centre, 7/8 of the shorter side: 224 of 256
             height, width = source.image_size[rows].T
-            side = np.minimum(height, width) * 7 // 8
+            side = np.maximum(1, np.minimum(height, width) * 7 // 8)
             boxes = (height - side) // 2, (width - side) // 2, side, side, np.zeros(len(rows), np.int64)
         self.boxes = np.stack(boxes, axis=1)
 

@@ -52,7 +52,8 @@ def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
     state = _load_weights(section)
     own = network.state_dict()
     unfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    if unexpected := [key for key in unfit if own[key].shape[:1] != (classes,)]:
+    classifier = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1:]
+    if unexpected := [key for key in unfit if key.rpartition(".")[0] not in classifier]:
         raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
     return network
