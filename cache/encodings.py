@@ -322,14 +322,20 @@ _RADIX = 255
 _MOST = 127 * _RADIX  # a code, and its difference from the predicted one
 _MARGIN = 0.97  # of max_error, for the step to aim at: few blocks of other views and samples then need a finer one
 _SAFE = 60  # logits whose exponential neither overflows nor vanishes, nor their sum
-_EXACT_CLASSES = 4096  # up to here every direction is in the basis; above, those that the fit's rows span
+_EXACT_CLASSES = 4096  # up to here every direction is in the basis; above, those that as many rows span
 
 
 def _eigenvectors(rows):
     """Orthonormal directions of rows [M, C] by falling variance, float32 [≤ C, C]."""
-    if rows.shape[1] <= _EXACT_CLASSES:
+    classes = rows.shape[1]
+    if classes <= _EXACT_CLASSES:
         return np.linalg.eigh(rows.T.astype(np.float64) @ rows)[1].T[::-1].astype(np.float32)
-    return np.linalg.svd(rows, full_matrices=False)[2]
+    rows = rows[:: -(-len(rows) // _EXACT_CLASSES)].astype(np.float64)
+    variance, left = np.linalg.eigh(rows @ rows.T)
+    if variance[-1] <= 0:
+        return np.eye(1, classes, dtype=np.float32)  # all rows are equal: any direction will do
+    spanned = variance > 1e-10 * variance[-1]
+    return ((left[:, spanned] / np.sqrt(variance[spanned])).T[::-1] @ rows).astype(np.float32)
 
 
 def _kept(coefficients, step):

@@ -131,8 +131,9 @@ def test_any_number_of_classes(tmp_path, classes):
     assert all(target_error(cache, view, probability)[0] <= 0.02 for view in range(18))
 
 
-def test_ten_thousand_classes(tmp_path):
-    probability = teacher(classes=10_000, samples=160)
+@pytest.mark.parametrize("scale", [3, 0])
+def test_ten_thousand_classes(tmp_path, scale):
+    probability = teacher(classes=10_000, samples=160, scale=scale)
     given = klt_arguments(probability)["identity"]
     views = CropFlip(pad=0)
     cache = dump(tmp_path / "s", probability, identity=identity(classes=given.classes, views=views))
