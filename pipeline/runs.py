@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from cache.storage import LocalStorage
 from pipeline import UserError
 from pipeline.config import Experiment, dump_config, load_config
 
@@ -207,16 +208,7 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash at any moment `path` is the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a full disk gets its space back
-        raise
+    LocalStorage(path.parent).write(path.name, data)
 
 
 def _begun(folder: Path) -> bool:
