@@ -11,7 +11,8 @@ The first table holds formats side by side, over four views. All give back the s
 are written here from their descriptions:
 
     TinyViT     one file of rows, top-K probabilities in float16 and classes in int16; the rest spread evenly
-    FKD         one file a sample, top-K of all its views, by torch.save; renormalised
+    FKD         one file a sample, top-K of all its views (hundreds; four here), by torch.save; renormalised.
+                Bytes without the file's container, of one or two kilobytes
     DistillKit  Parquet, a list of bytes a row: top-128 classes in bits, 16 log-probabilities in float16, a polynomial
                 of the rank for the others; the rest spread evenly. Simplified: one view a file, no residuals of the
                 polynomial; read as a memory-mapped table, and decoded a batch at a time
@@ -23,6 +24,7 @@ those of its float16). Memory is the most that opening the store, the plane, and
 """
 
 import argparse
+import ctypes
 import io
 import json
 import pickle
@@ -231,6 +233,9 @@ class FKD:
     def open(self, folder):
         self.folder = folder
 
+    def one_more(self, folder):
+        return 4 * self.top * self.shape[1]
+
     def load(self, sample):
         data = (self.folder / str(sample)).read_bytes()
         return [part.numpy() for part in torch.load(io.BytesIO(data))] if torch else pickle.loads(data)
@@ -418,6 +423,7 @@ def copying(samples, row_bytes, folder, repeats):
 def memory(reset=False):
     """The most memory that this process had since the last reset, bytes: Linux keeps count."""
     if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is no memory to build on
         Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) << 10
