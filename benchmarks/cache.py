@@ -377,21 +377,21 @@ def measure_plane(samples, classes, encoding, repeats, scratch):
     cache = open_cache(folder / "s")
     error = cache.error()
     codes = cache.stored_plane(1)  # and the reference, which is then in memory
-    reading, decoding = [], [0.0]
-    for _ in range(repeats):
+    cache.encoding.decode(codes[:BATCH])
+    used = memory() - before
+    decoded = np.dtype(np.float32 if cache.decoder else codes.dtype)
+    copying, reading, decoding = [], [], []
+    for _ in range(repeats):  # in turns, as a machine with others on it changes its pace
         start = time.perf_counter()
         cache.stored_plane(1, codes)
         reading.append(time.perf_counter() - start)
-    for _ in range(repeats if cache.decoder else 0):
         start = time.perf_counter()
-        for first in range(0, samples, BATCH):
+        for first in range(0, samples if cache.decoder else 0, BATCH):
             cache.encoding.decode(codes[first : first + BATCH])
         decoding.append(time.perf_counter() - start)
-    peak = memory()
-    decoded = np.dtype(np.float32 if cache.decoder else codes.dtype)
-    limit = copying(samples, classes * decoded.itemsize, folder, repeats)
+        copying.append(copied(samples, classes * decoded.itemsize, folder))
     shutil.rmtree(folder)
-    read, decode = statistics.median(reading), statistics.median(decoding[1:] or decoding)
+    read, decode, limit = (statistics.median(times) for times in (reading, decoding, copying))
     return {
         "samples": samples,
         "classes": classes,
@@ -402,22 +402,22 @@ def measure_plane(samples, classes, encoding, repeats, scratch):
         "read_s": read,
         "decode_s": decode,
         "memmap_s": limit,
-        "of_memmap": (read + decode) / limit,
-        "memory_mb": (peak - before) / 1e6,
+        "of_memmap": statistics.median((r + d) / c for r, d, c in zip(reading, decoding, copying, strict=True)),
+        "memory_mb": used / 1e6,
     }
 
 
-def copying(samples, row_bytes, folder, repeats):
+def copied(samples, row_bytes, folder):
     """Seconds that copying `samples` rows from a memmap takes, 64 MB at a time into the same memory."""
     rows = max(1, (64 << 20) // row_bytes)
     np.zeros((rows, row_bytes), np.uint8).tofile(folder / "copied")
     source = np.memmap(folder / "copied", np.uint8, "r", shape=(rows, row_bytes))
-    target, found = np.empty_like(source), []
-    for _ in range(3 * repeats + 1):
+    target, found = np.array(source), []
+    for _ in range(max(3, samples // rows)):
         start = time.perf_counter()
         np.copyto(target, source)
         found.append((time.perf_counter() - start) / rows)
-    return statistics.median(found[1:]) * samples
+    return statistics.median(found) * samples
 
 
 def memory(reset=False):

@@ -120,9 +120,7 @@ class _Contents:
 
     def layout(self, fit) -> Layout:
         encoding = self.encoding.fitted(fit, self.identity.views, self.class_counts)
-        return Layout(
-            identity=self.identity, samples=len(self.sample_id), encoding=encoding, features=self.features
-        )
+        return Layout(identity=self.identity, samples=len(self.sample_id), encoding=encoding, features=self.features)
 
     def differences(self, cache: Cache) -> list[str]:
         lines = []
