@@ -435,7 +435,7 @@ def heading(title, columns):
 
 
 def line(name, row, columns):
-    cells = ["exact" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()]
+    cells = ["–" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()]
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
