@@ -5,7 +5,7 @@ open_cache("store.zarr").to_pandas(view=3)
 """
 
 from cache.format import CacheError, CorruptCacheError, Identity
-from cache.planes import Planes, read_ahead
+from cache.planes import Planes
 from cache.reader import Cache, open_cache
 from cache.views import CropFlip, RandomResizedCrop
 from cache.writer import CacheWriter, create_cache, resume_cache
@@ -21,6 +21,5 @@ __all__ = [
     "RandomResizedCrop",
     "create_cache",
     "open_cache",
-    "read_ahead",
     "resume_cache",
 ]

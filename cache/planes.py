@@ -1,31 +1,11 @@
-"""Planes in memory: read ahead of their use, or held for random access, so that no training step touches the store.
+"""Planes held in memory for random access, so that no training step touches the store.
 
 V views, N samples, R codes a row, C classes, B (sample, view) pairs.
 """
 
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-
-
-def read_ahead(cache, views, *, ahead: int = 1):
-    """Yields (view, plane) for `views` in order, `plane` being `cache.stored_plane(view)`, while a thread reads on.
-
-    Memory is ahead + 1 planes, made once: a plane is overwritten as soon as the next but `ahead` is asked for, so
-    copy it to where it is used, which a training device is anyway. Raises what `stored_plane` raises, in its turn.
-    """
-    views = [int(view) for view in views]
-    shape = len(cache), cache.encoding.width(len(cache.classes))
-    room = [np.empty(shape, cache.encoding.dtype) for _ in range(min(ahead + 1, len(views)))]
-    with ThreadPoolExecutor(1) as reader:
-        reading = []
-        for place, view in enumerate(views):
-            while len(reading) < len(views) and len(reading) < place + len(room):
-                number = len(reading)
-                reading.append(reader.submit(cache.stored_plane, views[number], room[number % len(room)]))
-            yield view, reading[place].result()
-            reading[place] = None
 
 
 class Planes:

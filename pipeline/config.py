@@ -214,6 +214,7 @@ class CacheSection(Section):
 
     temperature: Annotated[float, Field(gt=0)] = 2.0
     encoding: Annotated[Union[Probability, Klt], Field(discriminator="name")] = Probability(name="probability")
+    features: bool = False  # also each teacher's last feature, L2-normalised, 8 bits a number
     batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
     precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass
 

@@ -17,6 +17,7 @@ from pipeline.config import Experiment
 from pipeline.data import datasets
 from pipeline.data.images import open_images
 from pipeline.evaluate import infer, load_model
+from pipeline.models import classifier
 from pipeline.progress import Progress
 
 FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a covariance of a hundred directions
@@ -33,21 +34,33 @@ def dump_logits(
     """
     training_set, _ = datasets.load(config.data)
     section = config.cache
-    teacher, identities = load_teachers(teachers, training_set)
+    teacher, identities = load_teachers(teachers, training_set, section.features)
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
+    names = [Path(folder).name for folder in teachers]
+    if len(set(names)) < len(names) and (apart or section.features):
+        raise UserError("teachers are kept apart by the names of their folders; give them different ones")
+    widths = dict(zip(names, teacher.widths))
     if apart:
-        paths = [str(Path(out) / f"{Path(folder).name}.zarr") for folder in teachers]
-        if len(set(paths)) < len(paths):
-            raise UserError("teachers that are kept apart need folders of different names")
+        paths = [str(Path(out) / f"{name}.zarr") for name in names]
+        features = [{name: width} for name, width in widths.items()] or [{}] * len(names)
     else:
-        paths, identities = [out], [average(identities)]
+        paths, identities, features = [out], [average(identities)], [widths]
 
-    def answers(rows: np.ndarray, views: list[int]) -> np.ndarray:
-        """Probabilities, float32 [caches, len(views), M, C], of `rows` [M] under each of `views`, a sample's together."""
-        found = tempered(teacher, images, rows.repeat(len(views)), np.tile(views, len(rows)), section)
-        found = found if apart else found.mean(1, keepdim=True)
-        return found.view(len(rows), len(views), *found.shape[1:]).permute(2, 1, 0, 3).cpu().numpy()
+    def answers(rows: np.ndarray, views: list[int]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """For each cache, of `rows` [M] under each of `views`: probabilities [len(views), M, C], features by teacher.
+
+        A sample's views come together, so that they share its decoding.
+        """
+
+        def by_view(values: torch.Tensor) -> np.ndarray:
+            return values.reshape(len(rows), len(views), -1).transpose(0, 1).cpu().numpy()
+
+        found, vectors = tempered(teacher, images, rows.repeat(len(views)), np.tile(views, len(rows)), section)
+        named = {name: by_view(vector) for name, vector in zip(names, vectors)}
+        if not apart:
+            return [(by_view(found.mean(1)), named)]
+        return [(by_view(found[:, k]), {name: named[name] for name in features[k]}) for k in range(len(names))]
 
     chosen = philox.permutation(0, philox.SUBSET, training_set.sample_id)[:FIT_SAMPLES]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -64,7 +77,8 @@ def dump_logits(
                 label=training_set.label,
                 image_size=training_set.image_size,
                 encoding=section.encoding.model_dump(),
-                fit=lambda views, number=number: answers(chosen, views)[number],
+                fit=lambda views, number=number: answers(chosen, views)[number][0],
+                features=features[number],
                 rank=rank,
                 world=world,
             )
@@ -92,11 +106,11 @@ def _write_pending(writers: list[CacheWriter], answers, views: int, decodes: boo
                 size = max(1, GROUP_BYTES // (len(writers) * len(rows) * classes * 4)) if decodes else 1
                 first = view // size * size
                 group = range(first, min(first + size, views))
-                probability = answers(rows, list(group))
+                found = answers(rows, list(group))
                 if last:
                     last.result()
                 work = [
-                    (writer, (member, block), probability[number, member - first])
+                    (writer, (member, block), found[number], member - first)
                     for number, writer in enumerate(writers)
                     for member in sorted(group, key=lambda member: member != view)  # the first pending comes first
                     if (member, block) in left[number]
@@ -112,8 +126,8 @@ def _write_pending(writers: list[CacheWriter], answers, views: int, decodes: boo
 
 
 def _write(work: list) -> None:
-    for writer, (view, block), probability in work:
-        writer.write(view, block, probability)
+    for writer, (view, block), (probability, features), place in work:
+        writer.write(view, block, probability[place], {name: vector[place] for name, vector in features.items()})
 
 
 def _wait_for(path: str, seconds: float = 600) -> None:
@@ -128,10 +142,18 @@ def _wait_for(path: str, seconds: float = 600) -> None:
     raise RuntimeError(f"the first process has not created {path} in {seconds:.0f} s")
 
 
-def tempered(teacher: torch.nn.Module, images, rows: np.ndarray, views: np.ndarray, section) -> torch.Tensor:
-    """softmax(z / T) of each of K teachers, float32 [M, K, C] on the device, of `rows` [M] under `views` [M]."""
-    logits = infer(teacher, images, rows, views, section.batch_size, section.precision)
-    return torch.softmax(logits / section.temperature, dim=-1)
+def tempered(
+    teacher: "Teachers", images, rows: np.ndarray, views: np.ndarray, section
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """softmax(z / T) of each of K teachers, float32 [M, K, C] on the device, of `rows` [M] under `views` [M].
+
+    And each one's feature, float32 [M, D], of length one, if the teachers give them.
+    """
+    found = infer(teacher, images, rows, views, section.batch_size, section.precision)
+    size = found.shape[1] - sum(teacher.widths)
+    logits, *features = found.split([size, *teacher.widths], dim=1)
+    logits = logits.reshape(len(rows), len(teacher.members), -1)
+    return torch.softmax(logits / section.temperature, dim=2), [torch.nn.functional.normalize(one) for one in features]
 
 
 def identity(training_set: datasets.Dataset, temperature: float, views, teacher: dict) -> Identity:
@@ -152,23 +174,30 @@ def refuse_other(cache: Cache, path: str, training_set: datasets.Dataset, temper
 
 
 class Teachers(torch.nn.Module):
-    """K teachers that see the same images: logits, float32 [B, K, C]."""
+    """K teachers that see the same images: their logits, and if asked their features, side by side, [B, K C + sum D]."""
 
-    def __init__(self, members: list[torch.nn.Module]):
+    def __init__(self, members: list[torch.nn.Module], features: bool):
         super().__init__()
-        self.members = torch.nn.ModuleList(members)
+        self.members, self.seen = torch.nn.ModuleList(members), []
+        self.widths = [classifier(member).weight.shape[1] for member in members] if features else []
+        if features:
+            for member in members:
+                classifier(member).register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0].float()))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.stack([member(images) for member in self.members], dim=1)
+        self.seen.clear()
+        return torch.cat([*[member(images) for member in self.members], *self.seen], dim=1)
 
 
-def load_teachers(folders: Sequence[str], training_set: datasets.Dataset) -> tuple[Teachers, list[dict]]:
+def load_teachers(
+    folders: Sequence[str], training_set: datasets.Dataset, features: bool = False
+) -> tuple[Teachers, list[dict]]:
     """The teachers of `folders`, and what a cache keeps of each one's identity."""
     members, identities = zip(*(load_teacher(folder, training_set) for folder in folders))
     digests = [one["digest"] for one in identities]
     if repeated := [folder for number, folder in enumerate(folders) if digests[number] in digests[:number]]:
         raise UserError(f"the teacher in {repeated[0]} is given twice; name different teachers")
-    return Teachers(list(members)).eval(), list(identities)
+    return Teachers(list(members), features).eval(), list(identities)
 
 
 def average(identities: list[dict]) -> dict:

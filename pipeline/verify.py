@@ -40,8 +40,8 @@ def verify_cache(path: str, teachers: Sequence[str], views: int, tolerance: floa
     weight = encodings.class_weight(cache.class_counts)
     teacher.to(device)
     for index, view in enumerate(chosen):
-        fresh = tempered(teacher, images, rows, np.full(len(rows), view), settings).mean(1).cpu().numpy()
-        error[index] = encodings.total_variation(fresh, cache.plane(view), weight)
+        fresh, _ = tempered(teacher, images, rows, np.full(len(rows), view), settings)
+        error[index] = encodings.total_variation(fresh.mean(1).cpu().numpy(), cache.plane(view), weight)
     by_sample = error.mean(0)
     by_class = np.bincount(training_set.label, by_sample, len(cache.classes)) / training_set.class_counts
     limit = tolerance if tolerance is not None else ROUNDING + (cache.encoding.max_error or 0)

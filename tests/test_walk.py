@@ -267,10 +267,10 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
         dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "whole.zarr"), tiny.CPU)
     assert decoded == [*range(6)] * 3
 
-    def stop(self, view, block, probability):
+    def stop(self, view, block, *answers):
         if view == 3:
             raise OSError("the disk is gone")
-        write(self, view, block, probability)
+        write(self, view, block, *answers)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
         patch.setattr(CacheWriter, "write", stop)
@@ -415,3 +415,28 @@ def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_wr
     with pytest.raises(UserError, match="cannot train on 64 images"):
         train_student(config, None, str(tmp_path / "run"), tiny.CPU)
     assert not (tmp_path / "run").exists()
+
+
+def test_features_are_dumped_beside_the_probabilities(tmp_path, teacher_run):
+    from pipeline.teacher import train_teacher
+
+    config = tiny.experiment("cache.encoding.dtype=float32", "cache.features=true")
+    train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
+    both = [str(teacher_run), str(tmp_path / "other")]
+    dump_logits(config, both, str(tmp_path / "both.zarr"), tiny.CPU)
+    dump_logits(config, both, str(tmp_path / "apart"), tiny.CPU, apart=True)
+    cache = open_cache(tmp_path / "both.zarr")
+    assert cache.features == {"other": 16, "teacher": 16}
+    train, _ = datasets.load(config.data)
+    images = open_images(train, config.views, tiny.CPU, 0)
+    rows, views = torch.arange(464), torch.full((464,), 5)
+    for name, folder in {"teacher": teacher_run, "other": tmp_path / "other"}.items():
+        network = load_teacher(str(folder), train)[0]
+        with torch.no_grad():
+            pixels = (images.crop(rows, views) - network.mean) / network.std
+            exact = torch.nn.functional.normalize(network.network.features(pixels)).numpy()
+        stored = cache.feature_plane(name, 5)
+        assert 0 < (1 - (stored * exact).sum(1)).max() < 1e-3, "cosine distance"
+        alone = open_cache(tmp_path / "apart" / f"{name}.zarr")
+        assert list(alone.features) == [name]
+        np.testing.assert_array_equal(alone.feature_plane(name, 5), stored)

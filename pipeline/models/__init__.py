@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline import UserError, config
-from pipeline.models.cifar_resnet import CifarResNet
+from pipeline.models.cifar_resnet import CifarResNet, CosineClassifier
 
 
 class Classifier(nn.Module):
@@ -38,6 +38,11 @@ def build_model(section: config.Model, classes: int, data: config.Data, seed: in
     return Classifier(network, data.mean, data.std).to(memory_format=torch.channels_last)
 
 
+def classifier(model: nn.Module) -> nn.Module:
+    """The last layer, whose input [B, D] is the network's feature and whose weight is [C, D]."""
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, CosineClassifier))][-1]
+
+
 def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
     """torchvision's classifier; given weights load into every part but a last layer of another width."""
     from torchvision import models
@@ -52,8 +57,8 @@ def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
     state = _load_weights(section)
     own = network.state_dict()
     unfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    classifier = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1:]
-    if unexpected := [key for key in unfit if key.rpartition(".")[0] not in classifier]:
+    last = next(name for name, module in network.named_modules() if module is classifier(network))
+    if unexpected := [key for key in unfit if key.rpartition(".")[0] != last]:
         raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
     return network
