@@ -75,7 +75,9 @@ def experiment(command):
     @click.option("--seed", type=int, help="Of initial weights, sample order and views; overrides the file's.")
     @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
     @click.option("--resume", is_flag=True, help="Go on with what an interrupted command left in --out.")
-    @click.option("--dry-run", is_flag=True, help="Print the resolved experiment, sizes and an estimate of time; write nothing.")
+    @click.option(
+        "--dry-run", is_flag=True, help="Print the resolved experiment, sizes and an estimate of time; write nothing."
+    )
     @guarded
     @functools.wraps(command)
     def run(config_file, overrides, seed, device, **kwargs):
@@ -124,7 +126,14 @@ def train_teacher(config, device, out, resume, dry_run):
 
 
 @main.command("dump-logits", short_help="Write the teacher's answers into a cache (stage one, second half).")
-@click.option("--teacher", "teachers", required=True, multiple=True, metavar="RUN", help="A complete train-teacher run; several are averaged.")
+@click.option(
+    "--teacher",
+    "teachers",
+    required=True,
+    multiple=True,
+    metavar="RUN",
+    help="A complete train-teacher run; several are averaged.",
+)
 @click.option("--out", required=True, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
 @click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")
 @experiment
@@ -196,7 +205,9 @@ def inspect(store, as_json):
 @click.option("--views", type=click.IntRange(min=1), default=2, show_default=True, help="How many views to compute again.")
 @click.option("--tolerance", type=float, help="Largest mean total variation to accept; default: what the encoding promises.")
 @click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
-@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the teacher's config; repeatable.")
+@click.option(
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the teacher's config; repeatable."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @guarded
 def verify(store, teachers, views, tolerance, checksums, overrides, device):

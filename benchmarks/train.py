@@ -106,12 +106,16 @@ def live(experiment, train, test, device, steps):
     """
     normalise = [transforms.ToTensor(), transforms.Normalize(experiment.data.mean, experiment.data.std)]
     crop = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *normalise])
-    teacher, student = (build_model(experiment.student.model, 100, experiment.data, seed).network.to(device) for seed in (0, 1))
+    teacher, student = (
+        build_model(experiment.student.model, 100, experiment.data, seed).network.to(device) for seed in (0, 1)
+    )
     teacher.eval()
     optimiser = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
     weights = losses.effective_number_weights(torch.as_tensor(train.class_counts), 0.9999).float().to(device)
     pinned = {"num_workers": 2, "pin_memory": device.type == "cuda"}
-    chosen = torch.utils.data.Subset(Crops(train, crop), np.random.default_rng(0).permutation(len(train))[: steps * BATCH].tolist())
+    chosen = torch.utils.data.Subset(
+        Crops(train, crop), np.random.default_rng(0).permutation(len(train))[: steps * BATCH].tolist()
+    )
     loader = torch.utils.data.DataLoader(chosen, BATCH, shuffle=True, **pinned)
     shown = torch.utils.data.DataLoader(Crops(test.take(np.arange(2000)), transforms.Compose(normalise)), 100, **pinned)
 

@@ -164,9 +164,7 @@ def summary(cache, *, planes: int = 4) -> dict:
         "blocks": {"done": blocks - len(missing), "all": blocks, "of_a_view": layout.blocks},
         "bytes": {"all": nbytes, "a_view_of_a_sample": round(nbytes / rows, 2) if rows else None},
         "error": cache.error(),
-        "features": {
-            name: {"width": width, "error": cache.feature_error(name)} for name, width in cache.features.items()
-        },
+        "features": {name: {"width": width, "error": cache.feature_error(name)} for name, width in cache.features.items()},
         "class_counts": cache.class_counts.tolist(),
         "teacher": {"views": chosen, **_quality(cache, chosen)} if chosen else None,
     }

@@ -57,9 +57,7 @@ class Cache:
         self.digest, files = digest(data), read_marker(data, f"{storage}/{STORE_MARKER}")["files"]
         self.encoding = self._load_encoding(attributes["encoding"])
         self.features = self._load_features(attributes.get("features", {}))
-        self.layout = Layout(
-            identity=self.identity, samples=self._samples(), encoding=self.encoding, features=self.features
-        )
+        self.layout = Layout(identity=self.identity, samples=self._samples(), encoding=self.encoding, features=self.features)
         self._check_documents(files)
         self._fixed = {key: files.get(key, {}) for key in self.layout.fixed_chunks()}
         self._reference = {}
@@ -342,9 +340,7 @@ class Cache:
     def _read(self, key, most=_DOCUMENT_BYTES):
         size = self._storage.size(key)
         if size is None:
-            raise CacheError(
-                f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump"
-            )
+            raise CacheError(f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump")
         if size > most:
             raise CacheError(f"{self._storage} is not a store: {key} has {size} bytes; {_FOREIGN}")
         return self._storage.read(key)

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -123,7 +123,7 @@ class Training(Section):
     epochs: Positive = 200
     batch_size: Positive = 128
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    schedule: Annotated[Union[Step, Cosine, OneCycle, Constant], Field(discriminator="name")] = Step(name="step")
+    schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")
     momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
@@ -213,13 +213,13 @@ class CacheSection(Section):
     """What stage one writes."""
 
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    encoding: Annotated[Union[Probability, Klt], Field(discriminator="name")] = Probability(name="probability")
+    encoding: Annotated[Probability | Klt, Field(discriminator="name")] = Probability(name="probability")
     features: bool = False  # also each teacher's last feature, L2-normalised, 8 bits a number
     batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
     precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass
 
 
-Model = Annotated[Union[CifarResNet, TorchvisionModel], Field(discriminator="name")]
+Model = Annotated[CifarResNet | TorchvisionModel, Field(discriminator="name")]
 
 
 class Teacher(Section):
@@ -229,9 +229,9 @@ class Teacher(Section):
 
 class Student(Section):
     model: Model
-    method: Annotated[
-        Union[CE, KD, BKD, CB, Focal, CBFocal, LogitAdjustment, LDAM], Field(discriminator="name")
-    ] = BKD(name="bkd")
+    method: Annotated[CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM, Field(discriminator="name")] = BKD(
+        name="bkd"
+    )
     training: Training = Training()
 
     @model_validator(mode="after")
@@ -246,8 +246,8 @@ class Experiment(Section):
 
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of initial weights, sample order and views drawn
-    data: Annotated[Union[Digits, Parquet, Cifar, ImageFolder], Field(discriminator="name")]
-    views: Annotated[Union[CropFlip, RandomResizedCrop], Field(discriminator="name")]
+    data: Annotated[Digits | Parquet | Cifar | ImageFolder, Field(discriminator="name")]
+    views: Annotated[CropFlip | RandomResizedCrop, Field(discriminator="name")]
     teacher: Teacher
     cache: CacheSection = CacheSection()
     student: Student
@@ -339,7 +339,9 @@ def _line(error: dict) -> str:
         return f"{where}: missing; it must be given"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{where}: {message}" if isinstance(found, dict) or kind == "value_error" else f"{where}: {message}; found {found!r}"
+    return (
+        f"{where}: {message}" if isinstance(found, dict) or kind == "value_error" else f"{where}: {message}; found {found!r}"
+    )
 
 
 def _place(loc: tuple) -> tuple[str, list[str]]:

@@ -25,7 +25,12 @@ GROUP_BYTES = 1 << 30  # of probabilities that wait in memory so that one decode
 
 
 def dump_logits(
-    config: Experiment, teachers: Sequence[str], out: str, device: torch.device, resume: bool = False, apart: bool = False
+    config: Experiment,
+    teachers: Sequence[str],
+    out: str,
+    device: torch.device,
+    resume: bool = False,
+    apart: bool = False,
 ) -> None:
     """Runs the teachers of the folders `teachers` over all views and writes their average's cache to `out`.
 
@@ -218,7 +223,9 @@ def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.
         raise UserError(f"{folder} holds a student's run; name the --out of train-teacher")
     summary, trained = run.summary(), run.config()
     if tuple(summary["classes"]) != training_set.classes:
-        raise UserError(f"the teacher in {folder} knows other classes than {training_set.name}; use the data it was trained on")
+        raise UserError(
+            f"the teacher in {folder} knows other classes than {training_set.name}; use the data it was trained on"
+        )
     model = load_model(run, "last", trained, len(training_set.classes))
     answers_of = {
         "digest": summary["digest"],

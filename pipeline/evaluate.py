@@ -52,7 +52,9 @@ def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], devic
     experiment = run.config(overrides)
     training_set, test_set = datasets.load(experiment.data)
     if tuple(run.summary()["classes"]) != training_set.classes:
-        raise UserError(f"the network in {folder} knows other classes than {training_set.name}; use the data it was trained on")
+        raise UserError(
+            f"the network in {folder} knows other classes than {training_set.name}; use the data it was trained on"
+        )
     model = load_model(run, checkpoint, experiment, len(training_set.classes)).to(device)
     images = open_images(test_set, experiment.views, device, experiment.data.workers)
     precision = getattr(experiment, run.stage).training.precision

@@ -36,4 +36,7 @@ class Progress:
         if self.plain and self.bar.disable and (now - self.last_line > PLAIN_SECONDS or self.done == self.total):
             self.last_line = now
             left = (now - self.start) / max(self.done - self.first, 1) * (self.total - self.done)
-            print(f"{self.what} {self.done}/{self.total} {self.unit}  {rate:,.0f} {rate_unit}  {left:.0f} s left", flush=True)
+            print(
+                f"{self.what} {self.done}/{self.total} {self.unit}  {rate:,.0f} {rate_unit}  {left:.0f} s left",
+                flush=True,
+            )

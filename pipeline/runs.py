@@ -129,7 +129,12 @@ def refuse_taken(folder: str | Path, resume: bool) -> None:
 
 @contextmanager
 def start_run(
-    folder: str | Path, config: Experiment, stage: str, device: torch.device, resume: bool, learns_from: str | None = None
+    folder: str | Path,
+    config: Experiment,
+    stage: str,
+    device: torch.device,
+    resume: bool,
+    learns_from: str | None = None,
 ) -> Iterator[Run]:
     """A folder for `stage` ("teacher" or "student") of `config`: new, or the same run's with `resume`.
 
@@ -213,9 +218,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def _begun(folder: Path) -> bool:
     """Whether there is anything in `folder` but what a run writes before it has begun."""
-    return folder.is_dir() and any(
-        path.name != "environment.json" and path.suffix != ".partial" for path in folder.iterdir()
-    )
+    return folder.is_dir() and any(path.name != "environment.json" and path.suffix != ".partial" for path in folder.iterdir())
 
 
 def _refuse_other(run: Run, config: Experiment, record: dict) -> None:

@@ -15,7 +15,9 @@ from pipeline.student import refuse_other
 ROUNDING = 0.005  # a fresh forward pass on another device or with other batches rounds differently, more so in bfloat16
 
 
-def verify_cache(path: str, teachers: Sequence[str], views: int, tolerance: float | None, overrides: tuple, device: torch.device) -> dict:
+def verify_cache(
+    path: str, teachers: Sequence[str], views: int, tolerance: float | None, overrides: tuple, device: torch.device
+) -> dict:
     """Compares `views` views of the cache, chosen by its teacher's digest, with fresh answers of the teacher.
 
     The error is the total variation of the BKD target, stored from fresh, a mean over samples. Returns mean and worst,

@@ -19,8 +19,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory):
     """The folder of a tiny teacher's complete run."""
-    from pipeline.teacher import train_teacher
     import tiny
+
+    from pipeline.teacher import train_teacher
 
     folder = tmp_path_factory.mktemp("tiny") / "teacher"
     train_teacher(tiny.experiment(), str(folder), tiny.CPU)
@@ -30,8 +31,9 @@ def teacher_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory, teacher_run):
     """The tiny teacher's cache, with float32 probabilities."""
-    from pipeline.dump import dump_logits
     import tiny
+
+    from pipeline.dump import dump_logits
 
     path = tmp_path_factory.mktemp("tiny") / "cache.zarr"
     dump_logits(tiny.experiment("cache.encoding.dtype=float32"), [str(teacher_run)], str(path), tiny.CPU)

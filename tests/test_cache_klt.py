@@ -297,9 +297,7 @@ def test_damage_in_the_reference_is_named_for_the_view_that_needs_it(tmp_path):
         open_cache(tmp_path / "s").plane(3)
 
 
-@pytest.mark.parametrize(
-    "field, value", [("coefficients", 41), ("coefficients", None), ("high", 99), ("reference", 18)]
-)
+@pytest.mark.parametrize("field, value", [("coefficients", 41), ("coefficients", None), ("high", 99), ("reference", 18)])
 def test_a_codebook_that_cannot_be_is_refused(tmp_path, field, value):
     dump(tmp_path / "s", teacher())
     path = tmp_path / "s/zarr.json"
@@ -322,9 +320,7 @@ def test_a_chunk_that_claims_to_grow_is_refused_before_it_does(tmp_path):
     values = json.loads(marker.read_text())
     values["files"] = {"code/c.3.0.0": {"size": len(bomb), "checksum": bomb[-4:].hex()}}
     marker.write_bytes(format.marker(**{key: value for key, value in values.items() if key != "checksum"}))
-    with pytest.raises(
-        CorruptCacheError, match="view 3, rows 0 to 599 is damaged: it claims to hold 67108864 bytes of"
-    ):
+    with pytest.raises(CorruptCacheError, match="view 3, rows 0 to 599 is damaged: it claims to hold 67108864 bytes of"):
         open_cache(tmp_path / "s").plane(3)
 
 

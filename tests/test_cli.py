@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -99,7 +98,17 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, command):
     extra = {"dump-logits": ["--teacher", "nowhere"], "train-student": ["--cache", "nowhere"]}.get(command, [])
     result = run(command, *tiny.options(), *extra, "--out", tmp_path / "out", "--dry-run")
     assert result.returncode == 0, result.stderr
-    for fact in ("training samples (N)", "464", "classes (C)", "views", "parameters", "store", "MB", "time", "epochs: 2"):
+    for fact in (
+        "training samples (N)",
+        "464",
+        "classes (C)",
+        "views",
+        "parameters",
+        "store",
+        "MB",
+        "time",
+        "epochs: 2",
+    ):
         assert fact in result.stdout
     assert not list(tmp_path.iterdir())
 
@@ -131,7 +140,10 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
         (["trian-teacher"], "there is no command 'trian-teacher'; did you mean 'train-teacher'?"),
         (["train-teacher", "--out", "x"], "Missing option '--config'"),
         (["train-teacher", "--config", "nowhere.yaml", "--out", "x"], "cannot read the configuration nowhere.yaml"),
-        (["train-teacher", *tiny.options("views.padd=1"), "--out", "x"], "views.padd: unknown key; did you mean 'pad'?"),
+        (
+            ["train-teacher", *tiny.options("views.padd=1"), "--out", "x"],
+            "views.padd: unknown key; did you mean 'pad'?",
+        ),
         (["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x"], "nowhere is not a run's folder"),
         (["train-student", *tiny.options(), "--out", "x"], "method bkd learns from a cache; name one with --cache"),
         (["evaluate", "nowhere"], "nowhere is not a run's folder"),
@@ -179,5 +191,8 @@ def test_processes_of_one_torchrun_share_a_dump_and_the_bytes_are_the_same(tmp_p
     command += ["--teacher", str(teacher_run), "--out", str(tmp_path / "cache.zarr")]
     started = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
-    shared, alone = ({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (tmp_path / "cache.zarr", cache))
+    shared, alone = (
+        {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        for root in (tmp_path / "cache.zarr", cache)
+    )
     assert shared == alone

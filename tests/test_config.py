@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+import tiny
 
 from pipeline import UserError
 from pipeline.config import dump_config, load_config
-import tiny
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -17,10 +17,15 @@ from pipeline.data import datasets
 def parquet(folder, labels, name="train-0.parquet", names=("cat", "dog"), images=None, column="label"):
     """Parquet in the Hugging Face layout: one 6x5 PNG a label, its first pixel the row number."""
     images = images or [png(row) for row in range(len(labels))]
-    table = pa.table({
-        "image": pa.array([{"bytes": data, "path": None} for data in images], pa.struct({"bytes": pa.binary(), "path": pa.string()})),
-        column: pa.array(labels, pa.int64()),
-    })
+    table = pa.table(
+        {
+            "image": pa.array(
+                [{"bytes": data, "path": None} for data in images],
+                pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+            ),
+            column: pa.array(labels, pa.int64()),
+        }
+    )
     features = {"image": {"_type": "Image"}, column: {"names": list(names), "_type": "ClassLabel"}} if names else {}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(metadata), folder / name)

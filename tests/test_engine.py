@@ -147,7 +147,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config = tiny.experiment("teacher.training.learning_rate=1e30", "teacher.training.schedule={name: constant}")
-    with pytest.raises(engine.NotFinite, match=r"epoch 1, step \d+, learning rate 1e\+30; no epoch was finished; .* samples \d+, "):
+    with pytest.raises(
+        engine.NotFinite, match=r"epoch 1, step \d+, learning rate 1e\+30; no epoch was finished; .* samples \d+, "
+    ):
         train_teacher(config, str(tmp_path / "run"), tiny.CPU)
     assert not (tmp_path / "run" / "last.safetensors").exists()
 

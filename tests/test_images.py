@@ -79,7 +79,9 @@ def test_without_views_images_are_whole(digits, folder):
 
 
 def test_images_of_several_sizes_are_refused_where_they_must_be_equal(folder):
-    with pytest.raises(UserError, match=r"crop_flip needs images of one size, but .*png is \[8, 1[12]\] .*random_resized_crop"):
+    with pytest.raises(
+        UserError, match=r"crop_flip needs images of one size, but .*png is \[8, 1[12]\] .*random_resized_crop"
+    ):
         open_images(folder, FLIPPED, tiny.CPU, 0)
 
 

@@ -87,7 +87,9 @@ def test_a_layer_that_is_missing_is_not_excused_by_its_width(tmp_path):
 
     state = {name: value for name, value in resnet18(num_classes=512).state_dict().items() if "layer4.1.conv1" not in name}
     save_file(state, tmp_path / "weights.safetensors")
-    section = config.TorchvisionModel(name="torchvision", architecture="resnet18", weights=str(tmp_path / "weights.safetensors"))
+    section = config.TorchvisionModel(
+        name="torchvision", architecture="resnet18", weights=str(tmp_path / "weights.safetensors")
+    )
     with pytest.raises(UserError, match="do not fit resnet18: layer4.1.conv1.weight"):
         build_model(section, 512, DATA, 0)
 

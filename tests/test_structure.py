@@ -10,7 +10,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"cache"},
     {"pipeline"},
-    {"pipeline.config", "pipeline.losses", "pipeline.metrics", "pipeline.samplers", "pipeline.progress", "pipeline.show"},
+    {
+        "pipeline.config",
+        "pipeline.losses",
+        "pipeline.metrics",
+        "pipeline.samplers",
+        "pipeline.progress",
+        "pipeline.show",
+    },
     {"pipeline.data.datasets", "pipeline.models.cifar_resnet", "pipeline.runs", "pipeline.targets", "pipeline.methods"},
     {"pipeline.data.images", "pipeline.models", "pipeline.report"},
     {"pipeline.engine", "pipeline.evaluate"},

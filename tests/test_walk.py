@@ -32,7 +32,9 @@ def losses_of(config, gather, beside=None) -> np.ndarray:
     images = open_images(train, config.views, tiny.CPU, 0)
     model = build_model(config.student.model, 10, config.data, config.seed)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    loss, other = (method_loss(config.student.method, g, 2.0, train.class_counts, tiny.CPU) for g in (gather, beside or gather))
+    loss, other = (
+        method_loss(config.student.method, g, 2.0, train.class_counts, tiny.CPU) for g in (gather, beside or gather)
+    )
     found, epoch = [], 0
     while len(found) < STEPS:
         rows = instance_balanced(config.seed, epoch, train.sample_id)
@@ -99,7 +101,9 @@ def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, 
 def test_the_student_needs_no_teacher(tmp_path, teacher_run, cache):
     config = tiny.experiment()
     shutil.copytree(teacher_run, tmp_path / "teacher")
-    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), [str(tmp_path / "teacher")], str(tmp_path / "c.zarr"), tiny.CPU)
+    dump_logits(
+        tiny.experiment("cache.encoding.dtype=float32"), [str(tmp_path / "teacher")], str(tmp_path / "c.zarr"), tiny.CPU
+    )
     train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "before"), tiny.CPU)
     shutil.rmtree(tmp_path / "teacher")
     train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "after"), tiny.CPU)
@@ -204,7 +208,9 @@ def test_planes_too_large_for_memory_lie_in_a_scratch_file(cache, monkeypatch):
     expected = losses_of(config, cached(cache, config))
     scratch, planes = [], targets.Planes
     monkeypatch.setattr(targets, "ROOM", 0)
-    monkeypatch.setattr(targets, "Planes", lambda *arguments, **named: scratch.append(named["scratch"]) or planes(*arguments, **named))
+    monkeypatch.setattr(
+        targets, "Planes", lambda *arguments, **named: scratch.append(named["scratch"]) or planes(*arguments, **named)
+    )
     np.testing.assert_array_equal(losses_of(config, cached(cache, config)), expected)
     assert scratch == [tempfile.gettempdir()]
 
@@ -407,7 +413,9 @@ def test_a_damaged_run_is_named(tmp_path, teacher_run, file, damage, message):
 def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_written(tmp_path):
     """A last batch of one image leaves nothing to normalise over where the features are one pixel."""
     config = tiny.experiment(
-        "student.model={name: torchvision, architecture: resnet18}", "student.method={name: ce}", "student.training.batch_size=463"
+        "student.model={name: torchvision, architecture: resnet18}",
+        "student.method={name: ce}",
+        "student.training.batch_size=463",
     )
     with pytest.raises(UserError, match="cannot train on 1 images of .8, 8. pixels"):
         train_student(config, None, str(tmp_path / "run"), tiny.CPU)

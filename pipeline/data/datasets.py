@@ -205,7 +205,9 @@ def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
             schema = pyarrow.parquet.read_schema(path)
             for column in (section.image, section.label):
                 if column not in schema.names:
-                    raise UserError(f"{path} has no column {column!r} but {', '.join(schema.names)}; set data.image, data.label")
+                    raise UserError(
+                        f"{path} has no column {column!r} but {', '.join(schema.names)}; set data.image, data.label"
+                    )
             table = pyarrow.parquet.read_table(path, columns=[section.image, section.label])
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read {path} as Parquet: {error}")

@@ -50,7 +50,9 @@ def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
     known = models.list_models(module=models)
     if section.architecture not in known:
         near = difflib.get_close_matches(section.architecture, known, 3) or ["resnet50"]
-        raise UserError(f"torchvision has no classifier {section.architecture!r}; did you mean {' or '.join(map(repr, near))}?")
+        raise UserError(
+            f"torchvision has no classifier {section.architecture!r}; did you mean {' or '.join(map(repr, near))}?"
+        )
     network = models.get_model(section.architecture, weights=None, num_classes=classes)
     if section.weights is None:
         return network
