@@ -166,7 +166,14 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
 def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, sent):
     options = tiny.options("teacher.training.epochs=500")
     command = [sys.executable, str(ROOT / "cli.py"), "train-teacher", *options, "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a job in the background is started with interrupts ignored
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not process.stdout.readline().startswith("epoch 2/"):
         assert process.poll() is None
     process.send_signal(sent)
