@@ -149,7 +149,7 @@ def load(section: config.Data) -> tuple[Dataset, Dataset]:
 
 
 def long_tailed_counts(classes: int, largest: int, ratio: float) -> np.ndarray:
-    """n_c = int(n_max ratio^(-c / (C - 1))), int64 [C] (Cui et al., 2019, as METHODS of both papers use it)."""
+    """n_c = int(n_max ratio^(-c / (C - 1))), int64 [C] (Cui et al., 2019, as both papers use it)."""
     return np.array([int(largest * (1 / ratio) ** (c / max(classes - 1, 1))) for c in range(classes)], np.int64)
 
 
