@@ -150,10 +150,11 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
 
 
 @main.command("train-student", short_help="Train a student from a cache (stage two).")
-@click.option("--cache", metavar="STORE.zarr", help="A complete cache of this experiment; not needed by method ce.")
+@click.option("--cache", metavar="STORE.zarr", help="A complete cache of this experiment, for methods that learn from one.")
+@click.option("--backbone", metavar="RUN", help="A complete run whose backbone is kept, for method crt.")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
 @experiment
-def train_student(config, device, cache, out, resume, dry_run):
+def train_student(config, device, cache, backbone, out, resume, dry_run):
     """Example: python cli.py train-student --config configs/digits.yaml --cache runs/cache.zarr --out runs/student
 
     Stage two: train a student from the cache. No teacher is loaded.
@@ -162,7 +163,7 @@ def train_student(config, device, cache, out, resume, dry_run):
 
     if dry_run:
         return plan.show_plan(config, device, "student", cache)
-    student.train_student(config, cache, out, device, resume)
+    student.train_student(config, cache, out, device, resume, backbone)
 
 
 @main.command(short_help="Score a run's checkpoint again.")

@@ -27,7 +27,7 @@ from cache.views import CropFlip  # noqa: E402
 from pipeline import config, engine, losses, runs  # noqa: E402
 from pipeline.data import datasets  # noqa: E402
 from pipeline.data.images import ResidentImages  # noqa: E402
-from pipeline.methods import method_loss  # noqa: E402
+from pipeline.methods import Setting, build_method  # noqa: E402
 from pipeline.models import build_model  # noqa: E402
 
 T, BATCH, VIEWS = 2.0, 128, CropFlip(pad=4, flip=True)
@@ -45,7 +45,7 @@ class SimulatedTargets:
             plane = torch.randint(-300, 300, (samples, width), generator=generator, dtype=torch.int16)
         self.planes = plane.expand(planes, *plane.shape).contiguous().to(device)
         self.basis = width and (torch.randn(width, classes, generator=generator) * 0.01).to(device)
-        self.mean = torch.zeros(classes, device=device)
+        self.mean, self.temperature = torch.zeros(classes, device=device), T
 
     def gather(self, rows, views):
         stored = self.planes[views % len(self.planes), rows].float()
@@ -68,13 +68,15 @@ def ours(experiment, method, precision, train, images, targets, steps):
     """A function that runs `steps` steps of the engine and returns seconds a step."""
     device = images.device
     rows = np.random.default_rng(0).permutation(len(train))[: steps * BATCH]
+    model = build_model(experiment.student.model, len(train.classes), experiment.data, 0).to(device)
     task = engine.Task(
-        model=build_model(experiment.student.model, len(train.classes), experiment.data, 0).to(device),
+        model=model,
+        network=model,
         images=images,
         sample_id=train.sample_id,
         views=VIEWS,
         rows=lambda epoch: rows,
-        loss=method_loss(method, targets.gather, T, train.class_counts, device),
+        loss=loss_of(method, targets, train.class_counts, device),
         prepare=lambda views, later: None,
         evaluate=None,
         training=experiment.student.training.model_copy(update={"precision": precision, "batch_size": BATCH}),
@@ -82,6 +84,20 @@ def ours(experiment, method, precision, train, images, targets, steps):
     )
     optimiser = engine.build_optimiser(task.model, task.training)
     return lambda: engine.run_epoch(task, task.model, optimiser, 0)["seconds"] / steps
+
+
+def loss_of(method, targets, class_counts, device):
+    setting = Setting(
+        model=None,
+        sample_id=None,
+        label=None,
+        class_counts=class_counts,
+        targets=targets,
+        epochs=1,
+        seed=0,
+        device=device,
+    )
+    return build_method(method, setting).loss
 
 
 class Crops(torch.utils.data.Dataset):
@@ -165,7 +181,7 @@ def growth(experiment, device, repeats) -> list[dict]:
     ):  # fmt: skip
         targets = SimulatedTargets(1, samples, classes, width, device)
         counts = np.full(classes, max(samples // classes, 1))
-        loss = method_loss(experiment.student.method, targets.gather, T, counts, device)
+        loss = loss_of(experiment.student.method, targets, counts, device)
         logits = torch.randn(BATCH, classes, device=device, requires_grad=True)
         batch = engine.Batch(
             rows=torch.randint(samples, (BATCH,), device=device),

@@ -1,39 +1,64 @@
 """Planes held in memory for random access, so that no training step touches the store.
 
-V views, N samples, R codes a row, C classes, B (sample, view) pairs.
+V views, N samples, R codes a row, C classes, D features of all teachers together, B (sample, view) pairs.
 """
 
 import tempfile
 
 import numpy as np
 
+from cache import features as feature_codes
+from cache.format import CacheError
+
 
 class Planes:
     """The planes of `views` (default: all), held for random access: V·N·R codes in memory.
 
+    With `features` they are those of the teachers' features, side by side in the order of `cache.features`, R = D.
     With `scratch`, a folder on a fast disk, they lie there in a nameless file instead, and memory holds what the
-    operating system can spare. Raises what `stored_plane` raises.
+    operating system can spare. Raises what `stored_plane` raises, and CacheError where the store has no features.
 
     codes: [V, N, R], what is held, as stored.
     """
 
-    def __init__(self, cache, views=None, scratch=None):
-        self._encoding = cache.encoding
+    def __init__(self, cache, views=None, scratch=None, features=False):
+        if features and not cache.features:
+            raise CacheError("the cache holds no features; dump them too (cache.features)")
+        self._encoding, self._widths = cache.encoding, list(cache.features.values()) if features else None
         views = np.arange(cache.views.count) if views is None else np.asarray(views, np.int64)
-        shape = len(views), len(cache), cache.encoding.width(len(cache.classes))
+        width, dtype = row_format(cache, features)
+        shape = len(views), len(cache), width
         if scratch is None:
-            self.codes = np.empty(shape, cache.encoding.dtype)
+            self.codes = np.empty(shape, dtype)
         else:
             with tempfile.TemporaryFile(dir=scratch) as file:
-                self.codes = np.memmap(file, cache.encoding.dtype, "w+", shape=shape)
+                self.codes = np.memmap(file, dtype, "w+", shape=shape)
         self._place = np.full(cache.views.count, -1)
         self._place[views] = np.arange(len(views))
-        for place, view in enumerate(views):
-            cache.stored_plane(int(view), self.codes[place])
+        for place, view in enumerate(views.tolist()):
+            if features:
+                parts = [cache.stored_feature_plane(name, view) for name in cache.features]
+                np.concatenate(parts, axis=1, out=self.codes[place])
+            else:
+                cache.stored_plane(view, self.codes[place])
 
     def rows(self, samples, views) -> np.ndarray:
-        """Probabilities of B pairs, float32 [B, C]. `samples` are positions. Raises KeyError for other views."""
+        """Of B pairs: probabilities, float32 [B, C], or features, each teacher's of length one, float32 [B, D].
+
+        `samples` are positions. Raises KeyError for other views.
+        """
         place = self._place[np.asarray(views)]
         if (place < 0).any():
             raise KeyError(f"view {np.asarray(views)[place < 0][0]} is not held")
-        return self._encoding.decode(self.codes[place, np.asarray(samples)])
+        codes = self.codes[place, np.asarray(samples)]
+        if self._widths is None:
+            return self._encoding.decode(codes)
+        parts = np.split(codes, np.cumsum(self._widths)[:-1], axis=1)
+        return np.concatenate([feature_codes.decode(part) for part in parts], axis=1)
+
+
+def row_format(cache, features: bool) -> tuple[int, np.dtype]:
+    """(width R, dtype) of a sample's codes under one view: those of its probabilities or of its features."""
+    if features:
+        return sum(cache.features.values()), np.dtype("int8")
+    return cache.encoding.width(len(cache.classes)), np.dtype(cache.encoding.dtype)

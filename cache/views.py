@@ -57,9 +57,12 @@ class CropFlip:
         height, width = np.asarray(image_size, np.int64).T
         return Boxes(*np.broadcast_arrays(row - self.pad, column - self.pad, height, width, mirrored))
 
-    def draw(self, seed: int, epoch: int, sample_id) -> np.ndarray:
-        """The views that an epoch of training uses, int64 [N]: each sample's is uniform and independent."""
-        return philox.below(philox.draw(seed, philox.VIEW, sample_id, epoch)[0], self.count)
+    def draw(self, seed: int, epoch: int, sample_id, occurrence=0) -> np.ndarray:
+        """The views that an epoch of training uses, int64 [N]: uniform and independent.
+
+        `occurrence`: how often the epoch has had the sample before.
+        """
+        return philox.below(philox.draw(seed, philox.VIEW, sample_id, epoch, occurrence)[0], self.count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +118,19 @@ class RandomResizedCrop:
         coin = philox.draw(self.seed, philox.BOX, np.asarray(sample_id), np.asarray(view), _TRIES)[0]
         return Boxes(top, left, height, width, (coin & 1).astype(np.int64) * self.flip)
 
-    def draw(self, seed: int, epoch: int, sample_id) -> np.ndarray:
+    def draw(self, seed: int, epoch: int, sample_id, occurrence=0) -> np.ndarray:
         """The views that an epoch of training uses, int64 [N]: one for all samples, each once before any comes again.
 
         A view is another crop in every sample, so an epoch is as varied as independent draws, and reads one plane.
+        A sample that the epoch has had before, `occurrence` times, takes the view of that many epochs later.
         """
-        order = philox.permutation(seed, philox.VIEW, np.arange(self.count), epoch // self.count)
-        return np.full(len(sample_id), order[epoch % self.count], np.int64)
+        turn = epoch + np.broadcast_to(np.asarray(occurrence, np.int64), np.shape(sample_id))
+        views = np.empty(turn.shape, np.int64)
+        for cycle in np.unique(turn // self.count):
+            order = philox.permutation(seed, philox.VIEW, np.arange(self.count), cycle)
+            now = turn // self.count == cycle
+            views[now] = order[turn[now] % self.count]
+        return views
 
 
 _TRIES = 10

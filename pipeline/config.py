@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(gt=0)]
+Temperature = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PerChannel = tuple[float, float, float]
 PositivePerChannel = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
@@ -68,13 +69,20 @@ class ImageFolder(Data):
     test: str = "test"
 
 
-class CifarResNet(Section):
+class Network(Section):
+    """What every network may have after its pooled features."""
+
+    projection: Positive | None = None  # a layer (linear, ReLU) of this width before the classifier
+    cosine_scale: Annotated[float, Field(gt=0)] | None = None  # null: a linear classifier; a number: s of a cosine classifier
+
+
+class CifarResNet(Network):
     """He et al.'s ResNets for small images, depth 6n + 2, with parameter-free (option A) shortcuts."""
 
     name: Literal["cifar_resnet"]
     depth: Positive = 32
     width: Annotated[int, Field(ge=2, multiple_of=2)] = 16  # channels of the first stage
-    classifier: Literal["linear", "cosine"] = "linear"  # cosine: features and weights normalised, no bias
+    branches: Literal[1, 2] = 1  # 2: the last block exists twice, for method bbn
 
     @model_validator(mode="after")
     def _depth(self):
@@ -83,7 +91,7 @@ class CifarResNet(Section):
         return self
 
 
-class TorchvisionModel(Section):
+class TorchvisionModel(Network):
     """Any of torchvision's classifiers, by its name there."""
 
     name: Literal["torchvision"]
@@ -132,29 +140,40 @@ class Training(Section):
     evaluate_every: Positive = 1  # epochs between evaluations on the test set; the last epoch always is
 
 
-class CE(Section):
+class Method(Section):
+    """A way to train a student."""
+
+    learns_from: ClassVar[Literal["probabilities", "features", "backbone"] | None] = None  # a cache's, or another run
+
+
+class CE(Method):
     """Cross-entropy alone."""
 
     name: Literal["ce"]
+    sampler: Literal["instance_balanced", "class_balanced"] = "instance_balanced"
 
 
-class KD(Section):
+class KD(Method):
     """Cross-entropy and `alpha` T^2 KL to the teacher's tempered probabilities (Hinton et al., 2015)."""
 
+    learns_from = "probabilities"
     name: Literal["kd"]
     alpha: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Temperature | None = None  # null: the cache's; another follows from its probabilities
 
 
-class BKD(Section):
+class BKD(Method):
     """KD from targets that are re-weighted by the effective number of samples (BKD, eq. 8)."""
 
+    learns_from = "probabilities"
     name: Literal["bkd"]
     alpha: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Temperature | None = None
     beta: Fraction = 0.9999
     reweight_from: Annotated[int, Field(ge=0)] = 0  # first epoch with class weights; 160 in the CIFAR-10 recipe
 
 
-class CB(Section):
+class CB(Method):
     """Cross-entropy weighted by the label's inverse effective number (Cui et al., 2019)."""
 
     name: Literal["cb"]
@@ -162,14 +181,14 @@ class CB(Section):
     reweight_from: Annotated[int, Field(ge=0)] = 0
 
 
-class Focal(Section):
+class Focal(Method):
     """Focal loss (Lin et al., 2017)."""
 
     name: Literal["focal"]
     gamma: Annotated[float, Field(ge=0)] = 1.0
 
 
-class CBFocal(Section):
+class CBFocal(Method):
     """Focal loss weighted by the label's inverse effective number (Cui et al., 2019)."""
 
     name: Literal["cb_focal"]
@@ -178,21 +197,45 @@ class CBFocal(Section):
     reweight_from: Annotated[int, Field(ge=0)] = 0
 
 
-class LogitAdjustment(Section):
+class LogitAdjustment(Method):
     """Cross-entropy of logits shifted by the log prior (Menon et al., 2021)."""
 
     name: Literal["logit_adjustment"]
     tau: Annotated[float, Field(ge=0)] = 1.0
 
 
-class LDAM(Section):
+class LDAM(Method):
     """Margins that grow for rare classes, with deferred re-weighting (Cao et al., 2019); needs a cosine classifier."""
 
     name: Literal["ldam"]
     max_margin: Annotated[float, Field(ge=0)] = 0.5
-    scale: Annotated[float, Field(gt=0)] = 30.0
     beta: Fraction = 0.9999
     reweight_from: Annotated[int, Field(ge=0)] = 160
+
+
+class CRT(Method):
+    """The backbone of another run, frozen, and a new classifier on class-balanced samples (Kang et al., 2020)."""
+
+    learns_from = "backbone"
+    name: Literal["crt"]
+
+
+class CBD(Method):
+    """(1 - alpha) CE + alpha beta (1 - cos) to the teachers' features, on class-balanced samples (CBD)."""
+
+    learns_from = "features"
+    name: Literal["cbd"]
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.4
+    beta: Annotated[float, Field(ge=0)] = 100.0
+
+
+class BBN(Method):
+    """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
+
+    Half of every batch goes to each branch, so a batch is twice as large as theirs. Needs a cifar_resnet of two branches.
+    """
+
+    name: Literal["bbn"]
 
 
 class Probability(Section):
@@ -212,7 +255,7 @@ class Klt(Section):
 class CacheSection(Section):
     """What stage one writes."""
 
-    temperature: Annotated[float, Field(gt=0)] = 2.0
+    temperature: Temperature = 2.0
     encoding: Annotated[Probability | Klt, Field(discriminator="name")] = Probability(name="probability")
     features: bool = False  # also each teacher's last feature, L2-normalised, 8 bits a number
     batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
@@ -225,19 +268,29 @@ Model = Annotated[CifarResNet | TorchvisionModel, Field(discriminator="name")]
 class Teacher(Section):
     model: Model
     training: Training = Training()
+    color_jitter: bool = False  # strong colour augmentation while training, as half of CBD's teachers have it
 
 
 class Student(Section):
     model: Model
-    method: Annotated[CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM, Field(discriminator="name")] = BKD(
-        name="bkd"
-    )
+    method: Annotated[
+        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | BBN, Field(discriminator="name")
+    ] = BKD(name="bkd")
     training: Training = Training()
 
     @model_validator(mode="after")
-    def _classifier(self):
-        if self.method.name == "ldam" and getattr(self.model, "classifier", "linear") != "cosine":
-            raise ValueError("method ldam needs normalised features and weights: a cifar_resnet with classifier: cosine")
+    def _fits(self):
+        method, model = self.method.name, self.model
+        if method in ("ldam", "cbd") and model.cosine_scale is None:
+            usual = {"ldam": 30, "cbd": 20}[method]
+            raise ValueError(f"method {method} needs a cosine classifier: set student.model.cosine_scale, usually {usual}")
+        branches = getattr(model, "branches", 1)
+        if (method == "bbn") != (branches == 2):
+            raise ValueError(
+                f"method {method} needs {1 + (method == 'bbn')} branches: a cifar_resnet with branches; found {branches}"
+            )
+        if method == "bbn" and self.training.batch_size % 2:
+            raise ValueError(f"method bbn splits every batch in two: training.batch_size {self.training.batch_size} is odd")
         return self
 
 

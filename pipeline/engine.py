@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cache import philox
-from pipeline import runs
+from pipeline import runs, samplers
 from pipeline.config import Training
 from pipeline.data.images import Batch
 from pipeline.progress import Progress
@@ -29,12 +29,13 @@ class NotFinite(RuntimeError):
 class Task:
     """What is to be learnt, from what, and how it is judged."""
 
-    model: torch.nn.Module
+    model: torch.nn.Module  # what is saved and evaluated
+    network: torch.nn.Module  # what a step runs: the model, or what a method makes of it
     images: object  # a source of pipeline.data.images, of the training part
     sample_id: np.ndarray  # int64 [N]
     views: object  # a specification of cache.views
     rows: Callable[[int], np.ndarray]  # epoch -> the rows that it visits, in order
-    loss: Callable[[torch.Tensor, Batch, int], dict[str, torch.Tensor]]  # logits, batch, epoch -> {"loss": [B], parts: [B]}
+    loss: Callable[[object, Batch, int], dict[str, torch.Tensor]]  # output, batch, epoch -> {"loss", "correct", parts: [B]}
     prepare: Callable[[np.ndarray, np.ndarray], None]  # called before each epoch with its views and the next one's
     evaluate: Callable[[torch.nn.Module], dict]  # -> metrics.scores on the test part
     training: Training
@@ -79,7 +80,7 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
         first, best = _load_state(run, model, optimiser)
         run.log(f"resumed after epoch {first} of {training.epochs}")
     run.rewind_metrics(first)
-    forward = torch.compile(model) if training.compile else model
+    forward = torch.compile(task.network) if training.compile else task.network
     with Progress("training", training.epochs, first, "epochs") as progress:
         for epoch in range(first, training.epochs):
             record = {"epoch": epoch + 1, **run_epoch(task, forward, optimiser, epoch)}
@@ -110,9 +111,9 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
 
 
 def build_optimiser(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
-    """Stochastic gradient descent on every parameter."""
+    """Stochastic gradient descent on every parameter that is not frozen."""
     return torch.optim.SGD(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=training.learning_rate,
         momentum=training.momentum,
         nesterov=training.nesterov,
@@ -131,16 +132,15 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
     task.prepare(views, views if epoch + 1 == training.epochs else _draw(task, epoch + 1)[1])
     steps = math.ceil(len(rows) / training.batch_size)
     sums: dict[str, torch.Tensor] = {}
-    correct = torch.zeros((), dtype=torch.int64, device=device)
     first_bad = torch.full((), steps, device=device)  # first step of the epoch whose loss was not finite
-    task.model.train()
+    task.network.train()
     for step, batch in enumerate(task.images.batches(rows, views, training.batch_size)):
         rate = learning_rate(training, epoch * steps + step, steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
-            logits = forward(batch.images)
-        parts = task.loss(logits, batch, epoch)
+            output = forward(batch.images)
+        parts = task.loss(output, batch, epoch)
         loss = parts["loss"].mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -148,16 +148,16 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
         with torch.no_grad():
             for name, values in parts.items():
                 sums[name] = sums.get(name, 0) + values.sum()
-            correct += (logits.argmax(1) == batch.label).sum()
             first_bad = torch.where(loss.isfinite() | (first_bad < step), first_bad, step)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
             _check(task, int(first_bad), rows, epoch, steps)
     if not all(bool(parameter.isfinite().all()) for parameter in task.model.parameters()):
         _check(task, steps - 1, rows, epoch, steps)  # the last step's loss was finite, what it did was not
     seconds = time.perf_counter() - start
+    correct = float(sums.pop("correct"))
     return {
         **{name: float(value) / len(rows) for name, value in sums.items()},
-        "train_top1": 100 * int(correct) / len(rows),
+        "train_top1": 100 * correct / len(rows),
         "learning_rate": rate,
         "seconds": seconds,
         "images_per_second": len(rows) / seconds,
@@ -167,7 +167,7 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
 def _draw(task: Task, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows that an epoch visits, in order, and the view of each."""
     rows = task.rows(epoch)
-    return rows, task.views.draw(task.seed, epoch, task.sample_id[rows])
+    return rows, task.views.draw(task.seed, epoch, task.sample_id[rows], samplers.occurrence(rows))
 
 
 def _check(task: Task, bad: int, rows: np.ndarray, epoch: int, steps: int) -> None:

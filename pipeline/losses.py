@@ -25,10 +25,12 @@ def logit_adjusted(logits: torch.Tensor, label: torch.Tensor, log_prior: torch.T
     return cross_entropy(logits + tau * log_prior, label)
 
 
-def ldam(cosine: torch.Tensor, label: torch.Tensor, margin: torch.Tensor, scale: float) -> torch.Tensor:
-    """Cross-entropy of s (z - margin_y e_y) (Cao et al., 2019, eq. 12). `cosine`: logits of a normalised classifier."""
-    own = functional.one_hot(label, cosine.shape[1]) * margin[label, None]
-    return cross_entropy(scale * (cosine - own), label)
+def ldam(logits: torch.Tensor, label: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of z - margin_y e_y (Cao et al., 2019, eq. 12), for a cosine classifier.
+
+    Its logits are s times a cosine, and `margin` [C] is s times that of the paper.
+    """
+    return cross_entropy(logits - functional.one_hot(label, logits.shape[1]) * margin[label, None], label)
 
 
 def ldam_margins(class_counts: torch.Tensor, largest: float) -> torch.Tensor:
@@ -52,7 +54,18 @@ def balanced_probability(probability: torch.Tensor, weights: torch.Tensor) -> to
     return weighted / weighted.sum(1, keepdim=True)
 
 
+def retempered(probability: torch.Tensor, ratio: float) -> torch.Tensor:
+    """softmax(z / T') of p = softmax(z / T), with `ratio` T / T'."""
+    # what half precision stores as zero was up to 2^-25
+    return torch.softmax(ratio * torch.where(probability > 0, probability, 2**-25).log(), dim=1)
+
+
 def distillation(logits: torch.Tensor, probability: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 KL(p || softmax(z / T)), summed over classes (Hinton et al., 2015; BKD, eq. 6)."""
     log_student = functional.log_softmax(logits / temperature, dim=1)
     return temperature**2 * (torch.xlogy(probability, probability) - probability * log_student).sum(1)
+
+
+def feature_distance(features: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """1 - cos(f, t) of features [B, D] and a teacher's of length one (CBD)."""
+    return 1 - (functional.normalize(features) * teacher).sum(1)

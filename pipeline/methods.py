@@ -1,95 +1,238 @@
-"""What each method minimises: a function of logits [B, C], a batch and the epoch, to per-sample terms [B].
+"""Methods: what a step runs, which rows an epoch visits and what is minimised, for each method of config.py.
 
-The term "loss" is minimised; the others are reported. Formulas are in losses.py, settings in config.py.
+Formulas are in losses.py and samplers.py, settings in config.py. Shapes: N samples, B a batch, C classes, D features.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
-from pipeline import config, losses
-
-
-def method_loss(method, gather, temperature: float, class_counts: np.ndarray, device: torch.device):
-    """The loss of `method`, one of the methods of config.py.
-
-    `gather(rows, views)` gives the teacher's probabilities [B, C], tempered by `temperature`; None for a method that
-    needs no cache. `class_counts` [C] are the training set's.
-    """
-    return LOSSES[method.name](method, gather, temperature, torch.as_tensor(class_counts), device)
+from pipeline import UserError, losses, samplers
+from pipeline.models import classifier
+from pipeline.targets import Targets
 
 
-def needs_cache(method) -> bool:
-    """Whether `method` learns from a teacher's answers."""
-    return isinstance(method, (config.KD, config.BKD))
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a method may build on."""
+
+    model: nn.Module
+    sample_id: np.ndarray  # int64 [N]
+    label: np.ndarray  # int64 [N]
+    class_counts: np.ndarray  # int64 [C]
+    targets: Targets | None  # of the cache, where the method learns from one
+    epochs: int
+    seed: int
+    device: torch.device
 
 
-def _ce(method, gather, temperature, class_counts, device):
+class Recipe(NamedTuple):
+    network: nn.Module  # images to what the loss takes; has the model's parameters, perhaps some of them frozen
+    rows: Callable[[int], np.ndarray]  # epoch -> the rows that it visits, in order
+    loss: Callable  # network's output, batch, epoch -> {"loss": [B], "correct": [B], parts to report: [B]}
+
+
+def build_method(method, setting: Setting) -> Recipe:
+    """The recipe of `method`, a section of config.py. Raises UserError where the setting does not fit it."""
+    return METHODS[method.name](method, setting)
+
+
+def _on_logits(terms: Callable) -> Callable:
+    """A method that runs the model as it is; `terms(method, setting)` gives logits, batch, epoch -> its loss and parts."""
+
+    def build(method, setting: Setting) -> Recipe:
+        found = terms(method, setting)
+
+        def loss(logits, batch, epoch):
+            return {**found(logits, batch, epoch), "correct": logits.argmax(1) == batch.label}
+
+        balanced = getattr(method, "sampler", "instance_balanced") == "class_balanced"
+        return Recipe(setting.model, _class_balanced(setting) if balanced else _instance_balanced(setting), loss)
+
+    return build
+
+
+def _instance_balanced(setting: Setting) -> Callable:
+    return partial(samplers.instance_balanced, setting.seed, sample_id=setting.sample_id)
+
+
+def _class_balanced(setting: Setting) -> Callable:
+    weight = np.ones(len(setting.class_counts))
+    return partial(samplers.class_sampled, setting.seed, label=setting.label, weight=weight)
+
+
+@_on_logits
+def _ce(method, setting):
     return lambda logits, batch, epoch: {"loss": losses.cross_entropy(logits, batch.label)}
 
 
-def _distilled(method, gather, temperature, class_counts, device):
-    weights = None
+@_on_logits
+def _distilled(method, setting):
+    gather, stored, weights = setting.targets.gather, setting.targets.temperature, None
+    temperature = method.temperature or stored
     if method.name == "bkd":
-        weights = losses.effective_number_weights(class_counts, method.beta).float().to(device)
+        counts = torch.as_tensor(setting.class_counts)
+        weights = losses.effective_number_weights(counts, method.beta).float().to(setting.device)
 
-    def loss(logits, batch, epoch):
+    def terms(logits, batch, epoch):
         target = gather(batch.rows, batch.views)
+        if temperature != stored:
+            target = losses.retempered(target, stored / temperature)
         if weights is not None and epoch >= method.reweight_from:
             target = losses.balanced_probability(target, weights)
         ce = losses.cross_entropy(logits, batch.label)
         kd = losses.distillation(logits, target, temperature)
         return {"loss": ce + method.alpha * kd, "ce": ce, "kd": kd}
 
-    return loss
+    return terms
 
 
-def _class_balanced(method, gather, temperature, class_counts, device):
-    weigh = _label_weights(method, class_counts, device)
+@_on_logits
+def _cb(method, setting):
+    weigh = _label_weights(method, setting)
     return lambda logits, batch, epoch: {"loss": weigh(batch, epoch) * losses.cross_entropy(logits, batch.label)}
 
 
-def _focal(method, gather, temperature, class_counts, device):
+@_on_logits
+def _focal(method, setting):
     return lambda logits, batch, epoch: {"loss": losses.focal(logits, batch.label, method.gamma)}
 
 
-def _class_balanced_focal(method, gather, temperature, class_counts, device):
-    weigh = _label_weights(method, class_counts, device)
+@_on_logits
+def _cb_focal(method, setting):
+    weigh = _label_weights(method, setting)
     return lambda logits, batch, epoch: {"loss": weigh(batch, epoch) * losses.focal(logits, batch.label, method.gamma)}
 
 
-def _logit_adjusted(method, gather, temperature, class_counts, device):
-    log_prior = (class_counts / class_counts.sum()).log().float().to(device)
+@_on_logits
+def _logit_adjustment(method, setting):
+    counts = torch.as_tensor(setting.class_counts)
+    log_prior = (counts / counts.sum()).log().float().to(setting.device)
     return lambda logits, batch, epoch: {"loss": losses.logit_adjusted(logits, batch.label, log_prior, method.tau)}
 
 
-def _ldam(method, gather, temperature, class_counts, device):
-    margin = losses.ldam_margins(class_counts, method.max_margin).float().to(device)
-    weigh = _label_weights(method, class_counts, device)
-
-    def loss(logits, batch, epoch):
-        return {"loss": weigh(batch, epoch) * losses.ldam(logits, batch.label, margin, method.scale)}
-
-    return loss
+@_on_logits
+def _ldam(method, setting):
+    margins = losses.ldam_margins(torch.as_tensor(setting.class_counts), method.max_margin)
+    margin = classifier(setting.model).scale * margins.float().to(setting.device)
+    weigh = _label_weights(method, setting)
+    return lambda logits, batch, epoch: {"loss": weigh(batch, epoch) * losses.ldam(logits, batch.label, margin)}
 
 
-def _label_weights(method, class_counts, device):
+def _label_weights(method, setting):
     """The effective-number weight of each sample's class, of mean 1 over the classes, from epoch `reweight_from`."""
-    weights = losses.effective_number_weights(class_counts, method.beta)
-    weights = (weights * len(weights) / weights.sum()).float().to(device)
+    weights = losses.effective_number_weights(torch.as_tensor(setting.class_counts), method.beta)
+    weights = (weights * len(weights) / weights.sum()).float().to(setting.device)
 
     def weigh(batch, epoch):
-        return weights[batch.label] if epoch >= method.reweight_from else torch.ones((), device=device)
+        return weights[batch.label] if epoch >= method.reweight_from else torch.ones((), device=setting.device)
 
     return weigh
 
 
-LOSSES = {
+class FrozenBackbone(nn.Module):
+    """The model, of which only the classifier learns: all else is frozen and in evaluation mode."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        classifier(model).requires_grad_(True)
+
+    def train(self, mode: bool = True):
+        super().train(False)
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)
+
+
+def _crt(method, setting: Setting) -> Recipe:
+    plain = _ce(method, setting)
+    return Recipe(FrozenBackbone(setting.model), _class_balanced(setting), plain.loss)
+
+
+class WithFeatures(nn.Module):
+    """Images to the model's logits [B, C] and its features [B, D], the classifier's input."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.seen = model, []
+        classifier(model).register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.clear()
+        logits = self.model(images)
+        return logits, self.seen.pop().float()
+
+
+def _cbd(method, setting: Setting) -> Recipe:
+    theirs = sum(setting.targets.widths)
+    if theirs != classifier(setting.model).in_features:
+        raise UserError(
+            f"the student's features are {classifier(setting.model).in_features} wide, those of the cache's teachers together "
+            f"{theirs}; set student.model.projection={theirs}"
+        )
+
+    def loss(output, batch, epoch):
+        logits, features = output
+        ce = losses.cross_entropy(logits, batch.label)
+        distance = losses.feature_distance(features, setting.targets.gather(batch.rows, batch.views))
+        total = (1 - method.alpha) * ce + method.alpha * method.beta * distance
+        return {"loss": total, "correct": logits.argmax(1) == batch.label, "ce": ce, "distance": distance}
+
+    return Recipe(WithFeatures(setting.model), _class_balanced(setting), loss)
+
+
+class Bilateral(nn.Module):
+    """Images [B, ...] to pooled features [B / 2, D] of the even ones by one branch and of the odd ones by the other."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        network = self.model.network
+        shared = network.shared(self.model.normalise(images))
+        even, odd = (branch(shared[place::2]) for place, branch in enumerate(network.branches))
+        return even.mean((2, 3)).float(), odd.mean((2, 3)).float()
+
+
+def _bbn(method, setting: Setting) -> Recipe:
+    uniform = _instance_balanced(setting)
+    weight = samplers.reverse_weight(setting.class_counts)
+
+    def rows(epoch: int) -> np.ndarray:
+        reverse = samplers.class_sampled(setting.seed, epoch, setting.label, weight)
+        return np.stack([uniform(epoch), reverse], axis=1).reshape(-1)
+
+    def loss(output, batch, epoch):
+        common = 1 - (epoch / setting.epochs) ** 2  # the share of the uniform branch (BBN, section 4.3)
+        features = torch.cat([2 * common * output[0], 2 * (1 - common) * output[1]], dim=1)
+        logits = classifier(setting.model)(features)
+        shares = [(common, batch.label[0::2]), (1 - common, batch.label[1::2])]
+        total = sum(share * losses.cross_entropy(logits, label) for share, label in shares)
+        correct = sum(share * (logits.argmax(1) == label) for share, label in shares)
+        # a pair's answer counts for both of its images
+        return {"loss": total.repeat_interleave(2), "correct": correct.repeat_interleave(2)}
+
+    return Recipe(Bilateral(setting.model), rows, loss)
+
+
+METHODS = {
     "ce": _ce,
     "kd": _distilled,
     "bkd": _distilled,
-    "cb": _class_balanced,
+    "cb": _cb,
     "focal": _focal,
-    "cb_focal": _class_balanced_focal,
-    "logit_adjustment": _logit_adjusted,
+    "cb_focal": _cb_focal,
+    "logit_adjustment": _logit_adjustment,
     "ldam": _ldam,
+    "crt": _crt,
+    "cbd": _cbd,
+    "bbn": _bbn,
 }

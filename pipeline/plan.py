@@ -14,7 +14,6 @@ from pipeline import engine, losses, show
 from pipeline.config import Experiment, dump_config
 from pipeline.data import datasets
 from pipeline.data.images import open_images
-from pipeline.methods import needs_cache
 from pipeline.models import build_model
 
 
@@ -28,7 +27,7 @@ def show_plan(config: Experiment, device: torch.device, stage: str, cache: str |
     seconds = _seconds(config, model, images, device, stage)
     counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
     held = 0
-    if stage == "student" and needs_cache(config.student.method) and row:
+    if stage == "student" and config.student.method.learns_from == "probabilities" and row:
         held = samples * row * (views if isinstance(config.views, CropFlip) else 2)
     facts = {
         "training samples (N)": f"{samples:,}",

@@ -6,14 +6,15 @@ from functools import partial
 import torch
 
 from cache import Cache
-from pipeline import UserError, runs, samplers
+from pipeline import UserError, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
+from pipeline.data.color_jitter import ColorJitter
 from pipeline.data.images import open_images
 from pipeline.engine import Task, train
-from pipeline.evaluate import evaluate
-from pipeline.methods import method_loss
-from pipeline.models import build_model
+from pipeline.evaluate import evaluate, load_model
+from pipeline.methods import Setting, build_method
+from pipeline.models import build_model, classifier
 from pipeline.report import draw_run
 from pipeline.targets import Targets
 
@@ -27,26 +28,44 @@ def train_network(
     out: str,
     device: torch.device,
     resume: bool,
+    backbone: runs.Run | None = None,
 ) -> None:
     """Trains the network of `stage` ("teacher" or "student") by `method` into the folder `out`, and draws its pictures.
 
-    `sets`: the training and the test part. `cache`: a complete one for them, where the method learns from one.
+    `sets`: the training and the test part. `cache`: a complete one for them, `backbone`: a complete run, where the method
+    learns from one.
     """
     training_set, test_set = sets
     section = getattr(config, stage)
     images, test_images = (open_images(part, config.views, device, config.data.workers) for part in sets)
     model = build_model(section.model, len(training_set.classes), config.data, config.seed).to(device)
+    if backbone:
+        _take_backbone(model, backbone, training_set)
+    targets = cache and Targets(cache, device, features=method.learns_from == "features")
+    setting = Setting(
+        model=model,
+        sample_id=training_set.sample_id,
+        label=training_set.label,
+        class_counts=training_set.class_counts,
+        targets=targets,
+        epochs=section.training.epochs,
+        seed=config.seed,
+        device=device,
+    )
+    network, rows, loss = build_method(method, setting)
+    if stage == "teacher" and section.color_jitter:
+        network = ColorJitter(network)
     _refuse_unfit(model, images, section.training.batch_size)
-    with runs.start_run(out, config, stage, device, resume, learns_from=cache and cache.digest) as run:
-        targets = cache and Targets(cache, device)
-        gather = targets and targets.gather
+    learns_from = cache.digest if cache else backbone and backbone.summary()["digest"]
+    with runs.start_run(out, config, stage, device, resume, learns_from) as run:
         task = Task(
             model=model,
+            network=network,
             images=images,
             sample_id=training_set.sample_id,
             views=config.views,
-            rows=partial(samplers.instance_balanced, config.seed, sample_id=training_set.sample_id),
-            loss=method_loss(method, gather, config.cache.temperature, training_set.class_counts, device),
+            rows=rows,
+            loss=loss,
             prepare=lambda views, later: targets and targets.prepare(views, later),
             evaluate=partial(
                 evaluate,
@@ -67,6 +86,22 @@ def train_network(
         }
         train(task, run, about)
         draw_run(run)
+
+
+def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.Dataset) -> None:
+    """Gives `model` the last weights of `run`, all but the classifier's. Raises UserError where they do not fit."""
+    if tuple(run.summary()["classes"]) != training_set.classes:
+        raise UserError(
+            f"the network in {run.folder} knows other classes than {training_set.name}; use the data it was trained on"
+        )
+    trained = load_model(run, "last", run.config(), len(training_set.classes)).state_dict()
+    own = model.state_dict()
+    last = next(name for name, module in model.named_modules() if module is classifier(model))
+    kept = {name: value for name, value in trained.items() if name.rpartition(".")[0] != last}
+    wanted = {name for name in own if name.rpartition(".")[0] != last}
+    if kept.keys() != wanted or any(value.shape != own[name].shape for name, value in kept.items()):
+        raise UserError(f"the backbone in {run.folder} is another network than student.model; give the same model")
+    model.load_state_dict({**own, **kept})
 
 
 def _refuse_unfit(model: torch.nn.Module, images, batch_size: int) -> None:

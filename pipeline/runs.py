@@ -140,8 +140,8 @@ def start_run(
 
     A context: until it ends, no other command may write into the folder.
 
-    `learns_from`: the digest of the cache that the run learns from. Raises UserError if the folder is not empty and
-    `resume` is not given, if it holds something else, or if another command is writing into it.
+    `learns_from`: the digest of the cache, or of the other run's network, that the run learns from. Raises UserError if
+    the folder is not empty and `resume` is not given, if it holds something else, or if another command is writing into it.
     """
     folder = Path(folder)
     try:
@@ -229,7 +229,7 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     if difference := _difference(old, new):
         raise UserError(f"cannot resume {run.folder}: {difference}; use the same configuration or another folder")
     if found["learns_from"] != record["learns_from"]:
-        raise UserError(f"cannot resume {run.folder}: it began with another cache; name that one, or another folder")
+        raise UserError(f"cannot resume {run.folder}: it began with another cache or backbone; name that, or another folder")
     if found["device"] != record["device"]:
         raise UserError(
             f"cannot resume {run.folder} on {record['device']}: it began on {found['device']}, which rounds differently; "

@@ -1,4 +1,4 @@
-"""Recipe: train a student from a cache, with no teacher."""
+"""Recipe: train a student from a cache, with no teacher; or by a method that needs none, or another run's backbone."""
 
 import torch
 
@@ -7,24 +7,34 @@ from pipeline import UserError, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
 from pipeline.dump import refuse_other
-from pipeline.methods import needs_cache
 from pipeline.recipe import train_network
 
 
-def train_student(config: Experiment, cache_path: str | None, out: str, device: torch.device, resume: bool = False) -> None:
-    """Trains the student of `config` from the cache at `cache_path` into the folder `out`.
+def train_student(
+    config: Experiment,
+    cache_path: str | None,
+    out: str,
+    device: torch.device,
+    resume: bool = False,
+    backbone: str | None = None,
+) -> None:
+    """Trains the student of `config` into the folder `out`, from the cache at `cache_path` or the run in `backbone`.
 
     Raises CacheError before anything is written if the cache is for other data, views or classes, or is not complete.
     """
     runs.refuse_taken(out, resume)
     method = config.student.method
-    if needs_cache(method) and cache_path is None:
-        raise UserError(f"method {method.name} learns from a cache; name one with --cache")
-    if not needs_cache(method) and cache_path is not None:
-        raise UserError(f"method {method.name} learns from no cache; leave out --cache")
+    for given, option, wanted in (
+        (cache_path, "--cache", method.learns_from in ("probabilities", "features")),
+        (backbone, "--backbone", method.learns_from == "backbone"),
+    ):
+        if wanted and given is None:
+            raise UserError(f"method {method.name} learns from a {option[2:]}; name one with {option}")
+        if given is not None and not wanted:
+            raise UserError(f"method {method.name} learns from no {option[2:]}; leave out {option}")
     sets = datasets.load(config.data)
     cache = cache_path and open_matching_cache(cache_path, config, sets[0])
-    train_network(config, "student", method, sets, cache, out, device, resume)
+    train_network(config, "student", method, sets, cache, out, device, resume, backbone and runs.open_run(backbone))
 
 
 def open_matching_cache(path: str, config: Experiment, training_set: datasets.Dataset) -> Cache:
@@ -33,4 +43,9 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
     if missing := len(cache.missing()):
         raise CacheError(f"{path} lacks {missing} blocks; finish it with dump-logits --resume")
+    if config.student.method.learns_from == "features" and not cache.features:
+        raise CacheError(
+            f"{path} holds no features, which method {config.student.method.name} learns from; "
+            "dump with -o cache.features=true into another folder"
+        )
     return cache

@@ -1,4 +1,4 @@
-"""A cache's probabilities where the training device can index them: one gather of (view, sample) pairs a batch.
+"""What a cache holds of its teachers, where the training device can index it: one gather of (sample, view) pairs a batch.
 
 Whole planes of views are held, never read in a step. An epoch that draws from all views finds them all loaded once;
 one that draws a single view finds its plane loaded while the epoch before ran. Planes that the device has no room for
@@ -11,18 +11,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from cache import Cache
-from cache.planes import Planes
+from cache.planes import Planes, row_format
 
 ROOM = 0.5  # of the memory there is, for planes
 
 
 class Targets:
-    """The probabilities of one cache on one device. Shapes: V views, N samples, K views held, R codes, C classes."""
+    """The probabilities, or with `features` the features, of one cache on one device.
 
-    def __init__(self, cache: Cache, device: torch.device):
-        self.cache, self.device = cache, device
+    Shapes: V views, N samples, K views held, R codes, C classes, D features of all teachers together.
+    """
+
+    def __init__(self, cache: Cache, device: torch.device, features: bool = False):
+        self.cache, self.device, self.features = cache, device, features
+        self.temperature, self.widths = cache.temperature, list(cache.features.values())
         self.decoder = cache.decoder and [torch.from_numpy(part).to(device) for part in cache.decoder]
         self.reader = ThreadPoolExecutor(1)
         self.held = np.empty(0, np.int64)
@@ -45,19 +50,26 @@ class Targets:
             self.coming = later, self.reader.submit(self._read, later)
 
     def gather(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """Probabilities, float32 [B, C], of the samples at `rows` [B] under `views` [B], tempered by the cache's T."""
+        """Of the samples at `rows` [B] under `views` [B]: probabilities, float32 [B, C], tempered by the cache's T.
+
+        Or features, float32 [B, D]: each teacher's of length one, side by side, and the whole of length one again.
+        """
         index = self.slots[views].to(self.planes.device), rows.to(self.planes.device)
         stored = self.planes[index].to(self.device).float()
+        if self.features:
+            parts = stored.split(self.widths, dim=1)
+            return functional.normalize(torch.cat([functional.normalize(part) for part in parts], dim=1))
         if self.decoder is None:
             return stored
         mean, basis = self.decoder
         return torch.softmax(torch.addmm(mean, stored, basis), dim=1)
 
     def _read(self, views: np.ndarray) -> Planes:
-        size = len(views) * len(self.cache) * self.cache.encoding.width(len(self.cache.classes))
-        size *= np.dtype(self.cache.encoding.dtype).itemsize
+        width, dtype = row_format(self.cache, self.features)
+        size = len(views) * len(self.cache) * width * dtype.itemsize
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Planes(self.cache, views, scratch=tempfile.gettempdir() if size > ROOM * memory else None)
+        scratch = tempfile.gettempdir() if size > ROOM * memory else None
+        return Planes(self.cache, views, scratch=scratch, features=self.features)
 
     def _place(self, codes: torch.Tensor) -> torch.Tensor:
         """`codes` on the device if it has room, else where they are."""

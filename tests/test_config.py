@@ -32,7 +32,7 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("views.padd=2", r"views\.padd: unknown key; did you mean 'pad'\?"),
         ("cache.encoding.dtyp=float32", r"cache\.encoding\.dtyp: unknown key; did you mean 'dtype'\?"),
         ("flavour=1", r"flavour: unknown key; known are name, seed, data"),
-        ("student.method.name=bdk", r"student\.method\.name: 'bdk' is not known; did you mean 'bkd'\?"),
+        ("student.method.name=bkdd", r"student\.method\.name: 'bkdd' is not known; did you mean 'bkd'\?"),
         ("student.method={alpha: 2}", r"student\.method\.name: missing; one of"),
         ("student.training.epochs=many", r"student\.training\.epochs: .*integer.*; found 'many'"),
         ("student.training.epochs=0", r"student\.training\.epochs: .*greater than 0; found 0"),

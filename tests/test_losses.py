@@ -1,15 +1,20 @@
 """The losses against the papers' formulas in float64, written here a second time, and against public oracles."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cosine as cosine_distance
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from sklearn.metrics import log_loss
+from sklearn.metrics.pairwise import cosine_similarity
 
-from pipeline import config, losses
+from pipeline import UserError, config, losses
 from pipeline.data.images import Batch
-from pipeline.methods import method_loss
+from pipeline.methods import Setting, build_method
+from pipeline.models import build_model
 
 T, BETA = 2.0, 0.9999
 COUNTS = np.array([500, 200, 80, 30, 12, 5])
@@ -122,12 +127,29 @@ def test_ldam_takes_a_margin_from_the_labels_cosine(batch):
     shifted = cosine.copy()
     shifted[np.arange(32), label] -= margins.numpy()[label]
     expected = -log_softmax(30 * shifted, axis=1)[np.arange(32), label]
-    np.testing.assert_allclose(losses.ldam(torch.tensor(cosine), torch.tensor(label), margins, 30), expected, rtol=1e-10)
+    ours = losses.ldam(torch.tensor(30 * cosine), torch.tensor(label), 30 * margins)
+    np.testing.assert_allclose(ours, expected, rtol=1e-10)
+
+
+def recipe_of(name, targets=None, model=(), **settings):
+    model = {"name": "cifar_resnet", "depth": 8, "width": 4, **dict(model)}
+    section = config.Student(model=model, method={"name": name, **settings})
+    label = np.repeat(np.arange(6), COUNTS)
+    setting = Setting(
+        model=build_model(section.model, 6, config.Data(), 0),
+        sample_id=np.arange(len(label)),
+        label=label,
+        class_counts=COUNTS,
+        targets=targets,
+        epochs=200,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    return build_method(section.method, setting)
 
 
 def loss_of(name, **settings):
-    section = config.Student(model={"name": "cifar_resnet", "classifier": "cosine"}, method={"name": name, **settings})
-    return method_loss(section.method, None, T, COUNTS, torch.device("cpu"))
+    return recipe_of(name, model={"cosine_scale": 30}, **settings).loss
 
 
 def test_class_weights_have_mean_one_and_wait_for_their_epoch(batch):
@@ -141,12 +163,111 @@ def test_class_weights_have_mean_one_and_wait_for_their_epoch(batch):
     np.testing.assert_allclose(balanced(logits, batch, 2)["loss"], weights[label] * ce, rtol=1e-6)
     focal = (1 - np.exp(-ce)) ** 2 * ce
     np.testing.assert_allclose(loss_of("cb_focal", gamma=2)(logits, batch, 0)["loss"], weights[label] * focal, rtol=1e-6)
-    margins = losses.ldam_margins(torch.tensor(COUNTS), 0.5).float()
-    unweighted = losses.ldam(logits, batch.label, margins, 30.0)
+    margins = 30 * losses.ldam_margins(torch.tensor(COUNTS), 0.5).float()
+    unweighted = losses.ldam(logits, batch.label, margins)
     np.testing.assert_allclose(loss_of("ldam")(logits, batch, 159)["loss"], unweighted, rtol=1e-6)
     np.testing.assert_allclose(loss_of("ldam")(logits, batch, 160)["loss"], weights[label] * unweighted.numpy(), rtol=1e-6)
 
 
-def test_ldam_is_refused_with_a_linear_classifier():
-    with pytest.raises(ValueError, match="ldam needs normalised features and weights"):
-        config.Student(model={"name": "cifar_resnet"}, method={"name": "ldam"})
+@pytest.mark.parametrize(
+    ("method", "model", "message"),
+    [
+        ("ldam", {}, "ldam needs a cosine classifier: set student.model.cosine_scale, usually 30"),
+        ("cbd", {}, "cbd needs a cosine classifier: set student.model.cosine_scale, usually 20"),
+        ("bbn", {}, "bbn needs 2 branches: a cifar_resnet with branches; found 1"),
+        ("ce", {"branches": 2}, "ce needs 1 branches: a cifar_resnet with branches; found 2"),
+    ],
+)
+def test_a_method_is_refused_with_a_network_that_does_not_fit_it(method, model, message):
+    with pytest.raises(ValueError, match=message):
+        config.Student(model={"name": "cifar_resnet", **model}, method={"name": method})
+
+
+def test_a_batch_of_two_branches_is_even():
+    with pytest.raises(ValueError, match="batch_size 127 is odd"):
+        config.Student(model={"name": "cifar_resnet", "branches": 2}, method={"name": "bbn"}, training={"batch_size": 127})
+
+
+def test_another_temperature_follows_from_the_probabilities(batch):
+    _, teacher, _ = batch
+    warm = torch.tensor(softmax(teacher / 2, axis=1))
+    for other in (1.0, 2.0, 4.0):
+        np.testing.assert_allclose(losses.retempered(warm, 2 / other), softmax(teacher / other, axis=1), rtol=2e-3, atol=1e-6)
+    assert losses.retempered(torch.tensor([[1.0, 0.0]]), 0.5).isfinite().all()
+
+
+def cached(values, widths=()):
+    """What a method asks of a cache's targets."""
+    return SimpleNamespace(gather=lambda rows, views: torch.tensor(values), temperature=T, widths=widths)
+
+
+def test_students_of_another_temperature_minimise_its_divergence(batch):
+    student, teacher, label = batch
+    targets = cached(softmax(teacher / T, axis=1))
+    loss = recipe_of("kd", targets, temperature=3.0).loss
+    p, log_q = softmax(teacher / 3, axis=1), log_softmax(student / 3, axis=1)
+    expected = 9 * (p * (np.log(p) - log_q)).sum(1)
+    found = loss(torch.tensor(student), Batch(rows=None, views=None, label=torch.tensor(label), images=None), 0)
+    np.testing.assert_allclose(found["kd"], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_class_balanced_distillation_is_cross_entropy_and_the_cosine_distance(batch):
+    student, _, label = batch
+    generator = np.random.default_rng(1)
+    features, theirs = generator.normal(size=(2, 32, 16))
+    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    loss = recipe_of("cbd", cached(theirs, [16]), {"cosine_scale": 20}).loss
+    cosine = np.array([1 - cosine_distance(f, t) for f, t in zip(features, theirs)])
+    ce = -log_softmax(student, axis=1)[np.arange(32), label]
+    output = torch.tensor(student), torch.tensor(features)
+    found = loss(output, Batch(rows=None, views=None, label=torch.tensor(label), images=None), 0)
+    np.testing.assert_allclose(found["loss"], 0.6 * ce + 0.4 * 100 * (1 - cosine), rtol=1e-10)
+    assert found["correct"].tolist() == (student.argmax(1) == label).tolist()
+
+
+def test_features_of_another_width_than_the_students_are_refused():
+    with pytest.raises(UserError, match="are 16 wide, .* together 24; set student.model.projection=24"):
+        recipe_of("cbd", cached(np.ones((1, 24)), [16, 8]), {"cosine_scale": 20})
+    recipe = recipe_of("cbd", cached(np.ones((1, 24)), [16, 8]), {"cosine_scale": 20, "projection": 24})
+    logits, features = recipe.network(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
+    assert logits.shape == (5, 6) and features.shape == (5, 24) and (features >= 0).all()
+    # the logits are 20 times the cosines between features and the classifier's weights
+    weight = recipe.network.model.network.fc[2].weight
+    np.testing.assert_allclose(
+        logits.detach(), 20 * cosine_similarity(features.detach().numpy() + 1e-12, weight.detach().numpy()), atol=1e-4
+    )
+
+
+def test_two_branches_share_their_weight_as_the_epochs_go(batch):
+    _, _, label = batch
+    recipe = recipe_of("bbn", model={"branches": 2})
+    rows = recipe.rows(3)
+    assert sorted(rows[0::2]) == list(range(COUNTS.sum())), "every other is of the uniform branch"
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (32, 3, 8, 8), generator=generator).byte()
+    network = recipe.network.model.network.eval()
+    shared = network.shared(recipe.network.model.normalise(images))
+    common, rare = (branch(shared).mean((2, 3)).detach().double().numpy() for branch in network.branches)
+    weight, bias = network.fc.weight.detach().double().numpy(), network.fc.bias.detach().double().numpy()
+    output = recipe.network.eval()(images)
+    for epoch, share in (0, 1.0), (100, 0.75), (199, 1 - (199 / 200) ** 2):
+        mixed = np.concatenate([share * common[0::2], (1 - share) * rare[1::2]], axis=1)
+        log_p = log_softmax(2 * mixed @ weight.T + bias, axis=1)
+        pairs = np.arange(16)
+        expected = -share * log_p[pairs, label[0::2]] - (1 - share) * log_p[pairs, label[1::2]]
+        found = recipe.loss(output, Batch(rows=None, views=None, label=torch.tensor(label), images=None), epoch)
+        np.testing.assert_allclose(found["loss"].detach()[0::2], expected, rtol=1e-4)
+        np.testing.assert_allclose(found["loss"].detach()[1::2], expected, rtol=1e-4)
+    # one image's answer is that of both branches in equal shares
+    whole = np.concatenate([common, rare], axis=1) @ weight.T + bias
+    np.testing.assert_allclose(recipe.network.model(images).detach(), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_a_frozen_backbone_neither_learns_nor_counts_batches():
+    recipe = recipe_of("crt")
+    before = {name: value.clone() for name, value in recipe.network.model.state_dict().items()}
+    recipe.network.train()
+    recipe.network(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)).sum().backward()
+    learning = [name for name, value in recipe.network.model.named_parameters() if value.grad is not None]
+    assert learning == ["network.fc.weight", "network.fc.bias"]
+    assert all(torch.equal(value, before[name]) for name, value in recipe.network.model.state_dict().items())

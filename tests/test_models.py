@@ -27,7 +27,10 @@ def test_features_are_64_numbers_and_logits_one_a_class():
     network = build(classes=7)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert network(images).shape == (2, 7) and network(images).dtype == torch.float32
-    assert network.network.features(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+    assert (
+        network.network.shared(torch.zeros(2, 3, 32, 32)).mean((2, 3)).shape == (2, 64)
+        and network.network.fc.in_features == 64
+    )
 
 
 def test_initial_weights_follow_from_the_seed_alone():

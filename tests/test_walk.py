@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pipeline import UserError, runs
 from pipeline.data import datasets
 from pipeline.data.images import open_images
 from pipeline.dump import dump_logits, load_teacher
-from pipeline.methods import method_loss
+from pipeline.methods import Setting, build_method
 from pipeline.models import build_model
 from pipeline.samplers import instance_balanced
 from pipeline.student import open_matching_cache, train_student
@@ -32,9 +33,7 @@ def losses_of(config, gather, beside=None) -> np.ndarray:
     images = open_images(train, config.views, tiny.CPU, 0)
     model = build_model(config.student.model, 10, config.data, config.seed)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    loss, other = (
-        method_loss(config.student.method, g, 2.0, train.class_counts, tiny.CPU) for g in (gather, beside or gather)
-    )
+    loss, other = (loss_of(config, model, train, targets) for targets in (gather, beside or gather))
     found, epoch = [], 0
     while len(found) < STEPS:
         rows = instance_balanced(config.seed, epoch, train.sample_id)
@@ -48,6 +47,20 @@ def losses_of(config, gather, beside=None) -> np.ndarray:
         epoch += 1
     found = np.array(found[:STEPS])
     return found if beside else found[:, 0]
+
+
+def loss_of(config, model, train, gather):
+    setting = Setting(
+        model=model,
+        sample_id=train.sample_id,
+        label=train.label,
+        class_counts=train.class_counts,
+        targets=SimpleNamespace(gather=gather, temperature=2.0),
+        epochs=config.student.training.epochs,
+        seed=config.seed,
+        device=tiny.CPU,
+    )
+    return build_method(config.student.method, setting).loss
 
 
 def live_teacher(config, teacher_run):
@@ -114,7 +127,7 @@ def test_the_student_needs_no_teacher(tmp_path, teacher_run, cache):
 
 def test_methods_that_distil_nothing_need_no_cache_and_the_others_do(tmp_path):
     for method in ("ce", "cb", "focal", "cb_focal", "logit_adjustment", "ldam"):
-        config = tiny.experiment(f"student.method={{name: {method}}}", "student.model.classifier=cosine")
+        config = tiny.experiment(f"student.method={{name: {method}}}", "student.model.cosine_scale=30")
         train_student(config, None, str(tmp_path / method), tiny.CPU)
         assert runs.open_run(tmp_path / method).summary()["method"] == method
     with pytest.raises(UserError, match="method bkd learns from a cache; name one with --cache"):
@@ -342,7 +355,7 @@ def test_a_run_goes_on_with_the_cache_it_began_with_and_with_no_other(tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine, "_line", stop)
         train_student(config, str(cache), str(tmp_path / "run"), tiny.CPU)
-    with pytest.raises(UserError, match="began with another cache; name that one, or another folder"):
+    with pytest.raises(UserError, match="began with another cache or backbone; name that, or another folder"):
         train_student(config, str(tmp_path / "other.zarr"), str(tmp_path / "run"), tiny.CPU, resume=True)
     train_student(config, str(cache), str(tmp_path / "run"), tiny.CPU, resume=True)
     assert len(runs.open_run(tmp_path / "run").metrics()) == 3
@@ -442,7 +455,7 @@ def test_features_are_dumped_beside_the_probabilities(tmp_path, teacher_run):
         network = load_teacher(str(folder), train)[0]
         with torch.no_grad():
             pixels = (images.crop(rows, views) - network.mean) / network.std
-            exact = torch.nn.functional.normalize(network.network.features(pixels)).numpy()
+            exact = torch.nn.functional.normalize(network.network.shared(pixels).mean((2, 3))).numpy()
         stored = cache.feature_plane(name, 5)
         assert 0 < (1 - (stored * exact).sum(1)).max() < 1e-3, "cosine distance"
         alone = open_cache(tmp_path / "apart" / f"{name}.zarr")

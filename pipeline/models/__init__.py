@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pipeline import UserError, config
-from pipeline.models.cifar_resnet import CifarResNet, CosineClassifier
+from pipeline.models.cifar_resnet import CifarResNet
 
 
 class Classifier(nn.Module):
@@ -23,8 +24,23 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
 
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.mean) / self.std
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network((images - self.mean) / self.std).float()
+        return self.network(self.normalise(images)).float()
+
+
+class CosineClassifier(nn.Module):
+    """Features [B, D] to the cosines of their angles with each class's weight, times `scale`: [B, C]."""
+
+    def __init__(self, inputs: int, classes: int, scale: float):
+        super().__init__()
+        self.in_features, self.scale = inputs, scale
+        self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(classes, inputs)))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.scale * functional.linear(functional.normalize(features), functional.normalize(self.weight))
 
 
 def build_model(section: config.Model, classes: int, data: config.Data, seed: int) -> Classifier:
@@ -32,15 +48,36 @@ def build_model(section: config.Model, classes: int, data: config.Data, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if section.name == "cifar_resnet":
-            network = CifarResNet(section.depth, section.width, classes, section.classifier)
+            network = CifarResNet(section.depth, section.width, classes, section.branches)
         else:
             network = _torchvision(section, classes)
+        _fit_head(network, section, classes)
     return Classifier(network, data.mean, data.std).to(memory_format=torch.channels_last)
 
 
 def classifier(model: nn.Module) -> nn.Module:
-    """The last layer, whose input [B, D] is the network's feature and whose weight is [C, D]."""
+    """The last layer, whose input [B, D] (`in_features`) is the network's feature."""
     return [module for module in model.modules() if isinstance(module, (nn.Linear, CosineClassifier))][-1]
+
+
+def _fit_head(network: nn.Module, section: config.Network, classes: int) -> None:
+    """Puts what `section` asks for after the pooled features in the place of the last layer."""
+    if section.projection is None and section.cosine_scale is None:
+        return
+    last = classifier(network)
+    name = next(name for name, module in network.named_modules() if module is last)
+    layers, inputs = [], last.in_features
+    if section.projection is not None:
+        layers += [nn.Linear(inputs, section.projection), nn.ReLU()]
+        nn.init.kaiming_normal_(layers[0].weight)
+        inputs = section.projection
+    if section.cosine_scale is None:
+        layers.append(nn.Linear(inputs, classes))
+        nn.init.kaiming_normal_(layers[-1].weight)
+    else:
+        layers.append(CosineClassifier(inputs, classes, section.cosine_scale))
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, nn.Sequential(*layers))
 
 
 def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:

@@ -26,39 +26,34 @@ class BasicBlock(nn.Module):
         return functional.relu(x + y)
 
 
-class CosineClassifier(nn.Module):
-    """Features [B, D] to the cosines of their angles with each class's weight, [B, C]."""
-
-    def __init__(self, inputs: int, classes: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(classes, inputs))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return functional.linear(functional.normalize(features), functional.normalize(self.weight))
-
-
 class CifarResNet(nn.Module):
-    """Normalised images [B, 3, H, W] to logits [B, C]."""
+    """Normalised images [B, 3, H, W] to logits [B, C]. With two branches the last block exists twice (BBN, section 4.2)."""
 
-    def __init__(self, depth: int, width: int, classes: int, classifier: str = "linear"):
+    def __init__(self, depth: int, width: int, classes: int, branches: int = 1):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        blocks, inputs = [], width
+        shapes, inputs = [], width
         for stage in range(3):
             for position in range((depth - 2) // 6):
                 outputs = width * 2**stage
-                blocks.append(BasicBlock(inputs, outputs, 2 if stage and not position else 1))
+                shapes.append((inputs, outputs, 2 if stage and not position else 1))
                 inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.fc = nn.Linear(inputs, classes) if classifier == "linear" else CosineClassifier(inputs, classes)
+        last = shapes.pop() if branches > 1 else None
+        self.blocks = nn.Sequential(*(BasicBlock(*shape) for shape in shapes))
+        if last:
+            self.branches = nn.ModuleList(BasicBlock(*last) for _ in range(branches))
+        self.fc = nn.Linear(branches * inputs, classes)
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear, CosineClassifier)):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Pooled features [B, 4 width]."""
-        return self.blocks(functional.relu(self.bn1(self.conv1(x)))).mean((2, 3))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.features(x))
+        x = self.shared(x)
+        if hasattr(self, "branches"):
+            return self.fc(torch.cat([branch(x).mean((2, 3)) for branch in self.branches], dim=1))
+        return self.fc(x.mean((2, 3)))
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        """What comes before pooling, or before the branches: [B, 4 width, H / 4, W / 4]."""
+        return self.blocks(functional.relu(self.bn1(self.conv1(x))))

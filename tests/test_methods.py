@@ -1,0 +1,178 @@
+"""Methods that need more than logits: trained from end to end on a tiny experiment, resumed, refused."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from cache import CacheError, open_cache
+from cache.planes import Planes
+from pipeline import UserError, runs
+from pipeline.data.color_jitter import ColorJitter, adjust
+from pipeline.dump import dump_logits
+from pipeline.models import build_model
+from pipeline.student import train_student
+from pipeline.targets import Targets
+from pipeline.teacher import train_teacher
+
+CBD = ("student.method={name: cbd}", "student.model.cosine_scale=20", "cache.features=true")
+
+
+def weights(folder, name="last"):
+    return runs.Run(folder).load_tensors(name)[0]
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory, teacher_run):
+    """A cache with the features of two teachers, one of them trained with strong colour augmentation."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    train_teacher(tiny.experiment("teacher.color_jitter=true", seed=1), str(folder / "jittered"), tiny.CPU)
+    teachers = [str(teacher_run), str(folder / "jittered")]
+    dump_logits(tiny.experiment("cache.features=true"), teachers, str(folder / "both.zarr"), tiny.CPU)
+    return folder / "both.zarr"
+
+
+def test_a_new_classifier_on_a_runs_backbone(tmp_path, teacher_run):
+    config = tiny.experiment("student.method={name: crt}")
+    train_student(config, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(teacher_run))
+    before, after = weights(teacher_run), weights(tmp_path / "crt")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["network.fc.bias", "network.fc.weight"]
+    with pytest.raises(UserError, match="learns from a backbone; name one with --backbone"):
+        train_student(config, None, str(tmp_path / "none"), tiny.CPU)
+    with pytest.raises(UserError, match="method ce learns from no backbone; leave out --backbone"):
+        train_student(
+            tiny.experiment("student.method.name=ce"), None, str(tmp_path / "ce"), tiny.CPU, backbone=str(teacher_run)
+        )
+    wider = tiny.experiment("student.method={name: crt}", "student.model.width=6")
+    with pytest.raises(UserError, match="is another network than student.model; give the same model"):
+        train_student(wider, None, str(tmp_path / "wider"), tiny.CPU, backbone=str(teacher_run))
+    assert not (tmp_path / "wider").exists()
+
+
+def test_features_of_several_teachers_teach_a_student(tmp_path, ensemble):
+    config = tiny.experiment(*CBD, "student.model.projection=32", "student.training.epochs=4")
+    train_student(config, str(ensemble), str(tmp_path / "cbd"), tiny.CPU)
+    distance = [record["distance"] for record in runs.Run(tmp_path / "cbd").metrics()]
+    assert distance[-1] < 0.9 * distance[0], "its features come closer to the teachers'"
+    with pytest.raises(UserError, match="are 16 wide, .* together 32; set student.model.projection=32"):
+        train_student(tiny.experiment(*CBD), str(ensemble), str(tmp_path / "narrow"), tiny.CPU)
+    assert not (tmp_path / "narrow").exists()
+
+
+def test_a_cache_without_features_is_refused(tmp_path, cache):
+    with pytest.raises(CacheError, match="holds no features, which method cbd learns from"):
+        train_student(tiny.experiment(*CBD), str(cache), str(tmp_path / "cbd"), tiny.CPU)
+    with pytest.raises(CacheError, match="holds no features"):
+        Planes(open_cache(cache), features=True)
+
+
+def test_targets_are_the_teachers_features_side_by_side(ensemble):
+    store, rows, views = open_cache(ensemble), np.array([0, 463, 7]), np.array([1, 8, 4])
+    parts = [[store.feature_plane(name, view)[row] for row, view in zip(rows, views)] for name in store.features]
+    held = Planes(store, features=True).rows(rows, views)
+    np.testing.assert_allclose(held, np.concatenate(parts, axis=1), atol=1e-6)
+    targets = Targets(store, tiny.CPU, features=True)
+    targets.prepare(views, views)
+    found = targets.gather(torch.from_numpy(rows), torch.from_numpy(views))
+    np.testing.assert_allclose(found, held / np.sqrt(2), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
+
+
+def test_two_branches_learn(tmp_path):
+    config = tiny.experiment(
+        "student.method={name: bbn}", "student.model.branches=2", "student.training.epochs=4", "student.training.batch_size=64"
+    )
+    train_student(config, None, str(tmp_path / "bbn"), tiny.CPU)
+    first, *_, last = runs.Run(tmp_path / "bbn").metrics()
+    assert last["loss"] < first["loss"]
+    assert runs.open_run(tmp_path / "bbn").summary()["last"]["top1"] > 20
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["crt", "cbd", "bbn", "jittered"])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensemble, method, monkeypatch):
+    settings = {
+        "crt": ("student.method={name: crt}",),
+        "cbd": (*CBD, "student.model.projection=32"),
+        "bbn": ("student.method={name: bbn}", "student.model.branches=2"),
+        "jittered": ("teacher.color_jitter=true",),
+    }
+    config = tiny.experiment(*settings[method], "student.training.epochs=3", "teacher.training.epochs=3")
+
+    def work(folder, resume=False):
+        if method == "jittered":
+            return train_teacher(config, str(folder), tiny.CPU, resume)
+        cache = str(ensemble) if method == "cbd" else None
+        backbone = str(teacher_run) if method == "crt" else None
+        train_student(config, cache, str(folder), tiny.CPU, resume, backbone)
+
+    work(tmp_path / "whole")
+    append = runs.Run.append_metrics
+
+    def stop(run, record):
+        if record["epoch"] == 2:
+            raise Stop
+        append(run, record)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(runs.Run, "append_metrics", stop)
+        work(tmp_path / "cut")
+    work(tmp_path / "cut", resume=True)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def test_colours_change_as_torchvision_changes_them():
+    from torchvision.transforms.v2 import functional
+
+    images = torch.rand(8, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    factors = torch.tensor(
+        [[0.2, 1.0, 1.8, 0.5, 1.3, 1.0, 1.0, 1.0], [1.8, 0.3, 1, 1, 1, 1, 1, 1], [1, 1.7, 0.2, 0, 1, 1, 1, 1]]
+    )
+    turn = torch.tensor([0.0, 0.2, -0.2, 0.1, 0.05, 0.0, 0.2, -0.13])
+    found = adjust(images, *factors.view(3, 8, 1, 1, 1), turn.view(8, 1, 1, 1))
+    for place, image in enumerate(images):
+        expected = functional.adjust_brightness(image, factors[0, place].item())
+        expected = functional.adjust_contrast(expected, factors[1, place].item())
+        expected = functional.adjust_saturation(expected, factors[2, place].item())
+        expected = functional.adjust_hue(expected, turn[place].item())
+        np.testing.assert_allclose(found[place], expected, atol=2e-4)
+
+
+def test_only_training_images_are_jittered_each_by_its_own_draw():
+    images = torch.randint(0, 256, (256, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    network = ColorJitter(torch.nn.Identity())
+    torch.manual_seed(0)
+    seen = network.train()(images)
+    same = (seen == images).flatten(1).all(1).float().mean().item()
+    grey = ((seen[:, 0] == seen[:, 1]) & (seen[:, 1] == seen[:, 2])).flatten(1).all(1).float().mean().item()
+    assert same == pytest.approx(0.2 * 0.8, abs=0.06) and grey == pytest.approx(0.2, abs=0.06)
+    assert seen.dtype == torch.uint8 and seen.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(network.eval()(images), images)
+
+
+def test_the_new_classifier_starts_anew(tmp_path, teacher_run):
+    still = tiny.experiment("student.method={name: crt}", "student.training.learning_rate=1e-30", seed=3)
+    train_student(still, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(teacher_run))
+    fresh = build_model(still.student.model, 10, still.data, 3).state_dict()
+    found = weights(tmp_path / "crt")
+    assert torch.equal(found["network.fc.weight"], fresh["network.fc.weight"])
+    assert not torch.equal(found["network.conv1.weight"], fresh["network.conv1.weight"])
+
+
+def test_a_sample_that_an_epoch_repeats_is_seen_under_several_views(tmp_path, ensemble, monkeypatch):
+    asked = []
+    gather = Targets.gather
+    monkeypatch.setattr(
+        Targets, "gather", lambda self, rows, views: (asked.append(torch.stack([rows, views])), gather(self, rows, views))[1]
+    )
+    config = tiny.experiment(*CBD, "student.model.projection=32", "student.training.epochs=1")
+    train_student(config, str(ensemble), str(tmp_path / "cbd"), tiny.CPU)
+    rows, views = torch.cat(asked, dim=1).numpy()
+    assert len(rows) == 464
+    commonest = np.bincount(rows).argmax()
+    assert len(set(views[rows == commonest])) > 1
