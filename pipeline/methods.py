@@ -78,12 +78,13 @@ def _distilled(method, setting):
     if method.name == "bkd":
         counts = torch.as_tensor(setting.class_counts)
         weights = losses.effective_number_weights(counts, method.beta).float().to(setting.device)
+        first = round(method.reweight_from * setting.epochs)
 
     def terms(logits, batch, epoch):
         target = gather(batch.rows, batch.views)
         if temperature != stored:
             target = losses.retempered(target, stored / temperature)
-        if weights is not None and epoch >= method.reweight_from:
+        if weights is not None and epoch >= first:
             target = losses.balanced_probability(target, weights)
         ce = losses.cross_entropy(logits, batch.label)
         kd = losses.distillation(logits, target, temperature)
@@ -125,12 +126,13 @@ def _ldam(method, setting):
 
 
 def _label_weights(method, setting):
-    """The effective-number weight of each sample's class, of mean 1 over the classes, from epoch `reweight_from`."""
+    """The effective-number weight of each sample's class, of mean 1 over the classes, after `reweight_from` of the epochs."""
     weights = losses.effective_number_weights(torch.as_tensor(setting.class_counts), method.beta)
     weights = (weights * len(weights) / weights.sum()).float().to(setting.device)
+    first = round(method.reweight_from * setting.epochs)
 
     def weigh(batch, epoch):
-        return weights[batch.label] if epoch >= method.reweight_from else torch.ones((), device=setting.device)
+        return weights[batch.label] if epoch >= first else torch.ones((), device=setting.device)
 
     return weigh
 

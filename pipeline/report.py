@@ -24,6 +24,9 @@ NAMES = {
     "cb_focal": "CB-Focal student",
     "logit_adjustment": "Logit-adjusted student",
     "ldam": "LDAM student",
+    "crt": "cRT student",
+    "cbd": "CBD student",
+    "bbn": "BBN student",
 }
 
 

@@ -18,7 +18,7 @@ def test_every_shipped_configuration_loads_and_opens_with_its_command(path):
 
 
 def test_a_resolved_configuration_reads_back_equal(tmp_path):
-    config = tiny.experiment("student.method={name: bkd, reweight_from: 160}")
+    config = tiny.experiment("student.method={name: bkd, reweight_from: 0.8}")
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert load_config(path) == config

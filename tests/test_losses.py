@@ -158,7 +158,7 @@ def test_class_weights_have_mean_one_and_wait_for_their_epoch(batch):
     weights = np.array([(1 - BETA) / (1 - BETA**n) for n in COUNTS])
     weights *= len(COUNTS) / weights.sum()
     ce = -log_softmax(student, axis=1)[np.arange(32), label]
-    balanced = loss_of("cb", reweight_from=2)
+    balanced = loss_of("cb", reweight_from=0.01)
     np.testing.assert_allclose(balanced(logits, batch, 1)["loss"], ce, rtol=1e-6)
     np.testing.assert_allclose(balanced(logits, batch, 2)["loss"], weights[label] * ce, rtol=1e-6)
     focal = (1 - np.exp(-ce)) ** 2 * ce

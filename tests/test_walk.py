@@ -82,7 +82,7 @@ def cached(path, config):
     return targets.gather
 
 
-@pytest.mark.parametrize("method", ["{name: kd}", "{name: bkd}", "{name: bkd, reweight_from: 3}"])
+@pytest.mark.parametrize("method", ["{name: kd}", "{name: bkd}", "{name: bkd, reweight_from: 0.5}"])
 def test_cached_training_is_training_with_a_live_teacher(method, teacher_run, cache):
     config = tiny.experiment(f"student.method={method}")
     online = losses_of(config, live_teacher(config, teacher_run))
