@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -266,6 +267,41 @@ def report(run, out):
     from pipeline import report, show
 
     show.table(report.write_report(run, out), "test accuracy of the last epoch, %")
+
+
+@main.command(short_help="Run a published table's experiments and compare.")
+@click.option("--table", required=True, metavar="NAME", help="A table of configs/tables, or a YAML file like those.")
+@click.option("--out", required=True, metavar="FOLDER", help="Where runs, table and figure go; given again, it goes on there.")
+@click.option("--quick", is_flag=True, help="The same at a small scale, for a CPU.")
+@click.option("--row", "rows", multiple=True, help="Only this row; repeatable.")
+@click.option("--column", "columns", multiple=True, help="Only this column; repeatable.")
+@click.option("--seeds", metavar="0,1,2", help="Instead of the table's own.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at once; default: one a core, on a GPU at most four.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print the commands, and which are done; write nothing.")
+@guarded
+def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
+    """Example: python cli.py reproduce --table cifar --quick --out runs/tables/cifar
+
+    Train every cell of a published table, or go on with what is there, and print ours beside the published numbers.
+    """
+    from pathlib import Path
+
+    from pipeline import reproduce
+
+    try:
+        seeds = tuple(dict.fromkeys(int(seed) for seed in seeds.split(","))) if seeds else ()
+    except ValueError:
+        raise UserError(f"--seeds {seeds}: seeds are whole numbers with commas between, such as 0,1,2")
+    whole = reproduce.load_table(table)
+    part, device = reproduce.select(whole, rows, columns, seeds, quick), choose_device(device)
+    if dry_run:
+        commands, _ = reproduce.plan(whole, part, Path(out), device, quick)
+        for job in commands:
+            click.echo(f"{'done ' if job.done else 'to do'}  {shlex.join([*job.arguments, '--out', str(job.out)])}")
+        return click.echo(f"{part.title}: {len(commands)} commands; nothing written")
+    failed = reproduce.reproduce(whole, part, out, device, quick, jobs)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

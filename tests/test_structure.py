@@ -30,7 +30,7 @@ LAYERS = [
     {"pipeline.dump"},
     {"pipeline.recipe", "pipeline.plan"},
     {"pipeline.teacher", "pipeline.student"},
-    {"pipeline.verify"},
+    {"pipeline.verify", "pipeline.reproduce"},
     {"cli"},
 ]
 FILES = sorted(path for path in (*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("cache/*.py"), ROOT / "cli.py"))

@@ -1,0 +1,347 @@
+"""Published tables by one command: every run of a table, resumed or new, and ours beside the published numbers.
+
+A table is a YAML file: columns are experiments, rows are what is changed in them. Each run is a process of its own with
+its own folder, so that whatever interrupts the command, the same command goes on. Teachers and caches are shared by all
+rows that ask for the same ones.
+
+    OUT/<column>/teacher-<key>-<seed>   cache-<key>.zarr   <row>-<key>-<seed>   and a .log beside each
+    OUT/table.md  table.csv  table.json  table.png
+
+A key is a digest of all that goes in, so a folder never holds another experiment than its name says.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import STDOUT, Popen
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import yaml
+from pydantic import Field, ValidationError
+
+from cache import CacheError, open_cache
+from cache.views import to_json
+from pipeline import UserError, runs, show
+from pipeline.config import Experiment, Section, load_config
+from pipeline.progress import Progress
+from pipeline.report import pyplot, spread
+
+ROOT = Path(__file__).parent.parent
+TABLES = ROOT / "configs" / "tables"
+COLUMNS = show.COLUMNS
+
+
+class Member(Section):
+    """A teacher of an ensemble."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    set: tuple[str, ...] = ()  # overrides of its own
+
+
+class Column(Section):
+    """An experiment."""
+
+    config: str  # a file, from the table's own folder
+    quick: str | None = None  # its small version; without one, --quick leaves the column out
+    set: tuple[str, ...] = ()  # overrides, as with -o
+
+
+class Row(Section):
+    """What is changed in every column's experiment."""
+
+    set: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()  # further overrides at the small scale
+    stage: Literal["teacher", "student"] = "student"  # teacher: the row is the teacher itself
+    teachers: tuple[Member, ...] = (Member(),)  # whose average, or whose features, the student learns from
+    backbone: str | None = None  # the row whose run of the same seed gives the backbone
+    published: dict[str, float | dict[str, float]] = {}  # by column: top-1, or {all, many, medium, few}
+
+
+class Table(Section):
+    title: str
+    published: Literal["last", "best"] = "last"  # which of our epochs the published numbers compare with
+    seeds: tuple[int, ...] = (0, 1, 2)
+    columns: dict[str, Column]
+    rows: dict[str, Row]
+
+
+@dataclass(eq=False)
+class Job:
+    """One command with the folder that it makes."""
+
+    out: Path
+    arguments: list[str]
+    needs: list["Job"] = field(default_factory=list)
+    process: Popen | None = None
+    failed: bool = False
+
+    @property
+    def done(self) -> bool:
+        if self.out.suffix != ".zarr":
+            return (self.out / "summary.json").exists()
+        try:
+            return open_cache(str(self.out)).complete
+        except CacheError:
+            return False  # not begun, or what dump-logits will say
+
+    def begin(self, threads: int) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{self.out}.log", "a") as log:
+            self.process = Popen(
+                [sys.executable, str(ROOT / "cli.py"), *self.arguments, "--out", str(self.out), "--resume"],
+                stdout=log,
+                stderr=STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )
+
+
+def load_table(name: str) -> Table:
+    """The table of that name in configs/tables, or in the YAML file `name`. Raises UserError for what is wrong in it."""
+    path = TABLES / f"{name}.yaml"
+    if not path.exists():
+        path = Path(name)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError:
+        known = ", ".join(sorted(found.stem for found in TABLES.glob("*.yaml")))
+        raise UserError(f"there is no table {name!r}; known are {known}, or name a YAML file")
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
+    try:
+        table = Table.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors()]
+        raise UserError("\n".join(lines)) from None
+    columns = {
+        name: column.model_copy(
+            update={
+                key: str((path.parent / file).resolve())
+                for key, file in (("config", column.config), ("quick", column.quick))
+                if file
+            }
+        )
+        for name, column in table.columns.items()
+    }
+    table = table.model_copy(update={"columns": columns})
+    for row, section in table.rows.items():
+        if section.backbone and section.backbone not in table.rows:
+            raise UserError(f"{path}: rows.{row}.backbone: there is no row {section.backbone!r}")
+        if unknown := set(section.published) - set(table.columns):
+            raise UserError(f"{path}: rows.{row}.published: there is no column {', '.join(sorted(unknown))}")
+    return table
+
+
+def select(table: Table, rows: tuple[str, ...], columns: tuple[str, ...], seeds: tuple[int, ...], quick: bool) -> Table:
+    """The part of `table` that is asked for; nothing asked for is everything. Raises UserError for unknown names."""
+    for kind, asked, known in ("row", rows, table.rows), ("column", columns, table.columns):
+        if unknown := [name for name in asked if name not in known]:
+            raise UserError(f"the table has no {kind} {unknown[0]!r}; it has {', '.join(known)}")
+    kept = {name: column for name, column in table.columns.items() if not columns or name in columns}
+    if quick:
+        kept = {name: column for name, column in kept.items() if column.quick}
+        if not kept:
+            raise UserError("none of these columns has a small version; leave out --quick")
+    chosen = {name: row for name, row in table.rows.items() if not rows or name in rows}
+    return table.model_copy(update={"columns": kept, "rows": chosen, "seeds": seeds or table.seeds})
+
+
+def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: bool) -> tuple[list[Job], dict]:
+    """All commands of `table`, a part of `whole`, those that others need first; and the student's or teacher's of each cell.
+
+    The second is {(row, column, seed): job}. Every configuration is checked here, before anything runs.
+    """
+    jobs: dict[Path, Job] = {}
+
+    def add(path: Path, *arguments: str, needs=()) -> Job:
+        return jobs.setdefault(path, Job(path, [*arguments, "--device", device.type], list(needs)))
+
+    @functools.cache
+    def common(column: str, overrides: tuple[str, ...], seed: int) -> tuple[Experiment, list[str]]:
+        section = table.columns[column]
+        path = section.quick if quick else section.config
+        overrides = (*section.set, *overrides)
+        options = [part for override in overrides for part in ("-o", override)]
+        return load_config(path, overrides, seed), ["--config", path, "--seed", str(seed), *options]
+
+    def teacher(column: str, row: Row, seed: int, extra=()) -> Job:
+        # what only a student has must not tell teachers apart
+        overrides = tuple(item for item in (*_overrides(row, quick), *extra) if not item.startswith("student."))
+        experiment, options = common(column, overrides, seed)
+        key = _key(experiment.data, experiment.views, experiment.teacher)
+        return add(out / _slug(column) / f"teacher-{key}-{seed}", "train-teacher", *options)
+
+    def cache(column: str, row: Row) -> Job:
+        members = [teacher(column, row, member.seed, member.set) for member in row.teachers]
+        overrides = tuple(item for item in _overrides(row, quick) if not item.startswith("student."))
+        experiment, options = common(column, overrides, row.teachers[0].seed)
+        key = _key(experiment.cache, *[member.out.name for member in members])
+        named = [part for member in members for part in ("--teacher", str(member.out))]
+        return add(out / _slug(column) / f"cache-{key}.zarr", "dump-logits", *options, *named, needs=members)
+
+    def cell(name: str, column: str, seed: int) -> Job:
+        row = whole.rows[name]
+        if row.stage == "teacher":
+            return teacher(column, row, seed)
+        experiment, options = common(column, _overrides(row, quick), seed)
+        learns_from, needs = experiment.student.method.learns_from, []
+        if learns_from == "backbone":
+            needs = [cell(row.backbone, column, seed)]
+            options = [*options, "--backbone", str(needs[0].out)]
+        elif learns_from:
+            needs = [cache(column, row)]
+            options = [*options, "--cache", str(needs[0].out)]
+        key = _key(experiment.data, experiment.views, experiment.student, *[need.out.name for need in needs])
+        return add(out / _slug(column) / f"{_slug(name)}-{key}-{seed}", "train-student", *options, needs=needs)
+
+    cells = {
+        (row, column, seed): cell(row, column, seed) for column in table.columns for row in table.rows for seed in table.seeds
+    }
+    return list(jobs.values()), cells
+
+
+def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick: bool, at_once: int | None) -> list[Job]:
+    """Runs what is missing of `table`, a part of `whole`, and writes the table into `out`. Returns the jobs that failed."""
+    folder = Path(out)
+    jobs, cells = plan(whole, table, folder, device, quick)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}; name another folder")
+    cores = len(os.sched_getaffinity(0))
+    at_once = at_once or (min(4, cores) if device.type == "cuda" else cores)
+    _run([job for job in jobs if not job.done], len(jobs), at_once, max(1, cores // at_once))
+    write_table(table, cells, folder, quick)
+    return [job for job in jobs if job.failed]
+
+
+def _run(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
+    """Begins jobs whose needs are done, `at_once` at a time, until none is left that can be."""
+    running: list[Job] = []
+    start, finished = time.perf_counter(), 0
+    with Progress("reproducing", total, total - len(waiting), "runs", plain=True) as progress:
+        try:
+            while waiting or running:
+                for job in list(waiting):  # needs come first, so a failure reaches all that builds on it
+                    if any(need.failed for need in job.needs):
+                        job.failed = True
+                        waiting.remove(job)
+                        print(f"{job.out}: left out, what it needs failed", flush=True)
+                ready = [job for job in waiting if all(need not in waiting and need not in running for need in job.needs)]
+                for job in ready[: at_once - len(running)]:
+                    waiting.remove(job)
+                    running.append(job)
+                    job.begin(threads)
+                time.sleep(0.2)
+                for job in [job for job in running if job.process.poll() is not None]:
+                    running.remove(job)
+                    job.failed = job.process.returncode != 0
+                    if job.failed:
+                        print(f"{job.out}: exit {job.process.returncode}; see {job.out}.log", flush=True)
+                    finished += 1
+                    progress.advance(finished / (time.perf_counter() - start) * 3600, "runs/h")
+        finally:
+            for job in running:  # interrupted: each leaves what --resume goes on with
+                job.process.terminate()
+            for job in running:
+                job.process.wait()
+
+
+def write_table(table: Table, cells: dict, folder: Path, quick: bool) -> list[list[str]]:
+    """Writes table.md, .csv, .json and .png from the runs that are complete, and prints the table. Returns its rows."""
+    title = table.title
+    if quick:
+        title += " — quick: a small recipe, not the papers'; published numbers are of the full one"
+    heading = ["data", "method", "seeds", *COLUMNS, "best epoch's all", "published", "difference"]
+    rows, values = [heading], []
+    for column in table.columns:
+        for name, row in table.rows.items():
+            found = [
+                runs.open_run(cells[name, column, seed].out).summary()
+                for seed in table.seeds
+                if cells[name, column, seed].done
+            ]
+            published = row.published.get(column)
+            overall = published.get("all") if isinstance(published, dict) else published
+            ours = [summary[table.published]["top1"] for summary in found]
+            scores = {label: [summary["last"][key] for summary in found] for label, key in COLUMNS.items()}
+            best = [summary["best"]["top1"] for summary in found]
+            rows.append(
+                [
+                    column,
+                    name,
+                    str(len(found)),
+                    *[spread(score) if found else "–" for score in scores.values()],
+                    spread(best) if found else "–",
+                    "–" if overall is None else f"{overall:.2f}",
+                    "–" if overall is None or not found else f"{np.mean(ours) - overall:+.2f}",
+                ]
+            )
+            seeds = [summary["seed"] for summary in found]
+            values.append(
+                {"column": column, "row": name, "seeds": seeds, "last": scores, "best": best, "published": published}
+            )
+    rule = ["---", "---"] + ["---:"] * (len(heading) - 2)
+    note = f"All, many, medium, few: top-1 of the last epoch, %. Difference: our {table.published} epoch minus published."
+    lines = [f"# {title}", "", note, "", *["| " + " | ".join(row) + " |" for row in (heading, rule, *rows[1:])]]
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    runs.write_whole(folder / "table.md", ("\n".join(lines) + "\n").encode())
+    runs.write_whole(folder / "table.csv", text.getvalue().encode())
+    content = {"title": title, "published": table.published, "cells": values}
+    runs.write_whole(folder / "table.json", (json.dumps(content, indent=1) + "\n").encode())
+    _draw(table, values, title, folder / "table.png")
+    show.table(rows, f"{title}\n{note}")
+    return rows
+
+
+def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
+    """Accuracy of each row, ours with its spread and published, a panel for each column."""
+    names = list(table.rows)
+    shape = {"figsize": (2 + 3.2 * len(table.columns), 1.6 + 0.3 * len(names)), "layout": "constrained"}
+    figure, panels = pyplot.subplots(1, len(table.columns), sharey=True, squeeze=False, **shape)
+    for axes, column in zip(panels[0], table.columns):
+        for place, cell in enumerate(value for value in values if value["column"] == column):
+            ours = cell["last"]["all"] if table.published == "last" else cell["best"]
+            if ours:
+                axes.errorbar(np.mean(ours), place, xerr=np.std(ours, ddof=1) if len(ours) > 1 else None, fmt="o", color="C0")
+            published = cell["published"]
+            published = published.get("all") if isinstance(published, dict) else published
+            if published is not None:
+                axes.plot(published, place, "|", color="C1", markersize=12, markeredgewidth=2)
+        axes.set(title=column, xlabel=f"top-1 of the {table.published} epoch (%)")
+        axes.grid(alpha=0.3, axis="x")
+    panels[0][0].set_yticks(range(len(names)), names)
+    panels[0][0].invert_yaxis()
+    handles = [pyplot.Line2D([], [], marker="o", ls="", color="C0"), pyplot.Line2D([], [], marker="|", ls="", color="C1")]
+    figure.legend(handles, ["ours", "published"], loc="outside lower center", ncols=2)
+    figure.suptitle(title, wrap=True, fontsize="medium")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _overrides(row: Row, quick: bool) -> tuple[str, ...]:
+    return (*row.set, *row.quick) if quick else row.set
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _key(*parts) -> str:
+    """Eight digits that tell apart what is made from different settings."""
+    plain = [part.model_dump(mode="json") if isinstance(part, Section) else _plain(part) for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _plain(part):
+    return part if isinstance(part, str) else to_json(part)

@@ -1,0 +1,178 @@
+"""Tables: every run once, shared where it can be, resumed, and ours beside the published numbers."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from click.testing import CliRunner
+
+import cli
+from pipeline import UserError, reproduce, runs
+from pipeline.config import dump_config
+
+ROOT = Path(__file__).parent.parent
+TABLES = sorted((ROOT / "configs" / "tables").glob("*.yaml"))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A small table of the tiny experiment: a teacher, KD, BKD from two teachers and a new classifier on it."""
+    (tmp_path / "tiny.yaml").write_text(dump_config(tiny.experiment("teacher.training.epochs=1", "student.training.epochs=1")))
+    content = {
+        "title": "A table",
+        "seeds": [0, 1],
+        "columns": {"digits": {"config": "tiny.yaml", "quick": "tiny.yaml", "set": ["data.imbalance_ratio=20"]}},
+        "rows": {
+            "CE": {"stage": "teacher", "published": {"digits": 50.0}},
+            "KD": {"set": ["student.method.name=kd"], "published": {"digits": {"all": 40, "few": 1}}},
+            "BKD, two teachers": {"teachers": [{"seed": 0}, {"seed": 1}], "quick": ["student.method.alpha=2"]},
+            "BKD+cRT": {"set": ["student.method.name=crt"], "backbone": "BKD, two teachers"},
+        },
+    }
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def jobs_of(name, *, rows=(), columns=(), seeds=(), quick=False, out="out"):
+    whole = reproduce.load_table(str(name))
+    part = reproduce.select(whole, rows, columns, seeds, quick)
+    return reproduce.plan(whole, part, Path(out), tiny.CPU, quick)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_shipped_table_is_whole_and_opens_with_its_command(path, monkeypatch):
+    monkeypatch.setenv("OFFLINE_BKD_DATA", "data")
+    assert path.read_text().startswith(f"# python cli.py reproduce --table {path.stem} ")
+    for quick in (False, True):
+        jobs, cells = jobs_of(path.stem, seeds=(0,), quick=quick)
+        assert cells and all(need in jobs for job in jobs for need in job.needs)
+
+
+def test_teachers_and_caches_are_shared_and_come_first(table):
+    jobs, cells = jobs_of(table)
+    kinds = [job.arguments[0] for job in jobs]
+    assert [kinds.count(kind) for kind in ("train-teacher", "dump-logits", "train-student")] == [2, 2, 6]
+    for place, job in enumerate(jobs):
+        assert all(jobs.index(need) < place for need in job.needs)
+    assert cells["BKD+cRT", "digits", 1].needs == [cells["BKD, two teachers", "digits", 1]]
+    assert "data.imbalance_ratio=20" in cells["CE", "digits", 0].arguments
+    # a part of the table needs the rest only where it learns from it
+    jobs, _ = jobs_of(table, rows=("KD",), seeds=(1,))
+    assert [job.arguments[0] for job in jobs] == ["train-teacher", "dump-logits", "train-student"]
+
+
+def test_a_folder_is_for_one_experiment(table):
+    full, quick = (jobs_of(table, quick=quick)[1] for quick in (False, True))
+    assert full["KD", "digits", 0].out == quick["KD", "digits", 0].out, "nothing differs"
+    assert full["BKD, two teachers", "digits", 0].out != quick["BKD, two teachers", "digits", 0].out
+    assert full["BKD+cRT", "digits", 0].out != quick["BKD+cRT", "digits", 0].out, "its backbone differs"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": {"A": {"backbone": "B"}}}, "rows.A.backbone: there is no row 'B'"),
+        ({"rows": {"A": {"published": {"mnist": 1}}}}, "rows.A.published: there is no column mnist"),
+        ({"rows": {"A": {"stage": "pupil"}}}, "rows.A.stage: input should be 'teacher' or 'student'"),
+        ({"colums": {}}, "colums: extra inputs are not permitted"),
+        ({"rows": {"A": {"set": ["student.method.nam=kd"]}}}, "unknown key; did you mean 'name'"),
+    ],
+)
+def test_what_is_wrong_in_a_table_is_named_before_anything_runs(table, change, message):
+    table.write_text(yaml.safe_dump(yaml.safe_load(table.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        jobs_of(table)
+
+
+def test_what_is_not_in_the_table_is_named(table):
+    for asked, message in (
+        ({"rows": ("KDD",)}, "no row 'KDD'; it has CE, KD"),
+        ({"columns": ("mnist",)}, "no column 'mnist'; it has digits"),
+    ):
+        with pytest.raises(UserError, match=message):
+            jobs_of(table, **asked)
+    with pytest.raises(UserError, match="there is no table 'cifr'; known are .*cifar"):
+        reproduce.load_table("cifr")
+    with pytest.raises(UserError, match="none of these columns has a small version"):
+        jobs_of("cifar", columns=("CIFAR-10-LT 50",), quick=True)
+
+
+class InThisProcess:
+    """What the command starts as processes, run here: starting one takes longer than a tiny run."""
+
+    def __init__(self, command, stdout, **_):
+        found = CliRunner().invoke(cli.main, command[2:])
+        stdout.write(found.output)
+        self.returncode = found.exit_code
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(reproduce, "Popen", InThisProcess)
+
+
+def invoke(table, out, *options):
+    return CliRunner().invoke(cli.main, ["reproduce", "--table", str(table), "--out", str(out), "--device", "cpu", *options])
+
+
+def test_a_table_is_run_resumed_and_compared(table, tmp_path, here):
+    out = tmp_path / "out"
+    dry = invoke(table, out, "--dry-run")
+    assert dry.exit_code == 0 and dry.output.count("to do") == 10 and not out.exists()
+    first = invoke(table, out, "--seeds", "0", "--jobs", "2")
+    assert first.exit_code == 0, first.output
+    changed = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+    second = invoke(table, out)
+    assert second.exit_code == 0, second.output
+    assert all(path.stat().st_mtime_ns == before for path, before in changed.items()), "what is done stays"
+    assert invoke(table, out, "--dry-run").output.count("done") == 10
+    _, cells = jobs_of(table, out=out)
+    rows = {row[1]: row for row in csv.reader((out / "table.csv").read_text().splitlines())}
+    for name in ("CE", "KD", "BKD, two teachers", "BKD+cRT"):
+        found = [runs.open_run(cells[name, "digits", seed].out).summary()["last"]["top1"] for seed in (0, 1)]
+        mean, _, spread = rows[name][3].partition(" ± ")
+        assert float(mean) == pytest.approx(sum(found) / 2, abs=0.006)
+        assert float(spread) == pytest.approx(abs(found[0] - found[1]) / 2**0.5, abs=0.006)
+        assert rows[name][2] == "2"
+    assert float(rows["KD"][-1]) == pytest.approx(float(rows["KD"][3].split()[0]) - 40, abs=0.011)
+    assert rows["BKD+cRT"][-2:] == ["–", "–"]
+    assert json.loads((out / "table.json").read_text())["cells"][1]["seeds"] == [0, 1]
+    assert (out / "table.png").read_bytes().startswith(b"\x89PNG") and "| digits | CE | 2 |" in (out / "table.md").read_text()
+
+
+def test_a_run_that_fails_is_named_and_leaves_out_what_needs_it(table, tmp_path, here):
+    content = yaml.safe_load(table.read_text())
+    content["rows"]["CE"]["set"] = ["teacher.training.learning_rate=1.0e+30"]
+    content["rows"]["BKD, two teachers"]["set"] = ["student.training.learning_rate=1.0e+30"]
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    found = invoke(table, tmp_path / "out", "--seeds", "0")
+    assert found.exit_code == 1
+    assert found.output.count("exit 1; see") == 2, found.output
+    assert found.output.count("left out, what it needs failed") == 1
+    rows = {row[1]: row for row in csv.reader((tmp_path / "out" / "table.csv").read_text().splitlines())}
+    assert [rows[name][2] for name in ("CE", "KD", "BKD, two teachers", "BKD+cRT")] == ["0", "1", "0", "0"]
+
+
+def test_interrupted_it_goes_on_where_it_was(table, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "cli.py"), "reproduce", "--table", str(table), "--out", str(out), "--device", "cpu"]
+    process = subprocess.Popen([*command, "--seeds", "0", "--jobs", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not list(out.rglob("summary.json")):
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait() == 130
+    assert b"interrupted" in process.stderr.read()
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "Popen", InThisProcess)
+        found = invoke(table, out, "--seeds", "0")
+    assert found.exit_code == 0, found.output
+    assert len(list(out.rglob("summary.json"))) == 5
