@@ -105,6 +105,8 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
             "last": {"epoch": training.epochs, **records[-1]["test"]},
             "best": best,
             "seconds": sum(record["seconds"] + record.get("evaluation_seconds", 0) for record in records),
+            "data_share": float(np.mean([record["data_share"] for record in records])),
+            "peak_memory": runs.peak_memory(task.images.device),
             "digest": runs.digest(model.state_dict()),
         }
     )
@@ -134,7 +136,8 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
     sums: dict[str, torch.Tensor] = {}
     first_bad = torch.full((), steps, device=device)  # first step of the epoch whose loss was not finite
     task.network.train()
-    for step, batch in enumerate(task.images.batches(rows, views, training.batch_size)):
+    waited = [0.0]
+    for step, batch in enumerate(_timed(task.images.batches(rows, views, training.batch_size), waited)):
         rate = learning_rate(training, epoch * steps + step, steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
@@ -160,8 +163,21 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
         "train_top1": 100 * correct / len(rows),
         "learning_rate": rate,
         "seconds": seconds,
+        "data_share": waited[0] / seconds,  # of the time, in which the host waited for batches or cropped them
         "images_per_second": len(rows) / seconds,
     }
+
+
+def _timed(batches, waited: list[float]):
+    """The same batches; adds the seconds that getting them took to `waited[0]`."""
+    batches = iter(batches)
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        waited[0] += time.perf_counter() - start
+        if batch is None:
+            return
+        yield batch
 
 
 def _draw(task: Task, epoch: int) -> tuple[np.ndarray, np.ndarray]:

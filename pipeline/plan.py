@@ -1,7 +1,6 @@
 """What a command would do: sizes, and estimates of time and memory from a few real steps. Writes nothing."""
 
 import math
-import resource
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from cache import open_cache
 from cache.views import CropFlip
-from pipeline import engine, losses, show
+from pipeline import engine, losses, runs, show
 from pipeline.config import Experiment, dump_config
 from pipeline.data import datasets
 from pipeline.data.images import open_images
@@ -36,7 +35,7 @@ def show_plan(config: Experiment, device: torch.device, stage: str, cache: str |
         "views": f"{views:,}",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "store": f"{views * samples * row / 1e6:,.1f} MB in memory" if row else "known once klt is fitted to the teacher",
-        "memory": f"about {(_peak_bytes(device) + held) / 1e6:,.0f} MB on {device.type}",
+        "memory": f"about {(runs.peak_memory(device) + held) / 1e6:,.0f} MB on {device.type}",
         "time": f"about {seconds:,.0f} s on {device.type}",
     }
     print(dump_config(config))
@@ -50,13 +49,6 @@ def _row_bytes(config: Experiment, classes: int, cache: str | None) -> int | Non
         return plane.shape[1] * plane.itemsize
     encoding = config.cache.encoding
     return classes * np.dtype(encoding.dtype).itemsize if encoding.name == "probability" else None
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has used so far: the images are loaded and some steps were taken."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _seconds(config: Experiment, model: torch.nn.Module, images: list, device: torch.device, stage: str) -> float:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shlex
 import sys
 import time
@@ -199,6 +200,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({os.cpu_count()} cores)"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes of the device's memory that this process has used so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from pipeline import engine, runs
 from pipeline.config import Cosine, OneCycle, Training
+from pipeline.data.images import ResidentImages
 from pipeline.samplers import instance_balanced
 from pipeline.student import train_student
 from pipeline.teacher import train_teacher
@@ -64,9 +65,12 @@ def tensors(folder, name="last"):
     return runs.Run(Path(folder)).load_tensors(name)[0]
 
 
+TIMES = {"seconds", "evaluation_seconds", "data_share", "images_per_second"}
+
+
 def equal_runs(first, second) -> bool:
     same = [torch.equal(value, tensors(second)[name]) for name, value in tensors(first).items()]
-    strip = [[{k: v for k, v in r.items() if "second" not in k} for r in runs.Run(Path(f)).metrics()] for f in (first, second)]
+    strip = [[{k: v for k, v in r.items() if k not in TIMES} for r in runs.Run(Path(f)).metrics()] for f in (first, second)]
     return all(same) and strip[0] == strip[1]
 
 
@@ -251,3 +255,19 @@ def test_training_on_a_cuda_device_follows_the_cpu(tmp_path, teacher_run):
     train_teacher(tiny.experiment(), str(tmp_path / "cuda"), torch.device("cuda"))
     cpu, cuda = (runs.Run(Path(folder)).metrics() for folder in (teacher_run, tmp_path / "cuda"))
     assert cuda[0]["loss"] == pytest.approx(cpu[0]["loss"], rel=0.02)
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_reported(tmp_path, monkeypatch):
+    batches = ResidentImages.batches
+
+    def slow(self, rows, views, batch_size):
+        for batch in batches(self, rows, views, batch_size):
+            time.sleep(0.2)
+            yield batch
+
+    train_teacher(tiny.experiment(), str(tmp_path / "fast"), tiny.CPU)
+    monkeypatch.setattr(ResidentImages, "batches", slow)
+    train_teacher(tiny.experiment(), str(tmp_path / "slow"), tiny.CPU)
+    fast, late = (runs.open_run(tmp_path / name).summary() for name in ("fast", "slow"))
+    assert fast["data_share"] < 0.5 < late["data_share"] < 1
+    assert fast["peak_memory"] > 1e8, "bytes"
