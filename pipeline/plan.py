@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cache import open_cache
+from cache.planes import row_format
 from cache.views import CropFlip
 from pipeline import engine, losses, runs, show
 from pipeline.config import Experiment, dump_config
@@ -26,7 +27,7 @@ def show_plan(config: Experiment, device: torch.device, stage: str, cache: str |
     seconds = _seconds(config, model, images, device, stage)
     counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
     held = 0
-    if stage == "student" and config.student.method.learns_from == "probabilities" and row:
+    if stage == "student" and config.student.method.learns_from in ("probabilities", "features") and row:
         held = samples * row * (views if isinstance(config.views, CropFlip) else 2)
     facts = {
         "training samples (N)": f"{samples:,}",
@@ -44,9 +45,10 @@ def show_plan(config: Experiment, device: torch.device, stage: str, cache: str |
 
 def _row_bytes(config: Experiment, classes: int, cache: str | None) -> int | None:
     """Bytes that one sample's answer to one view takes in memory; None where only the teacher's answers can say."""
+    features = config.student.method.learns_from == "features"
     if cache and Path(cache).exists():
-        plane = open_cache(cache).stored_plane(0)
-        return plane.shape[1] * plane.itemsize
+        width, dtype = row_format(open_cache(cache), features)
+        return width * dtype.itemsize
     encoding = config.cache.encoding
     return classes * np.dtype(encoding.dtype).itemsize if encoding.name == "probability" else None
 
