@@ -34,7 +34,7 @@ from cache.views import to_json
 from pipeline import UserError, runs, show
 from pipeline.config import Experiment, Section, load_config
 from pipeline.progress import Progress
-from pipeline.report import pyplot, spread
+from pipeline.report import spread
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / "configs" / "tables"
@@ -306,9 +306,12 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool) -> list[li
 
 def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
     """Accuracy of each row, ours with its spread and published, a panel for each column."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     names = list(table.rows)
-    shape = {"figsize": (2 + 3.2 * len(table.columns), 1.6 + 0.3 * len(names)), "layout": "constrained"}
-    figure, panels = pyplot.subplots(1, len(table.columns), sharey=True, squeeze=False, **shape)
+    figure = Figure(figsize=(2 + 3.2 * len(table.columns), 1.6 + 0.3 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(table.columns), sharey=True, squeeze=False)
     for axes, column in zip(panels[0], table.columns):
         for place, cell in enumerate(value for value in values if value["column"] == column):
             ours = cell["last"]["all"] if table.published == "last" else cell["best"]
@@ -322,11 +325,10 @@ def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     panels[0][0].set_yticks(range(len(names)), names)
     panels[0][0].invert_yaxis()
-    handles = [pyplot.Line2D([], [], marker="o", ls="", color="C0"), pyplot.Line2D([], [], marker="|", ls="", color="C1")]
+    handles = [Line2D([], [], marker="o", ls="", color="C0"), Line2D([], [], marker="|", ls="", color="C1")]
     figure.legend(handles, ["ours", "published"], loc="outside lower center", ncols=2)
     figure.suptitle(title, wrap=True, fontsize="medium")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _overrides(row: Row, quick: bool) -> tuple[str, ...]:
