@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from cache.views import CropFlip, RandomResizedCrop
 from pipeline import UserError
@@ -20,7 +20,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Strict(), Field(gt=0)]
 Temperature = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PerChannel = tuple[float, float, float]
@@ -33,10 +33,10 @@ class Data(Section):
     root: str = "."  # folder that relative paths start from; ~ and ${VARIABLES} are expanded
     imbalance_ratio: Annotated[float, Field(ge=1)] | None = None  # n_max / n_min; null keeps every training sample
     max_per_class: Positive | None = None  # n_max; null takes the first class's size
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0  # which samples stay
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**64)] = 0  # which samples stay
     mean: PerChannel = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
     std: PositivePerChannel = (0.229, 0.224, 0.225)
-    workers: Annotated[int, Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
+    workers: Annotated[int, Strict(), Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
 
 
 class Digits(Data):
@@ -81,7 +81,7 @@ class CifarResNet(Network):
 
     name: Literal["cifar_resnet"]
     depth: Positive = 32
-    width: Annotated[int, Field(ge=2, multiple_of=2)] = 16  # channels of the first stage
+    width: Annotated[int, Strict(), Field(ge=2, multiple_of=2)] = 16  # channels of the first stage
     branches: Literal[1, 2] = 1  # 2: the last block exists twice, for method bbn
 
     @model_validator(mode="after")
@@ -107,7 +107,7 @@ class Step(Section):
     """A linear rise over whole epochs, then a factor `gamma` at each milestone (the BKD paper's CIFAR recipe)."""
 
     name: Literal["step"]
-    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    warmup_epochs: Annotated[int, Strict(), Field(ge=0)] = 5
     milestones: tuple[Positive, ...] = (160, 180)
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.01
 
@@ -298,7 +298,7 @@ class Experiment(Section):
     """One experiment: a data set, its views, a teacher, a cache and a student."""
 
     name: str
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of initial weights, sample order and views drawn
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0  # of initial weights, sample order and views drawn
     data: Annotated[Digits | Parquet | Cifar | ImageFolder, Field(discriminator="name")]
     views: Annotated[CropFlip | RandomResizedCrop, Field(discriminator="name")]
     teacher: Teacher

@@ -35,6 +35,7 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("student.method.name=bkdd", r"student\.method\.name: 'bkdd' is not known; did you mean 'bkd'\?"),
         ("student.method={alpha: 2}", r"student\.method\.name: missing; one of"),
         ("student.training.epochs=many", r"student\.training\.epochs: .*integer.*; found 'many'"),
+        ("student.training.epochs=true", r"student\.training\.epochs: .*integer; found True"),
         ("student.training.epochs=0", r"student\.training\.epochs: .*greater than 0; found 0"),
         ("data.imbalance_ratio=0.5", r"data\.imbalance_ratio: .*; found 0\.5"),
         ("teacher.model.depth=21", r"teacher\.model: depth is 6n \+ 2 .*; found 21"),

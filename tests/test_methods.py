@@ -1,5 +1,8 @@
 """Methods that need more than logits: trained from end to end on a tiny experiment, resumed, refused."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import tiny
@@ -10,6 +13,7 @@ from cache.planes import Planes
 from pipeline import UserError, runs
 from pipeline.data.color_jitter import ColorJitter, adjust
 from pipeline.dump import dump_logits
+from pipeline.evaluate import evaluate_run
 from pipeline.models import build_model
 from pipeline.student import train_student
 from pipeline.targets import Targets
@@ -176,3 +180,15 @@ def test_a_sample_that_an_epoch_repeats_is_seen_under_several_views(tmp_path, en
     assert len(rows) == 464
     commonest = np.bincount(rows).argmax()
     assert len(set(views[rows == commonest])) > 1
+
+
+def test_scoring_again_and_a_backbone_refuse_other_classes(tmp_path, teacher_run):
+    shutil.copytree(teacher_run, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["classes"][0] = "nought"
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="knows other classes than digits; use the data it was trained on"):
+        evaluate_run(str(tmp_path / "run"), "last", (), tiny.CPU)
+    config = tiny.experiment("student.method={name: crt}")
+    with pytest.raises(UserError, match="knows other classes than digits; use the data it was trained on"):
+        train_student(config, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(tmp_path / "run"))
