@@ -7,10 +7,12 @@ import glob
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from pipeline import UserError, config
 
 MOST_CLASSES = 100_000
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # the same, to Pillow; trying each of its forty takes longer
+ROWS_A_TASK = 64  # of threads: a task for each row would cost more than reading it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,8 @@ class Dataset:
     classes: tuple[str, ...]
     sample_id: np.ndarray  # int64 [N]: the sample's position in its source, whatever has been left out since
     label: np.ndarray  # int64 [N]
-    images: Sequence  # N of uint8 arrays [H, W, 3], encoded bytes, or paths of image files
-    root: Path | None = None  # that paths are shown and fingerprinted relative to
+    images: Sequence  # N of uint8 arrays [H, W, 3], encoded bytes, or paths of image files as text
+    root: Path | None = None  # the folder that paths begin with, left out of fingerprints
 
     def __len__(self) -> int:
         return len(self.label)
@@ -45,22 +49,42 @@ class Dataset:
     @cached_property
     def image_size(self) -> np.ndarray:
         """(height, width) of every image as decoded, int64 [N, 2]. Raises UserError naming the images that do not decode."""
-        with ThreadPoolExecutor() as threads:  # decoding releases the interpreter's lock
-            sizes = list(threads.map(self._probe, range(len(self))))
-        broken = [str(size) for size in sizes if isinstance(size, UserError)]
-        if broken:
+        return np.array(self.for_each(self._size), np.int64).reshape(-1, 2)
+
+    @cached_property
+    def file_size(self) -> np.ndarray:
+        """Bytes of every image's file, int64 [N]. Raises UserError naming the files that are missing."""
+        return np.array(self.for_each(self._file_size, "restore them or correct data.root"), np.int64)
+
+    def for_each(self, read: Callable[[int], object], remedy: str = "replace or remove them") -> list:
+        """`read(row)` of every row, in threads. Raises one UserError for all that `read` raised, with a `remedy`."""
+
+        def attempt(row: int):
+            try:
+                return read(row)
+            except UserError as error:
+                return error
+
+        def some(start: int) -> list:
+            return [attempt(row) for row in range(start, min(start + ROWS_A_TASK, len(self)))]
+
+        with ThreadPoolExecutor() as threads:  # decoding and waiting for a disk release the interpreter's lock
+            found = list(chain.from_iterable(threads.map(some, range(0, len(self), ROWS_A_TASK))))
+        if broken := [str(error) for error in found if isinstance(error, UserError)]:
             more = f" (and {len(broken) - 3} more)" if len(broken) > 3 else ""
-            raise UserError("; ".join(broken[:3]) + f"{more}: replace or remove them")
-        return np.array(sizes, np.int64).reshape(-1, 2)
+            raise UserError("; ".join(broken[:3]) + f"{more}: {remedy}")
+        return found
 
     def decode(self, row: int) -> Image.Image:
         """Image `row`, in RGB, upright. Raises UserError naming it if it cannot be read."""
-        return self._open(row, draft=False)
+        return self._open(row, draft=False)[0]
 
     def describe(self, row: int) -> str:
         """What a person calls the sample: its file, or its position in the source."""
         image = self.images[row]
-        return str(image) if isinstance(image, Path) else f"{self.name} sample {self.sample_id[row]}"
+        if not isinstance(image, str):
+            return f"{self.name} sample {self.sample_id[row]}"
+        return image
 
     def take(self, rows: np.ndarray) -> "Dataset":
         """The samples at `rows`, in that order."""
@@ -70,10 +94,10 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What the data set is, by part: sha256 of sample ids, labels and images (files: their paths and sizes)."""
-        images = hashlib.sha256()
-        for image in self.images:
-            if isinstance(image, Path):
-                image = f"{image.relative_to(self.root).as_posix()} {image.stat().st_size}\n".encode()
+        images, top = hashlib.sha256(), os.path.join(self.root or "", "")
+        for row, image in enumerate(self.images):
+            if isinstance(image, str):
+                image = f"{image.removeprefix(top)} {self.file_size[row]}\n".encode()
             images.update(image)
         return {
             "size": f"{len(self):,} samples of {len(self.classes):,} classes",
@@ -82,39 +106,37 @@ class Dataset:
             "images": images.hexdigest(),
         }
 
-    def _open(self, row: int, draft: bool) -> Image.Image:
+    def _open(self, row: int, draft: bool) -> tuple[Image.Image, tuple[int, int]]:
+        """Image `row`, in RGB, upright, and its (height, width); a `draft` of it is smaller."""
         image = self.images[row]
         if isinstance(image, np.ndarray):
-            return Image.fromarray(image)
+            return Image.fromarray(image), image.shape[:2]
         try:
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            if draft:  # a JPEG need not be decoded at full size to see that it is whole
-                image.draft("RGB", (1, 1))
-            image = ImageOps.exif_transpose(image)
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+            whole = image.size
+            # a JPEG need not be decoded at full size to see that it is whole
+            drafted = draft and image.draft("RGB", (1, 1)) is not None
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
             elif image.mode == "F":
                 raise ValueError("it holds floating-point pixels")
-            return image.convert("RGB")
+            width, height = (whole[::-1] if turned else whole) if drafted else image.size
+            return image.convert("RGB"), (height, width)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if isinstance(error, UnidentifiedImageError):
                 error = "no known format"
             raise UserError(f"{self.describe(row)} cannot be read as an image: {error}")
 
-    def _probe(self, row: int):
-        image = self.images[row]
-        if isinstance(image, np.ndarray):
-            return image.shape[:2]
+    def _size(self, row: int) -> tuple[int, int]:
+        return self._open(row, draft=True)[1]
+
+    def _file_size(self, row: int) -> int:
         try:
-            decoded = self._open(row, draft=True)
-        except UserError as error:
-            return error
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
-            if header.format != "JPEG":
-                return decoded.size[::-1]
-            width, height = header.size  # the draft is smaller
-            upright = header.getexif().get(ExifTags.Base.Orientation, 1) < 5  # 5 to 8 swap the sides
-        return (height, width) if upright else (width, height)
+            return os.stat(self.images[row]).st_size
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"{self.describe(row)} cannot be read: {getattr(error, 'strerror', error)}")
 
 
 def load(section: config.Data) -> tuple[Dataset, Dataset]:
@@ -202,13 +224,14 @@ def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
     images, labels, names = [], [], None
     for path in paths:
         try:
-            schema = pyarrow.parquet.read_schema(path)
-            for column in (section.image, section.label):
-                if column not in schema.names:
-                    raise UserError(
-                        f"{path} has no column {column!r} but {', '.join(schema.names)}; set data.image, data.label"
-                    )
-            table = pyarrow.parquet.read_table(path, columns=[section.image, section.label])
+            with pyarrow.parquet.ParquetFile(path) as file:  # read_table() would import pandas
+                schema = file.schema_arrow
+                for column in (section.image, section.label):
+                    if column not in schema.names:
+                        raise UserError(
+                            f"{path} has no column {column!r} but {', '.join(schema.names)}; set data.image, data.label"
+                        )
+                table = file.read(columns=[section.image, section.label])
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read {path} as Parquet: {error}")
         image, label = table[section.image], table[section.label]
@@ -219,7 +242,7 @@ def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
             found = f"it is {label.type} with {label.null_count} nulls"
             raise UserError(f"{path}: column {section.label!r} must hold whole numbers without gaps; {found}")
         images += [value for chunk in image.chunks for value in chunk.field("bytes").to_pylist()]
-        labels.append(label.to_numpy().astype(np.int64))
+        labels.append(np.array(label.to_pylist()).astype(np.int64))  # to_numpy() would import pandas
         found = _class_names(schema, section.label)
         if names and found != names:
             raise UserError(f"{path}: class names differ from those of {paths[0]}")
@@ -276,7 +299,7 @@ def _folder_part(root: Path) -> Dataset:
     images, label = [], []
     for number, folder in enumerate(folders):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES)
-        images += files
+        images += map(str, files)
         label += [number] * len(files)
     return Dataset(
         name=root.parent.name,
