@@ -68,6 +68,23 @@ class ImageFolder(Data):
     test: str = "test"
 
 
+class ImageList(Data):
+    """Text files of lines `relative/path.jpg label`, as ImageNet-LT and Places-LT are given; paths start from `root`."""
+
+    name: Literal["image_list"]
+    train: str
+    test: str
+    classes: str | None = None  # a file with a class name on each line; null names the classes 0, 1, …
+
+
+class INaturalist(Data):
+    """The JSON files of iNaturalist 2017 and 2018: images, an annotation for each, categories; paths start from `root`."""
+
+    name: Literal["inaturalist"]
+    train: str
+    test: str
+
+
 class CifarResNet(Section):
     """He et al.'s ResNets for small images, depth 6n + 2, with parameter-free (option A) shortcuts."""
 
@@ -246,7 +263,7 @@ class Experiment(Section):
 
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of initial weights, sample order and views drawn
-    data: Annotated[Digits | Parquet | Cifar | ImageFolder, Field(discriminator="name")]
+    data: Annotated[Digits | Parquet | Cifar | ImageFolder | ImageList | INaturalist, Field(discriminator="name")]
     views: Annotated[CropFlip | RandomResizedCrop, Field(discriminator="name")]
     teacher: Teacher
     cache: CacheSection = CacheSection()

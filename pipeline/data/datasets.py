@@ -8,15 +8,20 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Annotated, NotRequired
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from pydantic import FailFast, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from cache import philox
 from pipeline import UserError, config
@@ -24,6 +29,7 @@ from pipeline import UserError, config
 MOST_CLASSES = 100_000
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # the same, to Pillow; trying each of its forty takes longer
+LABEL = re.compile("[0-9]{1,5}")
 ROWS_A_TASK = 64  # of threads: a task for each row would cost more than reading it
 
 
@@ -37,6 +43,7 @@ class Dataset:
     label: np.ndarray  # int64 [N]
     images: Sequence  # N of uint8 arrays [H, W, 3], encoded bytes, or paths of image files as text
     root: Path | None = None  # the folder that paths begin with, left out of fingerprints
+    listed: str | None = None  # where paths are listed, up to a sample's number there, from 1: "train.txt line"
 
     def __len__(self) -> int:
         return len(self.label)
@@ -84,7 +91,7 @@ class Dataset:
         image = self.images[row]
         if not isinstance(image, str):
             return f"{self.name} sample {self.sample_id[row]}"
-        return image
+        return f"{image} ({self.listed} {self.sample_id[row] + 1})" if self.listed else image
 
     def take(self, rows: np.ndarray) -> "Dataset":
         """The samples at `rows`, in that order."""
@@ -311,10 +318,138 @@ def _folder_part(root: Path) -> Dataset:
     )
 
 
+def _image_list(section: config.ImageList, root: Path) -> tuple[Dataset, Dataset]:
+    parts = [_read_list(root / name) for name in (section.train, section.test)]
+    if section.classes:
+        classes = _read(root / section.classes).decode(errors="replace").splitlines()
+    else:
+        classes = [str(c) for c in range(max(max(label) for _, label in parts) + 1)]
+    return tuple(
+        _listed_part(root, f"{name} line", files, label, classes)
+        for name, (files, label) in zip((section.train, section.test), parts)
+    )
+
+
+def _read_list(path: Path) -> tuple[list[str], list[int]]:
+    """The files and labels of a list, one for every line, so that an error can name the line."""
+    try:
+        lines = _read(path).decode("utf-8-sig").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as such")
+    files, labels = [], []
+    for number, line in enumerate(lines, 1):
+        fields = line.rsplit(maxsplit=1)
+        if len(fields) < 2 or not LABEL.fullmatch(fields[1]):
+            raise UserError(
+                f"{path} line {number}: {line[:100]!r} is not a path and a label; "
+                f"write relative/path.jpg, a space and a whole number from 0 to {MOST_CLASSES - 1:,}"
+            )
+        files.append(fields[0].lstrip())
+        labels.append(int(fields[1]))
+    return files, labels
+
+
+class _Category(TypedDict):
+    id: int
+    name: NotRequired[str | int | None]
+
+
+class _Image(TypedDict):
+    id: int
+    file_name: str
+
+
+class _Annotation(TypedDict):
+    image_id: int
+    category_id: int
+
+
+class _INaturalist(TypedDict):
+    """What is read of iNaturalist's JSON; it holds more."""
+
+    categories: Annotated[list[_Category], FailFast()]
+    images: Annotated[list[_Image], FailFast()]
+    annotations: Annotated[list[_Annotation], FailFast()]
+
+
+def _inaturalist(section: config.INaturalist, root: Path) -> tuple[Dataset, Dataset]:
+    return _inaturalist_part(root, section.train), _inaturalist_part(root, section.test)
+
+
+def _inaturalist_part(root: Path, name: str) -> Dataset:
+    path = root / name
+    try:
+        content = TypeAdapter(_INaturalist).validate_json(_read(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(
+            f"{path} is not iNaturalist's JSON: {place}: {first['msg']}; it must hold categories, images and annotations"
+        )
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    files, annotations = content["images"], content["annotations"]
+    number = {category["id"]: number for number, category in enumerate(categories)}
+    category_of = {annotation["image_id"]: annotation["category_id"] for annotation in annotations}
+    images = {image["id"] for image in files}
+    wrong = {
+        "category ids that come twice": _repeated(category["id"] for category in categories),
+        "image ids that come twice": _repeated(image["id"] for image in files),
+        "images with several annotations": _repeated(annotation["image_id"] for annotation in annotations),
+        "images without an annotation": images - category_of.keys(),
+        "annotated images that are not listed": category_of.keys() - images,
+        "annotated categories that are not listed": set(category_of.values()) - number.keys(),
+    }
+    for what, ids in wrong.items():
+        if ids:
+            shown = ", ".join(map(str, sorted(ids)[:5]))
+            raise UserError(
+                f"{path} has {len(ids):,} {what}: {shown}; each image needs one annotation, with a listed category"
+            )
+    names = [str(category["id"] if category.get("name") is None else category["name"]) for category in categories]
+    if len(set(names)) < len(names):
+        names = [str(category["id"]) for category in categories]
+    label = [number[category_of[image["id"]]] for image in files]
+    return _listed_part(root, f"{name} image number", [image["file_name"] for image in files], label, names)
+
+
+def _repeated(ids: Iterable[int]) -> list[int]:
+    return [one for one, count in Counter(ids).items() if count > 1]
+
+
+def _listed_part(root: Path, listed: str, files: list[str], label: list[int], classes: Sequence[str]) -> Dataset:
+    """A part whose files, relative to `root`, are listed. Raises UserError for those outside of it and those missing."""
+    top, images = os.path.join(root, ""), []
+    for number, file in enumerate(files, 1):
+        path = os.path.normpath(os.path.join(top, file))
+        if not path.startswith(top):
+            raise UserError(f"{listed} {number}: {file!r} is outside {root}; paths start from data.root and stay in it")
+        images.append(path)
+    dataset = Dataset(
+        name=root.name,
+        classes=tuple(classes),
+        sample_id=np.arange(len(images)),
+        label=np.array(label, np.int64),
+        images=images,
+        root=root,
+        listed=listed,
+    )
+    _ = dataset.file_size  # asks the disk once, for what is missing now and for the fingerprint later
+    return dataset
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check data.root, data.train and data.test")
+
+
 LOADERS = {
     "digits": _digits,
     "parquet": _parquet,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "imagefolder": _imagefolder,
+    "image_list": _image_list,
+    "inaturalist": _inaturalist,
 }
