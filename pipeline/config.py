@@ -101,7 +101,7 @@ class CifarResNet(Section):
 
 
 class TorchvisionModel(Section):
-    """Any of torchvision's classifiers, by its name there."""
+    """Any of torchvision's classifiers, by its name there, and resnet10, which is ImageNet-LT's."""
 
     name: Literal["torchvision"]
     architecture: str
