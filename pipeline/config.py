@@ -69,6 +69,23 @@ class ImageFolder(Data):
     test: str = "test"
 
 
+class ImageList(Data):
+    """Text files of lines `relative/path.jpg label`, as ImageNet-LT and Places-LT are given; paths start from `root`."""
+
+    name: Literal["image_list"]
+    train: str
+    test: str
+    classes: str | None = None  # a file with a class name on each line; null names the classes 0, 1, …
+
+
+class INaturalist(Data):
+    """The JSON files of iNaturalist 2017 and 2018: images, an annotation for each, categories; paths start from `root`."""
+
+    name: Literal["inaturalist"]
+    train: str
+    test: str
+
+
 class Network(Section):
     """What every network may have after its pooled features."""
 
@@ -92,7 +109,7 @@ class CifarResNet(Network):
 
 
 class TorchvisionModel(Network):
-    """Any of torchvision's classifiers, by its name there."""
+    """Any of torchvision's classifiers, by its name there, and resnet10, which is ImageNet-LT's."""
 
     name: Literal["torchvision"]
     architecture: str
@@ -299,7 +316,7 @@ class Experiment(Section):
 
     name: str
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0  # of initial weights, sample order and views drawn
-    data: Annotated[Digits | Parquet | Cifar | ImageFolder, Field(discriminator="name")]
+    data: Annotated[Digits | Parquet | Cifar | ImageFolder | ImageList | INaturalist, Field(discriminator="name")]
     views: Annotated[CropFlip | RandomResizedCrop, Field(discriminator="name")]
     teacher: Teacher
     cache: CacheSection = CacheSection()

@@ -80,7 +80,7 @@ def dump_logits(
                 identity=identity(training_set, section.temperature, config.views, answers_of),
                 sample_id=training_set.sample_id,
                 label=training_set.label,
-                image_size=training_set.image_size,
+                image_size=images.image_size,
                 encoding=section.encoding.model_dump(),
                 fit=lambda views, number=number: answers(chosen, views)[number][0],
                 features=features[number],

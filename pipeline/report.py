@@ -1,18 +1,14 @@
-"""Tables and pictures, made from runs' files alone."""
+"""Tables and pictures, made from runs' files alone. Matplotlib is imported where it draws: training should start without."""
 
 import csv
 import io
 import json
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from pipeline import UserError, metrics, runs
 from pipeline.show import COLUMNS
-
-matplotlib.use("Agg")  # files only, no display
-from matplotlib import pyplot  # noqa: E402
 
 NAMES = {
     "teacher": "teacher",
@@ -114,7 +110,10 @@ def _mean(values: list):
 
 
 def _draw_curves(named: list[tuple[str, list[dict]]], path: Path) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     colours = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(method for method, _ in named))}
     labelled = set()
     for method, records in named:
@@ -131,12 +130,14 @@ def _draw_curves(named: list[tuple[str, list[dict]]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _draw_classes(scores: dict[str, dict], class_counts: np.ndarray, path: Path) -> None:
     """Accuracy of every class over its training samples, with a running mean where there are many classes."""
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     order = np.argsort(-class_counts, kind="stable")
     rank = np.arange(len(order))
     window = max(1, len(order) // 10)
@@ -163,4 +164,3 @@ def _draw_classes(scores: dict[str, dict], class_counts: np.ndarray, path: Path)
     axes.grid(alpha=0.3, axis="y")
     axes.legend(loc="lower left")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

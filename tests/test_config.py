@@ -17,6 +17,25 @@ def test_every_shipped_configuration_loads_and_opens_with_its_command(path):
     assert f"--config configs/{path.name}" in "".join(path.read_text().splitlines()[:3])
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "weights", "batch_size"),
+    [
+        ("imagenet-lt", "resnet10", None, 512),
+        ("places-lt", "resnet152", "DEFAULT", 128),
+        ("inaturalist2018", "resnet50", None, 256),
+    ],
+)
+def test_the_recipes_for_large_sets_are_the_papers(name, architecture, weights, batch_size):
+    config = load_config(CONFIGS[0].parent / f"{name}.yaml")
+    assert config.student.training == config.teacher.training and config.student.model == config.teacher.model
+    training, model = config.student.training, config.student.model
+    assert (model.architecture, model.weights, training.batch_size) == (architecture, weights, batch_size)
+    assert (training.epochs, training.learning_rate, training.schedule.name, training.momentum) == (90, 0.2, "cosine", 0.9)
+    method = config.student.method
+    assert (method.name, method.alpha, method.beta, method.reweight_from) == ("bkd", 1, 0.9999, 0)
+    assert config.cache.temperature == 2 and config.views.size == 224
+
+
 def test_a_resolved_configuration_reads_back_equal(tmp_path):
     config = tiny.experiment("student.method={name: bkd, reweight_from: 0.8}")
     path = tmp_path / "config.yaml"
@@ -45,6 +64,8 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("views={name: random_resized_crop, size: 4, count: 2, ratio: [2, 1]}", r"ratio is a range"),
         ("views={name: random_resized_crop, size: 4, count: 2, seed: -1}", r"seed is in \[0, 2\^64\); found -1"),
         ("data={name: parquet}", r"data\.train: missing; it must be given"),
+        ("data={name: inaturalist, train: a}", r"data\.test: missing; it must be given"),
+        ("data={name: image_list, train: a, test: b, class: c}", r"data\.class: unknown key; did you mean 'classes'\?"),
         ("studnet.training.epochs=5", r"studnet: unknown key; did you mean 'student'\?"),
         ("a..b=1", r"a: unknown key"),
         ("data.mean.0=0.5", r"'mean' holds a value, not a section"),

@@ -2,6 +2,9 @@
 
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -103,6 +106,20 @@ def test_parquet_is_read_from_one_or_many_shards(tmp_path):
     assert train.fingerprint != test.fingerprint
 
 
+def test_reading_parquet_does_not_wait_for_pandas(tmp_path):
+    parquet(tmp_path, [0, 1])
+    parquet(tmp_path, [0, 1], "test-0.parquet")
+    script = f"""
+import sys
+from pipeline import config
+from pipeline.data import datasets
+datasets.load(config.Parquet(name="parquet", root={str(tmp_path)!r}, train="train-*.parquet", test="test-*.parquet"))
+print("pandas" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,7 +186,7 @@ def test_odd_images_are_decoded_upright_in_rgb_and_broken_ones_named(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (16, 8)).save(ant / "2.jpg", exif=exif)
     train, _ = datasets.load(section)
-    sizes = dict(zip([path.name for path in train.images], train.image_size.tolist()))
+    sizes = dict(zip([Path(path).name for path in train.images], train.image_size.tolist()))
     assert (sizes["0.jpg"], sizes["1.jpg"], sizes["2.jpg"]) == ([8, 16], [8, 16], [16, 8])
     for row in range(len(train)):
         image = train.decode(row)
@@ -191,12 +208,29 @@ def test_sixteen_bits_become_eight_and_the_size_of_a_turned_tiff_is_right(tmp_pa
     exif[0x0112] = 6
     Image.new("RGB", (16, 8)).save(ant / "1.tif", exif=exif)
     train, _ = datasets.load(section)
-    rows = {path.name: row for row, path in enumerate(train.images) if path.parent == ant}
+    rows = {Path(path).name: row for row, path in enumerate(train.images) if Path(path).parent == ant}
     np.testing.assert_array_equal(np.asarray(train.decode(rows["0.png"]))[..., 0].ravel(), np.arange(256))
     assert train.image_size[rows["1.tif"]].tolist() == [16, 8] == list(train.decode(rows["1.tif"]).size[::-1])
     Image.fromarray(grey.astype(np.float32)).save(ant / "2.tif")
     with pytest.raises(UserError, match="2.tif cannot be read as an image: it holds floating-point pixels"):
         _ = datasets.load(section)[0].image_size
+
+
+def test_the_size_of_a_jpeg_is_that_of_its_first_picture_upright(tmp_path):
+    section = folder_of_images(tmp_path)
+    ant = tmp_path / "train" / "ant"
+    picture = Image.new("RGB", (160, 80))
+    picture.save(ant / "0.jpg", "MPO", save_all=True, append_images=[picture])  # as telephones write them
+    for orientation in range(10):  # 0 and 9 mean nothing
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(ant / f"turned{orientation}.jpg", exif=exif)
+    train, _ = datasets.load(section)
+    sizes = {Path(path).name: size for path, size in zip(train.images, train.image_size.tolist())}
+    assert sizes["0.jpg"] == [80, 160]
+    for orientation in range(10):
+        assert sizes[f"turned{orientation}.jpg"] == ([160, 80] if 5 <= orientation <= 8 else [80, 160])
+    assert [list(train.decode(row).size[::-1]) for row in range(len(train))] == train.image_size.tolist()
 
 
 def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path):

@@ -1,11 +1,13 @@
 """Crops: the same bits for every batch size and order, and the crop that the view's number names."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
-from test_datasets import folder_of_images
+from test_datasets import folder_of_images, parquet, png, section
 from torchvision.transforms.v2 import functional as transforms
 
 from cache.views import CropFlip, RandomResizedCrop
@@ -70,6 +72,27 @@ def test_consecutive_views_of_a_sample_decode_it_once(folder, monkeypatch):
     assert decoded == [0, 1, 2, 3, 4, 5]
 
 
+def test_images_that_stay_on_the_device_are_opened_once(tmp_path, monkeypatch):
+    parquet(tmp_path, [0, 1, 1])
+    parquet(tmp_path, [0, 1], "test-0.parquet")
+    train, _ = datasets.load(section(tmp_path))
+    opened, open_image = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **values: opened.append(1) or open_image(*args, **values))
+    images = ResidentImages(train, FLIPPED, tiny.CPU)
+    assert len(opened) == 3
+    assert images.image_size.tolist() == [[5, 6]] * 3
+    assert images.crop(torch.arange(3), None)[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_broken_images_are_all_named_before_any_stays_on_the_device(tmp_path):
+    parquet(tmp_path, [0, 1, 1, 0, 1, 0], images=[b"", png(1), b"no", b"image", png(4), b"here"])
+    parquet(tmp_path, [0, 1], "test-0.parquet")
+    train, _ = datasets.load(section(tmp_path))
+    message = r"sample 0 cannot be read.*; .* sample 2 .*; .* sample 3 .* \(and 1 more\): replace or remove them"
+    with pytest.raises(UserError, match=message):
+        open_images(train, FLIPPED, tiny.CPU, 0)
+
+
 def test_without_views_images_are_whole(digits, folder):
     resident = next(iter(ResidentImages(digits, FLIPPED, tiny.CPU).batches(np.arange(3), None, 3)))
     np.testing.assert_array_equal(resident.images.permute(0, 2, 3, 1), [np.asarray(digits.decode(row)) for row in range(3)])
@@ -88,7 +111,7 @@ def test_images_of_several_sizes_are_refused_where_they_must_be_equal(folder):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_later_stops_the_work_by_name(folder, workers):
     images = DecodedImages(folder, RESIZED, tiny.CPU, workers)
-    folder.images[2].write_bytes(b"gone")
+    Path(folder.images[2]).write_bytes(b"gone")
     with pytest.raises(UserError, match=r"^[^\n]*2\.png cannot be read as an image[^\n]*$"):
         collect(images, [0, 1, 2], [0, 0, 0], 2)
 

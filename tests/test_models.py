@@ -1,5 +1,7 @@
 """Networks: the published sizes, the published shortcuts, initial weights from the seed, normalisation inside."""
 
+from urllib.error import URLError
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -75,6 +77,25 @@ def test_torchvisions_classifiers_are_built_by_name_and_take_weights_of_another_
         assert network.eval()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 5)
 
 
+def test_resnet10_is_the_long_tailed_literatures():
+    """A 7x7 convolution, four basic blocks of 64 to 512 channels and the classifier: ten layers with weights."""
+    widths, classes = [64, 128, 256, 512], 1000
+    expected = 3 * 64 * 7 * 7 + 2 * 64  # every convolution is normalised: a scale and a shift a channel
+    for before, width in zip([64, *widths], widths):
+        expected += (before + width) * width * 3 * 3 + 2 * 2 * width
+        expected += before * width + 2 * width if before < width else 0  # the shortcut
+    expected += (512 + 1) * classes
+    section = config.TorchvisionModel(name="torchvision", architecture="resnet10")
+    network = build_model(section, classes, DATA, 0)
+    assert sum(parameter.numel() for parameter in network.parameters()) == expected == 5_418_792
+    shapes = [network.network.get_submodule(f"layer{n}")(torch.zeros(1, w, 8, 8)).shape for n, w in zip((1, 2), (64, 64))]
+    assert shapes == [(1, 64, 8, 8), (1, 128, 4, 4)]
+    again = build_model(section, classes, DATA, 0)
+    assert torch.equal(network.network.fc.weight, again.network.fc.weight)
+    with pytest.raises(UserError, match="cannot load weights DEFAULT of resnet10: Unknown model resnet10; give a .safetens"):
+        build_model(section.model_copy(update={"weights": "DEFAULT"}), classes, DATA, 0)
+
+
 def test_an_unknown_architecture_and_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="torchvision has no classifier 'resnet19'; did you mean 'resnet1"):
         build_model(config.TorchvisionModel(name="torchvision", architecture="resnet19"), 5, DATA, 0)
@@ -83,6 +104,15 @@ def test_an_unknown_architecture_and_weights_that_do_not_fit_are_refused(tmp_pat
         torchvision_model(weights=str(tmp_path / "weights.safetensors"))
     with pytest.raises(UserError, match="cannot load weights .*nothing.pth"):
         torchvision_model(weights=str(tmp_path / "nothing.pth"))
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch):
+    def refuse(*_, **__):
+        raise URLError("no route")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(UserError, match="cannot load weights DEFAULT of resnet18: .*no route"):
+        torchvision_model(weights="DEFAULT")
 
 
 def test_a_layer_that_is_missing_is_not_excused_by_its_width(tmp_path):

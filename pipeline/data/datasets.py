@@ -7,20 +7,30 @@ import glob
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Annotated, NotRequired
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from pydantic import FailFast, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from cache import philox
 from pipeline import UserError, config
 
 MOST_CLASSES = 100_000
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # the same, to Pillow; trying each of its forty takes longer
+LABEL = re.compile("[0-9]{1,5}")
+ROWS_A_TASK = 64  # of threads: a task for each row would cost more than reading it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +41,9 @@ class Dataset:
     classes: tuple[str, ...]
     sample_id: np.ndarray  # int64 [N]: the sample's position in its source, whatever has been left out since
     label: np.ndarray  # int64 [N]
-    images: Sequence  # N of uint8 arrays [H, W, 3], encoded bytes, or paths of image files
-    root: Path | None = None  # that paths are shown and fingerprinted relative to
+    images: Sequence  # N of uint8 arrays [H, W, 3], encoded bytes, or paths of image files as text
+    root: Path | None = None  # the folder that paths begin with, left out of fingerprints
+    listed: str | None = None  # where paths are listed, up to a sample's number there, from 1: "train.txt line"
 
     def __len__(self) -> int:
         return len(self.label)
@@ -45,22 +56,42 @@ class Dataset:
     @cached_property
     def image_size(self) -> np.ndarray:
         """(height, width) of every image as decoded, int64 [N, 2]. Raises UserError naming the images that do not decode."""
-        with ThreadPoolExecutor() as threads:  # decoding releases the interpreter's lock
-            sizes = list(threads.map(self._probe, range(len(self))))
-        broken = [str(size) for size in sizes if isinstance(size, UserError)]
-        if broken:
+        return np.array(self.for_each(self._size), np.int64).reshape(-1, 2)
+
+    @cached_property
+    def file_size(self) -> np.ndarray:
+        """Bytes of every image's file, int64 [N]. Raises UserError naming the files that are missing."""
+        return np.array(self.for_each(self._file_size, "restore them or correct data.root"), np.int64)
+
+    def for_each(self, read: Callable[[int], object], remedy: str = "replace or remove them") -> list:
+        """`read(row)` of every row, in threads. Raises one UserError for all that `read` raised, with a `remedy`."""
+
+        def attempt(row: int):
+            try:
+                return read(row)
+            except UserError as error:
+                return error
+
+        def some(start: int) -> list:
+            return [attempt(row) for row in range(start, min(start + ROWS_A_TASK, len(self)))]
+
+        with ThreadPoolExecutor() as threads:  # decoding and waiting for a disk release the interpreter's lock
+            found = list(chain.from_iterable(threads.map(some, range(0, len(self), ROWS_A_TASK))))
+        if broken := [str(error) for error in found if isinstance(error, UserError)]:
             more = f" (and {len(broken) - 3} more)" if len(broken) > 3 else ""
-            raise UserError("; ".join(broken[:3]) + f"{more}: replace or remove them")
-        return np.array(sizes, np.int64).reshape(-1, 2)
+            raise UserError("; ".join(broken[:3]) + f"{more}: {remedy}")
+        return found
 
     def decode(self, row: int) -> Image.Image:
         """Image `row`, in RGB, upright. Raises UserError naming it if it cannot be read."""
-        return self._open(row, draft=False)
+        return self._open(row, draft=False)[0]
 
     def describe(self, row: int) -> str:
         """What a person calls the sample: its file, or its position in the source."""
         image = self.images[row]
-        return str(image) if isinstance(image, Path) else f"{self.name} sample {self.sample_id[row]}"
+        if not isinstance(image, str):
+            return f"{self.name} sample {self.sample_id[row]}"
+        return f"{image} ({self.listed} {self.sample_id[row] + 1})" if self.listed else image
 
     def take(self, rows: np.ndarray) -> "Dataset":
         """The samples at `rows`, in that order."""
@@ -70,10 +101,10 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What the data set is, by part: sha256 of sample ids, labels and images (files: their paths and sizes)."""
-        images = hashlib.sha256()
-        for image in self.images:
-            if isinstance(image, Path):
-                image = f"{image.relative_to(self.root).as_posix()} {image.stat().st_size}\n".encode()
+        images, top = hashlib.sha256(), os.path.join(self.root or "", "")
+        for row, image in enumerate(self.images):
+            if isinstance(image, str):
+                image = f"{image.removeprefix(top)} {self.file_size[row]}\n".encode()
             images.update(image)
         return {
             "size": f"{len(self):,} samples of {len(self.classes):,} classes",
@@ -82,39 +113,37 @@ class Dataset:
             "images": images.hexdigest(),
         }
 
-    def _open(self, row: int, draft: bool) -> Image.Image:
+    def _open(self, row: int, draft: bool) -> tuple[Image.Image, tuple[int, int]]:
+        """Image `row`, in RGB, upright, and its (height, width); a `draft` of it is smaller."""
         image = self.images[row]
         if isinstance(image, np.ndarray):
-            return Image.fromarray(image)
+            return Image.fromarray(image), image.shape[:2]
         try:
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            if draft:  # a JPEG need not be decoded at full size to see that it is whole
-                image.draft("RGB", (1, 1))
-            image = ImageOps.exif_transpose(image)
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+            whole = image.size
+            # a JPEG need not be decoded at full size to see that it is whole
+            drafted = draft and image.draft("RGB", (1, 1)) is not None
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
             elif image.mode == "F":
                 raise ValueError("it holds floating-point pixels")
-            return image.convert("RGB")
+            width, height = (whole[::-1] if turned else whole) if drafted else image.size
+            return image.convert("RGB"), (height, width)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if isinstance(error, UnidentifiedImageError):
                 error = "no known format"
             raise UserError(f"{self.describe(row)} cannot be read as an image: {error}")
 
-    def _probe(self, row: int):
-        image = self.images[row]
-        if isinstance(image, np.ndarray):
-            return image.shape[:2]
+    def _size(self, row: int) -> tuple[int, int]:
+        return self._open(row, draft=True)[1]
+
+    def _file_size(self, row: int) -> int:
         try:
-            decoded = self._open(row, draft=True)
-        except UserError as error:
-            return error
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
-            if header.format != "JPEG":
-                return decoded.size[::-1]
-            width, height = header.size  # the draft is smaller
-            upright = header.getexif().get(ExifTags.Base.Orientation, 1) < 5  # 5 to 8 swap the sides
-        return (height, width) if upright else (width, height)
+            return os.stat(self.images[row]).st_size
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"{self.describe(row)} cannot be read: {getattr(error, 'strerror', error)}")
 
 
 def load(section: config.Data) -> tuple[Dataset, Dataset]:
@@ -202,13 +231,14 @@ def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
     images, labels, names = [], [], None
     for path in paths:
         try:
-            schema = pyarrow.parquet.read_schema(path)
-            for column in (section.image, section.label):
-                if column not in schema.names:
-                    raise UserError(
-                        f"{path} has no column {column!r} but {', '.join(schema.names)}; set data.image, data.label"
-                    )
-            table = pyarrow.parquet.read_table(path, columns=[section.image, section.label])
+            with pyarrow.parquet.ParquetFile(path) as file:  # read_table() would import pandas
+                schema = file.schema_arrow
+                for column in (section.image, section.label):
+                    if column not in schema.names:
+                        raise UserError(
+                            f"{path} has no column {column!r} but {', '.join(schema.names)}; set data.image, data.label"
+                        )
+                table = file.read(columns=[section.image, section.label])
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read {path} as Parquet: {error}")
         image, label = table[section.image], table[section.label]
@@ -219,7 +249,7 @@ def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
             found = f"it is {label.type} with {label.null_count} nulls"
             raise UserError(f"{path}: column {section.label!r} must hold whole numbers without gaps; {found}")
         images += [value for chunk in image.chunks for value in chunk.field("bytes").to_pylist()]
-        labels.append(label.to_numpy().astype(np.int64))
+        labels.append(np.array(label.to_pylist()).astype(np.int64))  # to_numpy() would import pandas
         found = _class_names(schema, section.label)
         if names and found != names:
             raise UserError(f"{path}: class names differ from those of {paths[0]}")
@@ -276,7 +306,7 @@ def _folder_part(root: Path) -> Dataset:
     images, label = [], []
     for number, folder in enumerate(folders):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES)
-        images += files
+        images += map(str, files)
         label += [number] * len(files)
     return Dataset(
         name=root.parent.name,
@@ -288,10 +318,138 @@ def _folder_part(root: Path) -> Dataset:
     )
 
 
+def _image_list(section: config.ImageList, root: Path) -> tuple[Dataset, Dataset]:
+    parts = [_read_list(root / name) for name in (section.train, section.test)]
+    if section.classes:
+        classes = _read(root / section.classes).decode(errors="replace").splitlines()
+    else:
+        classes = [str(c) for c in range(max(max(label) for _, label in parts) + 1)]
+    return tuple(
+        _listed_part(root, f"{name} line", files, label, classes)
+        for name, (files, label) in zip((section.train, section.test), parts)
+    )
+
+
+def _read_list(path: Path) -> tuple[list[str], list[int]]:
+    """The files and labels of a list, one for every line, so that an error can name the line."""
+    try:
+        lines = _read(path).decode("utf-8-sig").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as such")
+    files, labels = [], []
+    for number, line in enumerate(lines, 1):
+        fields = line.rsplit(maxsplit=1)
+        if len(fields) < 2 or not LABEL.fullmatch(fields[1]):
+            raise UserError(
+                f"{path} line {number}: {line[:100]!r} is not a path and a label; "
+                f"write relative/path.jpg, a space and a whole number from 0 to {MOST_CLASSES - 1:,}"
+            )
+        files.append(fields[0].lstrip())
+        labels.append(int(fields[1]))
+    return files, labels
+
+
+class _Category(TypedDict):
+    id: int
+    name: NotRequired[str | int | None]
+
+
+class _Image(TypedDict):
+    id: int
+    file_name: str
+
+
+class _Annotation(TypedDict):
+    image_id: int
+    category_id: int
+
+
+class _INaturalist(TypedDict):
+    """What is read of iNaturalist's JSON; it holds more."""
+
+    categories: Annotated[list[_Category], FailFast()]
+    images: Annotated[list[_Image], FailFast()]
+    annotations: Annotated[list[_Annotation], FailFast()]
+
+
+def _inaturalist(section: config.INaturalist, root: Path) -> tuple[Dataset, Dataset]:
+    return _inaturalist_part(root, section.train), _inaturalist_part(root, section.test)
+
+
+def _inaturalist_part(root: Path, name: str) -> Dataset:
+    path = root / name
+    try:
+        content = TypeAdapter(_INaturalist).validate_json(_read(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(
+            f"{path} is not iNaturalist's JSON: {place}: {first['msg']}; it must hold categories, images and annotations"
+        )
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    files, annotations = content["images"], content["annotations"]
+    number = {category["id"]: number for number, category in enumerate(categories)}
+    category_of = {annotation["image_id"]: annotation["category_id"] for annotation in annotations}
+    images = {image["id"] for image in files}
+    wrong = {
+        "category ids that come twice": _repeated(category["id"] for category in categories),
+        "image ids that come twice": _repeated(image["id"] for image in files),
+        "images with several annotations": _repeated(annotation["image_id"] for annotation in annotations),
+        "images without an annotation": images - category_of.keys(),
+        "annotated images that are not listed": category_of.keys() - images,
+        "annotated categories that are not listed": set(category_of.values()) - number.keys(),
+    }
+    for what, ids in wrong.items():
+        if ids:
+            shown = ", ".join(map(str, sorted(ids)[:5]))
+            raise UserError(
+                f"{path} has {len(ids):,} {what}: {shown}; each image needs one annotation, with a listed category"
+            )
+    names = [str(category["id"] if category.get("name") is None else category["name"]) for category in categories]
+    if len(set(names)) < len(names):
+        names = [str(category["id"]) for category in categories]
+    label = [number[category_of[image["id"]]] for image in files]
+    return _listed_part(root, f"{name} image number", [image["file_name"] for image in files], label, names)
+
+
+def _repeated(ids: Iterable[int]) -> list[int]:
+    return [one for one, count in Counter(ids).items() if count > 1]
+
+
+def _listed_part(root: Path, listed: str, files: list[str], label: list[int], classes: Sequence[str]) -> Dataset:
+    """A part whose files, relative to `root`, are listed. Raises UserError for those outside of it and those missing."""
+    top, images = os.path.join(root, ""), []
+    for number, file in enumerate(files, 1):
+        path = os.path.normpath(os.path.join(top, file))
+        if not path.startswith(top):
+            raise UserError(f"{listed} {number}: {file!r} is outside {root}; paths start from data.root and stay in it")
+        images.append(path)
+    dataset = Dataset(
+        name=root.name,
+        classes=tuple(classes),
+        sample_id=np.arange(len(images)),
+        label=np.array(label, np.int64),
+        images=images,
+        root=root,
+        listed=listed,
+    )
+    _ = dataset.file_size  # asks the disk once, for what is missing now and for the fingerprint later
+    return dataset
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check data.root, data.train and data.test")
+
+
 LOADERS = {
     "digits": _digits,
     "parquet": _parquet,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "imagefolder": _imagefolder,
+    "image_list": _image_list,
+    "inaturalist": _inaturalist,
 }

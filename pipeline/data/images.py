@@ -38,11 +38,13 @@ class ResidentImages:
     decodes = False
 
     def __init__(self, dataset: Dataset, views: CropFlip, device: torch.device):
-        sizes, count = np.unique(dataset.image_size, axis=0, return_counts=True)
+        pixels = dataset.for_each(lambda row: np.asarray(dataset.decode(row)))
+        self.image_size = np.array([image.shape[:2] for image in pixels], np.int64)
+        sizes, count = np.unique(self.image_size, axis=0, return_counts=True)
         if len(sizes) > 1:
-            odd = int((dataset.image_size != sizes[count.argmax()]).any(1).argmax())
+            odd = int((self.image_size != sizes[count.argmax()]).any(1).argmax())
             raise UserError(
-                f"crop_flip needs images of one size, but {dataset.describe(odd)} is {dataset.image_size[odd].tolist()} and "
+                f"crop_flip needs images of one size, but {dataset.describe(odd)} is {self.image_size[odd].tolist()} and "
                 f"most are {sizes[count.argmax()].tolist()} (height, width); use views: {{name: random_resized_crop}}"
             )
         self.height, self.width = (int(side) for side in sizes[0])
@@ -50,8 +52,7 @@ class ResidentImages:
         self.label = torch.from_numpy(dataset.label).to(device)
         pad = views.pad
         padded = np.zeros((len(dataset), self.height + 2 * pad, self.width + 2 * pad, 3), np.uint8)
-        for row in range(len(dataset)):
-            padded[row, pad : pad + self.height, pad : pad + self.width] = np.asarray(dataset.decode(row))
+        np.stack(pixels, out=padded[:, pad : pad + self.height, pad : pad + self.width])
         self.padded = torch.from_numpy(padded).to(device)
 
     def batches(self, rows: np.ndarray, views: np.ndarray | None, batch_size: int) -> Iterator[Batch]:

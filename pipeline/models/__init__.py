@@ -84,13 +84,16 @@ def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
     """torchvision's classifier; given weights load into every part but a last layer of another width."""
     from torchvision import models
 
-    known = models.list_models(module=models)
+    known = [*models.list_models(module=models), "resnet10"]
     if section.architecture not in known:
         near = difflib.get_close_matches(section.architecture, known, 3) or ["resnet50"]
         raise UserError(
             f"torchvision has no classifier {section.architecture!r}; did you mean {' or '.join(map(repr, near))}?"
         )
-    network = models.get_model(section.architecture, weights=None, num_classes=classes)
+    if section.architecture == "resnet10":  # ImageNet-LT's; torchvision names none below 18 but has their parts
+        network = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes)
+    else:
+        network = models.get_model(section.architecture, weights=None, num_classes=classes)
     if section.weights is None:
         return network
     state = _load_weights(section)
@@ -107,10 +110,11 @@ def _load_weights(section: config.TorchvisionModel) -> dict:
     from safetensors.torch import load_file
     from torchvision import models
 
-    if section.weights == "DEFAULT":
-        return models.get_model_weights(section.architecture).DEFAULT.get_state_dict(progress=False)
     path = Path(section.weights)
     try:
+        if section.weights == "DEFAULT":
+            return models.get_model_weights(section.architecture).DEFAULT.get_state_dict(progress=False)
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"cannot load weights {path}: {str(error).splitlines()[0]}; give a .safetensors or .pth state dict")
+        what = f"{section.weights} of {section.architecture}"
+        raise UserError(f"cannot load weights {what}: {str(error).splitlines()[0]}; give a .safetensors or .pth state dict")
