@@ -49,7 +49,8 @@ def jobs_of(name, *, rows=(), columns=(), seeds=(), quick=False, out="out"):
 def test_every_shipped_table_is_whole_and_opens_with_its_command(path, monkeypatch):
     monkeypatch.setenv("OFFLINE_BKD_DATA", "data")
     assert path.read_text().startswith(f"# python cli.py reproduce --table {path.stem} ")
-    for quick in (False, True):
+    small = any(column.quick for column in reproduce.load_table(path.stem).columns.values())
+    for quick in (False, True)[: 1 + small]:
         jobs, cells = jobs_of(path.stem, seeds=(0,), quick=quick)
         assert cells and all(need in jobs for job in jobs for need in job.needs)
 
