@@ -246,7 +246,8 @@ def _run(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
                     running.remove(job)
                     job.failed = job.process.returncode != 0
                     if job.failed:
-                        print(f"{job.out}: exit {job.process.returncode}; see {job.out}.log", flush=True)
+                        said = Path(f"{job.out}.log").read_text(errors="replace").splitlines()[-1:]
+                        print(f"{job.out}: exit {job.process.returncode}; {job.out}.log ends: {''.join(said)}", flush=True)
                     finished += 1
                     progress.advance(finished / (time.perf_counter() - start) * 3600, "runs/h")
         finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,3 +272,15 @@ def test_the_share_of_time_spent_waiting_for_data_is_reported(tmp_path, monkeypa
     fast, late = (runs.open_run(tmp_path / name).summary() for name in ("fast", "slow"))
     assert fast["data_share"] < 0.5 < late["data_share"] < 1
     assert fast["peak_memory"] > 1e8, "bytes"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler; there is none here")
+def test_a_compiled_network_learns_as_the_plain_one(tmp_path):
+    options = ("teacher.training.epochs=1", "teacher.training.learning_rate=0.01")
+    train_teacher(tiny.experiment(*options), str(tmp_path / "plain"), tiny.CPU)
+    train_teacher(tiny.experiment(*options, "teacher.training.compile=true"), str(tmp_path / "compiled"), tiny.CPU)
+    (plain,), (compiled,) = (runs.Run(tmp_path / name).metrics() for name in ("plain", "compiled"))
+    assert plain["learning_rate"] == compiled["learning_rate"]
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4), "the same crops, the last partial batch too"
+    for name, value in tensors(tmp_path / "plain").items():
+        torch.testing.assert_close(tensors(tmp_path / "compiled")[name], value, rtol=1e-2, atol=1e-3)
