@@ -194,7 +194,8 @@ class Cache:
         if encoding.reference is None:  # what is stored is what is asked for
             self._read_plain(encoding.array, view, block, out)
         else:
-            columns, marker = self._read_columns(view, block), self._marker(view, block)
+            marker = self._marker(view, block)
+            columns = self._read_columns(view, block, marker)
             try:
                 encoding.unpack(columns, marker, self.reference_codes(view, block), out)
             except ValueError as error:
@@ -210,15 +211,16 @@ class Cache:
         if reference is None or view == reference:
             return None
         if block not in self._reference:
-            self._reference[block] = self.stored_block(reference, block)
+            # Column by column, as the differences are stored.
+            self._reference[block] = np.asfortranarray(self.stored_block(reference, block))
         return self._reference[block]
 
-    def _read_columns(self, view, block):
+    def _read_columns(self, view, block, marker):
         """A compressed chunk: the rows of columns, int8 [rows, S], that are of the block. Zarr reads it as well."""
         rows, key = self.layout.rows(block), self.layout.chunk(self.encoding.array, view, block)
         where = self._where(view, block)
-        expected, data = self._marker(view, block)["files"].get(key, {}), self._storage.read(key)
-        _check_chunk(expected, data, where)
+        data = self._storage.read(key)
+        _check_chunk(marker["files"].get(key, {}), data, where)
         if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {_REDO}")
         try:
@@ -268,11 +270,9 @@ class Cache:
 
     def _marker(self, view, block):
         key, where = f"done/{view}.{block}", self._where(view, block)
-        size = self._storage.size(key)
-        if size is None:
-            raise CacheError(f"{where} is not dumped yet; resume the dump")
         rows = self.layout.rows(block)
-        marker = read_marker(self._read(key), f"the marker {key} of {where}")
+        data = self._read(key, f"{where} is not dumped yet; resume the dump")
+        marker = read_marker(data, f"the marker {key} of {where}")
         owner = {"store": self.digest, "view": view, "rows": [rows.start, rows.stop]}
         if any(marker.get(name) != value for name, value in owner.items()):
             raise CorruptCacheError(f"the marker {key} of {where} is another block's or store's; {_REDO}")
@@ -324,7 +324,7 @@ class Cache:
         return frame.to_pandas(self, view=view, sample=sample, label=label, probabilities=probabilities)
 
     def export_parquet(self, path, view=None, sample=None, label=None, probabilities: bool = False) -> int:
-        """Write the rows of `to_pandas` to the Parquet file `path`, a block at a time; returns their number."""
+        """Write the rows of `to_pandas` to the Parquet file `path`, a view at a time; returns their number."""
         from cache import frame
 
         return frame.export_parquet(self, path, view=view, sample=sample, label=label, probabilities=probabilities)
@@ -337,11 +337,13 @@ class Cache:
 
     # opening
 
-    def _read(self, key, most=_DOCUMENT_BYTES):
+    def _read(self, key, missing=None):
+        """A metadata document or marker. Raises CacheError, with the message `missing` if given, where it is not there."""
         size = self._storage.size(key)
         if size is None:
-            raise CacheError(f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump")
-        if size > most:
+            missing = missing or f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump"
+            raise CacheError(missing)
+        if size > _DOCUMENT_BYTES:
             raise CacheError(f"{self._storage} is not a store: {key} has {size} bytes; {_FOREIGN}")
         return self._storage.read(key)
 
@@ -349,7 +351,7 @@ class Cache:
         storage = self._storage
         if storage.size("zarr.json") is None:
             found = "it is empty, or not there" if not storage.names() else "it has no zarr.json"
-            raise CacheError(f"{storage} is not a store: {found}; dump one with cli.py dump-logits")
+            raise CacheError(f"{storage} is not a store: {found}; {_FOREIGN}")
         attributes = from_bytes(self._read("zarr.json"), f"{storage}/zarr.json").get("attributes")
         if not isinstance(attributes, dict) or "cache_format" not in attributes:
             raise CacheError(f"{storage} is not a store: its zarr.json has no cache_format; {_FOREIGN}")

@@ -102,6 +102,23 @@ def test_decoding_is_one_matrix_product_and_a_softmax(tmp_path, three_blocks):
     np.testing.assert_allclose(cache.rows([5, 7], [3, 3]), cache.plane(3)[[5, 7]], rtol=1e-5)
 
 
+def test_decoding_goes_into_a_given_array_and_gives_the_same_bits(tmp_path):
+    for encoding in KLT, {"name": "probability", "dtype": "float16"}:
+        cache = dump(tmp_path / encoding["name"], teacher(), encoding=encoding)
+        codes, out = cache.stored_plane(3), np.full((600, 40), 7, np.float32)
+        assert cache.encoding.decode(codes, out) is out and (out == cache.plane(3)).all()
+
+
+@pytest.mark.parametrize("code", [-30_000, 30_000])
+def test_codes_that_mean_logits_beyond_float32_decode_to_distributions(tmp_path, code):
+    encoding = dump(tmp_path / "s", teacher(scale=30), encoding={"name": "klt", "max_error": 0.2}).encoding
+    codes = np.zeros((3, encoding.coefficients), np.int16)
+    codes[1] = code
+    found = encoding.decode(codes)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+
+
 def test_no_code_is_the_fill_value(tmp_path):
     import zarr
 
