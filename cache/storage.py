@@ -72,6 +72,12 @@ class LocalStorage:
             raise
         _sync_folder(path.parent)
 
+    def remove(self, key: str) -> None:
+        """Take away what is at `key`: after this it stays away."""
+        path = self.root / key
+        path.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             self._make_folder(folder.parent)
@@ -150,6 +156,10 @@ class RemoteStorage:
         """Put `data` (any buffer) at `key`, whole or not at all."""
         self._ask(self.fs.makedirs, f"{self.root}/{key}".rsplit("/", 1)[0], exist_ok=True)
         self._ask(self.fs.pipe_file, f"{self.root}/{key}", bytes(data))
+
+    def remove(self, key: str) -> None:
+        """Take away what is at `key`."""
+        self._ask(self.fs.rm, f"{self.root}/{key}")
 
     def lock(self, key: str, offsets):
         """An object store has no locks: that each block has one dumping process is the caller's to see to."""

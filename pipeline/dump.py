@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox, resume_cache
+from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox
 from pipeline import UserError, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
@@ -69,14 +69,14 @@ def dump_logits(
 
     chosen = philox.permutation(0, philox.SUBSET, training_set.sample_id)[:FIT_SAMPLES]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    make = resume_cache if resume or rank else create_cache
     with ExitStack() as stack:
         writers = []
         for number, (path, answers_of) in enumerate(zip(paths, identities)):
             if rank:
                 _wait_for(path)
-            writer = make(
+            writer = create_cache(
                 path,
+                resume=resume or rank > 0,
                 identity=identity(training_set, section.temperature, config.views, answers_of),
                 sample_id=training_set.sample_id,
                 label=training_set.label,

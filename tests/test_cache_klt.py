@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cache_store import files, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, encodings, format, open_cache, resume_cache
+from cache import CacheError, CorruptCacheError, CropFlip, create_cache, encodings, format, open_cache
 
 KLT = {"name": "klt", "max_error": 0.02}
 REFERENCE = 8  # the plain crop at the centre, of 18
@@ -270,9 +270,37 @@ def test_resuming_needs_no_fit_and_gives_the_same_bytes(tmp_path, three_blocks):
     dump(tmp_path / "whole", probability)
     with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
         fill(writer, probability, writer.pending()[:7])
-    with resume_cache(tmp_path / "s", **klt_arguments(probability, fit=None)) as writer:
+    with create_cache(tmp_path / "s", resume=True, **klt_arguments(probability, fit=None)) as writer:
         fill(writer, probability)
     assert files(tmp_path / "s") == files(tmp_path / "whole")
+
+
+def test_what_was_stored_as_differences_from_a_lost_reference_is_written_anew(tmp_path, three_blocks):
+    probability, url = teacher(), tmp_path / "s"
+    dump(url, probability)
+    (url / "done/8.1").unlink()
+
+    def elsewhere(view):  # another machine's bits, and more: every code of the reference is another one
+        return probability(view + 20)
+
+    with create_cache(url, resume=True, **klt_arguments(probability)) as writer:
+        assert set(writer.pending()) == {(view, 1) for view in range(18)} and writer.pending()[0] == (8, 1)
+        fill(writer, elsewhere, writer.pending()[:1])
+    assert len(open_cache(url).missing()) == 17
+    with create_cache(url, resume=True, **klt_arguments(probability)) as writer:
+        assert len(writer.pending()) == 17
+        fill(writer, probability)
+    cache = open_cache(url)
+    assert cache.complete and cache.verify_checksums() == []
+    assert all(target_error(cache, view, probability)[0] <= 0.02 for view in range(18) if view != REFERENCE)
+
+
+def test_a_reference_that_others_differ_from_is_not_written_again(tmp_path):
+    probability = teacher()
+    with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
+        fill(writer, probability, [(8, 0), (3, 0), (3, 0)])
+        with pytest.raises(ValueError, match="view 8, block 0 is written; other views are stored as differences from it"):
+            fill(writer, probability, [(8, 0)])
 
 
 def test_resuming_with_another_bound_or_encoding_is_refused(tmp_path):
@@ -282,7 +310,7 @@ def test_resuming_with_another_bound_or_encoding_is_refused(tmp_path):
         ({"name": "probability"}, "encoding.name: the store has klt, the run has probability"),
     ]:
         with pytest.raises(CacheError, match=message):
-            resume_cache(tmp_path / "s", **klt_arguments(teacher(), encoding=encoding))
+            create_cache(tmp_path / "s", resume=True, **klt_arguments(teacher(), encoding=encoding))
 
 
 # damage and malice
