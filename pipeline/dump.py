@@ -88,11 +88,11 @@ def dump_logits(
                 world=world,
             )
             writers.append(stack.enter_context(writer))
-        _write_pending(writers, answers, config.views.count, images.decodes)
+        write_pending(writers, answers, config.views.count, images.decodes)
     print(f"{', '.join(paths)}: {config.views.count} views of {len(training_set):,} samples", flush=True)
 
 
-def _write_pending(writers: list[CacheWriter], answers, views: int, decodes: bool) -> None:
+def write_pending(writers: list[CacheWriter], answers, views: int, decodes: bool) -> None:
     """Asks for the answers of every block that a writer lacks, and writes them while the next are computed.
 
     Where images are decoded, one decode serves a group of views. Groups do not depend on what is pending, so that the
