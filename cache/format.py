@@ -199,11 +199,6 @@ class Layout:
         """The key of the one chunk of `block` of `view` in one of `arrays`."""
         return f"{array}/c.{view}.{block}.0"
 
-    def fixed_chunks(self) -> list[str]:
-        """The keys of the chunks that are written when the store is created."""
-        arrays = {key.removesuffix("/zarr.json"): values.get("shape") for key, values in self.documents().items()}
-        return [f"{name}/c{'.0' * len(shape)}" for name, shape in arrays.items() if shape and name not in self.arrays]
-
 
 PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
