@@ -289,7 +289,7 @@ class Klt:
 
         fit(numbers) gives the probabilities of some samples under these views, float32 [K, S, C].
         Half of the samples give the basis; the other half say how small a step keeps within `max_error`.
-        Raises ValueError where none does.
+        Raises CacheError where none does, ValueError for a `fit` that gives something else.
         """
         if fit is None:
             raise ValueError("encoding klt is fitted to the teacher: give `fit`")
@@ -363,7 +363,7 @@ def _rounded(error):
 
 
 def _step(coefficients, probability, mean, basis, weight, target):
-    """The largest step that keeps every view's mean error within `target`."""
+    """The largest step that keeps every view's mean error within `target`. Raises CacheError where none does."""
 
     def error(step):
         kept = _kept(coefficients, step)
@@ -378,7 +378,7 @@ def _step(coefficients, probability, mean, basis, weight, target):
     while error(low) > target:
         high, low = low, low / 2
         if low < 1e-6 * high or low < 1e-9:
-            raise ValueError(
+            raise CacheError(
                 f"no codebook reaches max_error with {probability.shape[1]} samples to fit it to; "
                 "give more, or a larger max_error, or dump as probability"
             )

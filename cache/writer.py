@@ -54,8 +54,8 @@ def create_cache(
     the blocks whose number is `rank` modulo `world`.
 
     Raises CacheError where there is something at `url`, or with `resume` something else than the store of exactly these
-    arguments, and says what differs; where it cannot be written, or another process does. ValueError for arguments that
-    do not fit together.
+    arguments, and says what differs; where it cannot be written, or another process does; where `klt` cannot keep to
+    max_error. ValueError for arguments that do not fit together.
     """
     storage = open_storage(url)
     contents = _Contents(identity, sample_id, label, image_size, encoding, features)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox
+from cache.features import check as check_features
 from pipeline import UserError, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
@@ -42,12 +43,16 @@ def dump_logits(
     teacher, identities = load_teachers(teachers, training_set, section.features)
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
-    names = [Path(folder).name for folder in teachers]
+    names = [Path(folder).resolve().name for folder in teachers]
     if len(set(names)) < len(names) and (apart or section.features):
         raise UserError("teachers are kept apart by the names of their folders; give them different ones")
     widths = dict(zip(names, teacher.widths))
+    try:
+        check_features(widths)
+    except ValueError as error:
+        raise UserError(f"{error}; rename the teacher's folder, which the features are named after")
     if apart:
-        paths = [str(Path(out) / f"{name}.zarr") for name in names]
+        paths = [f"{out.rstrip('/')}/{name}.zarr" for name in names]  # `out` may be a URL
         features = [{name: width} for name, width in widths.items()] or [{}] * len(names)
     else:
         paths, identities, features = [out], [average(identities)], [widths]

@@ -218,7 +218,7 @@ def test_a_bound_that_no_codebook_reaches_is_refused(tmp_path):
     classes = 5000  # above 4096 the basis is what the fit's rows span, and these rows span too little
     wide = np.random.default_rng(0).dirichlet(np.ones(classes), 40).astype(np.float32)
     given = identity(classes=tuple(str(c) for c in range(classes)), views=CropFlip(pad=0))
-    with pytest.raises(ValueError, match="no codebook reaches max_error with 20 samples to fit it to; give more"):
+    with pytest.raises(CacheError, match="no codebook reaches max_error with 20 samples to fit it to; give more"):
         create_cache(tmp_path / "s", **klt_arguments(lambda view: wide, identity=given))
     assert not (tmp_path / "s").exists()
 
