@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cache import Cache, open_cache, resume_cache  # noqa: E402
+from cache import Cache, create_cache, open_cache  # noqa: E402
 from cache.encodings import class_weight, total_variation  # noqa: E402
 from pipeline import config, runs  # noqa: E402
 from pipeline.report import spread  # noqa: E402
@@ -73,8 +73,9 @@ def store_again(source: Cache, change, encoding: dict, path: Path) -> Cache:
         rows = np.random.default_rng(0).permutation(len(source))[:FIT_SAMPLES]
         return np.stack([source.plane(view)[rows] for view in views])
 
-    with resume_cache(
+    with create_cache(
         str(path),
+        resume=True,
         identity=source.identity,
         sample_id=source.sample_id,
         label=source.label,

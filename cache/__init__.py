@@ -8,7 +8,7 @@ from cache.format import CacheError, CorruptCacheError, Identity
 from cache.planes import Planes
 from cache.reader import Cache, open_cache
 from cache.views import CropFlip, RandomResizedCrop
-from cache.writer import CacheWriter, create_cache, resume_cache
+from cache.writer import CacheWriter, create_cache
 
 __all__ = [
     "Cache",
@@ -21,5 +21,4 @@ __all__ = [
     "RandomResizedCrop",
     "create_cache",
     "open_cache",
-    "resume_cache",
 ]

@@ -2,7 +2,7 @@
 
     encode     float32 [B, C] probabilities to columns [B, S], which a chunk holds, and values that its marker holds
     unpack     columns [B, S] and the marker's values to codes [B, R], which a plane in memory holds
-    decode     codes [B, R] to float32 [B, C] probabilities
+    decode     codes [B, R] to float32 [B, C] probabilities, into `out` where given
 
 B rows, C classes, S stored columns, R codes a row.
 """
@@ -80,8 +80,11 @@ class Probability:
     def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
         return probability.astype(self.dtype), {}
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        return codes.astype(np.float32)
+    def decode(self, codes: np.ndarray, out=None) -> np.ndarray:
+        if out is None:
+            return codes.astype(np.float32)
+        out[...] = codes
+        return out
 
     def to_json(self) -> dict:
         return {"name": self.name, "dtype": self.dtype}
@@ -222,7 +225,8 @@ class Klt:
         exact *= np.float32(2.0**-shift)
         most = np.where(np.arange(self.coefficients) < self.high, _MOST, 127).astype(np.float32)
         codes = np.clip(np.rint(exact, out=exact), -(_MOST >> shift), _MOST >> shift, out=exact)
-        codes -= self._predicted(reference, shift)
+        if reference is not None:
+            codes -= self._predicted(reference, shift)
         rest = np.clip(codes, -most, most, out=codes).astype(np.int16)
         high = (rest[:, : self.high] + np.int16(127)) // np.int16(_RADIX)  # so that low is in [-127, 127], and high 0
         rest[:, : self.high] -= high * np.int16(_RADIX)  # wherever it can be
@@ -243,19 +247,22 @@ class Klt:
         if type(shift) is not int or not 0 <= shift <= _SHIFT:
             raise ValueError(f"its marker says shift {shift!r}")
         out = np.empty((len(columns), self.coefficients), np.int16) if out is None else out
-        for piece in pieces(*out.shape):
-            codes = out[piece]
-            codes[...] = columns[piece, : self.coefficients]
+        for start in range(0, len(out), _UNPACKED):
+            piece = slice(start, start + _UNPACKED)
+            # In the order of `columns`, which is that of a chunk: column by column. Only the last step turns it.
+            codes = columns[piece, : self.coefficients].astype(np.int16)
             codes[:, : self.high] += columns[piece, self.coefficients :].astype(np.int16) * np.int16(_RADIX)
-            codes += self._predicted(None if reference is None else reference[piece], shift)
+            if reference is not None:
+                codes += self._predicted(reference[piece], shift)
             codes <<= shift
+            out[piece] = codes
         return out
 
     def _predicted(self, reference, shift):
-        if reference is None:
-            return np.int16(0)
+        """The codes that those of the view `reference` foretell, int16 [B, R], in its order in memory."""
         # A product with a rounding by IEEE 754, so that reader and writer agree on every machine.
-        predicted = reference * (self.prediction * np.float32(2.0**-shift))
+        predicted = reference.astype(np.float32)
+        predicted *= self.prediction * np.float32(2.0**-shift)
         return np.rint(predicted, out=predicted).astype(np.int16)
 
     @cached_property
@@ -266,9 +273,9 @@ class Klt:
     def _weighted_matrix(self):
         return np.vstack([self.decoder.basis, self.decoder.mean + np.log(self.class_weight).astype(np.float32)])
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes [B, R] to float32 [B, C]."""
-        return _decoded(codes, self._matrix)
+    def decode(self, codes: np.ndarray, out=None) -> np.ndarray:
+        """Codes [B, R] to float32 [B, C], into `out` where given."""
+        return _decoded(codes, self._matrix, out)
 
     def to_json(self) -> dict:
         request = {"name": self.name, "max_error": self.max_error}
@@ -282,7 +289,7 @@ class Klt:
 
         fit(numbers) gives the probabilities of some samples under these views, float32 [K, S, C].
         Half of the samples give the basis; the other half say how small a step keeps within `max_error`.
-        Raises ValueError where none does.
+        Raises CacheError where none does, ValueError for a `fit` that gives something else.
         """
         if fit is None:
             raise ValueError("encoding klt is fitted to the teacher: give `fit`")
@@ -319,6 +326,8 @@ class Klt:
 
 _SHIFT = 2  # codes count quarters of the step
 _RADIX = 255
+_DECODED = 1 << 20  # bytes of probabilities at a time: a matrix product is quicker with more rows
+_UNPACKED = 1000  # rows at a time; columns that lie a power of two apart would evict each other from the CPU's cache
 _MOST = 127 * _RADIX  # a code, and its difference from the predicted one
 _MARGIN = 0.97  # of max_error, for the step to aim at: few blocks of other views and samples then need a finer one
 _SAFE = 60  # logits whose exponential neither overflows nor vanishes, nor their sum
@@ -354,7 +363,7 @@ def _rounded(error):
 
 
 def _step(coefficients, probability, mean, basis, weight, target):
-    """The largest step that keeps every view's mean error within `target`."""
+    """The largest step that keeps every view's mean error within `target`. Raises CacheError where none does."""
 
     def error(step):
         kept = _kept(coefficients, step)
@@ -369,7 +378,7 @@ def _step(coefficients, probability, mean, basis, weight, target):
     while error(low) > target:
         high, low = low, low / 2
         if low < 1e-6 * high or low < 1e-9:
-            raise ValueError(
+            raise CacheError(
                 f"no codebook reaches max_error with {probability.shape[1]} samples to fit it to; "
                 "give more, or a larger max_error, or dump as probability"
             )
@@ -404,13 +413,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return logits
 
 
-def _decoded(codes, matrix):
+def _decoded(codes, matrix, out=None):
     """softmax(codes @ basis + mean), float32 [B, C], of codes [B, R] and basis and mean below each other."""
-    out = np.empty((len(codes), matrix.shape[1]), np.float32)
-    for piece in pieces(*out.shape):
+    out = np.empty((len(codes), matrix.shape[1]), np.float32) if out is None else out
+    ones = np.ones(matrix.shape[1], np.float32)
+    for piece in pieces(*out.shape, _DECODED):
         factor = np.ones((len(out[piece]), len(matrix)), np.float32)
         factor[:, :-1] = codes[piece]
-        softmax(np.matmul(factor, matrix, out=out[piece]))
+        probability = np.matmul(factor, matrix, out=out[piece])
+        with np.errstate(over="ignore"):
+            np.exp(probability, out=probability)
+        total = probability @ ones
+        if 1e-20 < total.min() and total.max() < 1e30:
+            probability *= (1 / total)[:, None]
+        else:  # beyond the range of float32, where no logarithm of a probability is
+            softmax(np.matmul(factor, matrix, out=probability))
     return out
 
 

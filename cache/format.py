@@ -17,6 +17,7 @@ V views, N samples, C classes. A block is a range of samples; it is what is writ
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +63,13 @@ class Identity:
                 break
         if len(self.classes) != len(other.classes):
             lines.append(f"classes: the store has {len(self.classes)}, the run has {len(other.classes)}")
-        ours, theirs = self.to_json(), other.to_json()
+        sides = self.to_json(), other.to_json()
         for part in "temperature", "views", "dataset", "teacher":
-            left, right = (dict(_leaves(part, values[part])) for values in (ours, theirs))
+            left, right = (dict(_leaves(part, values[part])) for values in sides)
             for name in [*left, *(name for name in right if name not in left)]:
                 if left.get(name) != right.get(name) and (part != "teacher" or name == "teacher.digest"):
-                    lines.append(f"{name}: the store has {left.get(name)}, the run has {right.get(name)}")
+                    ours, theirs = _short(left.get(name)), _short(right.get(name))
+                    lines.append(f"{name}: the store has {ours}, the run has {theirs}")
         return lines
 
     def to_json(self) -> dict:
@@ -111,6 +113,11 @@ class Identity:
             raise ValueError("teacher must have a digest")
         if type(self.views.count) is not int or not 1 <= self.views.count <= _MOST["views"]:
             raise ValueError(f"there must be 1 to {_MOST['views']} views, found {self.views.count}")
+
+
+def _short(value):
+    """A digest's first twelve digits, which do to tell two apart; anything else as it is."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _leaves(name, value):
@@ -191,11 +198,6 @@ class Layout:
     def chunk(self, array: str, view: int, block: int) -> str:
         """The key of the one chunk of `block` of `view` in one of `arrays`."""
         return f"{array}/c.{view}.{block}.0"
-
-    def fixed_chunks(self) -> list[str]:
-        """The keys of the chunks that are written when the store is created."""
-        arrays = {key.removesuffix("/zarr.json"): values.get("shape") for key, values in self.documents().items()}
-        return [f"{name}/c{'.0' * len(shape)}" for name, shape in arrays.items() if shape and name not in self.arrays]
 
 
 PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]

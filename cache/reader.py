@@ -3,12 +3,12 @@
 V views, N samples, C classes. Nothing of a store is trusted before it equals what the format says of it.
 """
 
+import math
 import os
 from dataclasses import replace
 
 import google_crc32c  # Zarr's own
 import numpy as np
-import zarr
 
 from cache import encodings, features
 from cache.format import (
@@ -24,7 +24,7 @@ from cache.format import (
     from_bytes,
     read_marker,
 )
-from cache.storage import ZarrStorage, open_storage
+from cache.storage import open_storage
 
 _REDO = "delete its marker in done/ and resume the dump"
 _RESTORE = "restore it from a copy, or dump it again"
@@ -59,17 +59,15 @@ class Cache:
         self.features = self._load_features(attributes.get("features", {}))
         self.layout = Layout(identity=self.identity, samples=self._samples(), encoding=self.encoding, features=self.features)
         self._check_documents(files)
-        self._fixed = {key: files.get(key, {}) for key in self.layout.fixed_chunks()}
         self._reference = {}
-        fixed = ZarrStorage(storage, check=self._check_fixed, read_only=True)
         self.sample_id, self.label, self.image_size = (
-            self._read_array(fixed, name) for name in ("sample_id", "label", "image_size")
+            self._read_whole(name, files) for name in ("sample_id", "label", "image_size")
         )
         classes = len(self.classes)
         if self.label.min() < 0 or self.label.max() >= classes:
             raise CacheError(f"{storage} is not usable: it has labels outside [0, {classes}); dump it again")
         self.class_counts = np.bincount(self.label, minlength=classes)
-        self.encoding = self.encoding.with_codebook(lambda name: self._read_array(fixed, name), self.class_counts)
+        self.encoding = self.encoding.with_codebook(lambda name: self._read_whole(name, files), self.class_counts)
         self.layout = replace(self.layout, encoding=self.encoding)
 
     def __len__(self):
@@ -194,7 +192,8 @@ class Cache:
         if encoding.reference is None:  # what is stored is what is asked for
             self._read_plain(encoding.array, view, block, out)
         else:
-            columns, marker = self._read_columns(view, block), self._marker(view, block)
+            marker = self._marker(view, block)
+            columns = self._read_columns(view, block, marker)
             try:
                 encoding.unpack(columns, marker, self.reference_codes(view, block), out)
             except ValueError as error:
@@ -210,17 +209,16 @@ class Cache:
         if reference is None or view == reference:
             return None
         if block not in self._reference:
-            self._reference[block] = self.stored_block(reference, block)
+            # Column by column, as the differences are stored.
+            self._reference[block] = np.asfortranarray(self.stored_block(reference, block))
         return self._reference[block]
 
-    def _read_columns(self, view, block):
+    def _read_columns(self, view, block, marker):
         """A compressed chunk: the rows of columns, int8 [rows, S], that are of the block. Zarr reads it as well."""
         rows, key = self.layout.rows(block), self.layout.chunk(self.encoding.array, view, block)
         where = self._where(view, block)
-        expected, data = self._marker(view, block)["files"].get(key, {}), self._storage.read(key)
-        _check_chunk(expected, data, where)
-        if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
-            raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {_REDO}")
+        data = self._storage.read(key)
+        _check_chunk(marker["files"].get(key, {}), data, where, _REDO)
         try:
             return self.encoding.decompress(data[:-4], self.layout.block_rows)[: _length(rows)]
         except (ValueError, RuntimeError) as error:
@@ -268,11 +266,9 @@ class Cache:
 
     def _marker(self, view, block):
         key, where = f"done/{view}.{block}", self._where(view, block)
-        size = self._storage.size(key)
-        if size is None:
-            raise CacheError(f"{where} is not dumped yet; resume the dump")
         rows = self.layout.rows(block)
-        marker = read_marker(self._read(key), f"the marker {key} of {where}")
+        data = self._read(key, f"{where} is not dumped yet; resume the dump")
+        marker = read_marker(data, f"the marker {key} of {where}")
         owner = {"store": self.digest, "view": view, "rows": [rows.start, rows.stop]}
         if any(marker.get(name) != value for name, value in owner.items()):
             raise CorruptCacheError(f"the marker {key} of {where} is another block's or store's; {_REDO}")
@@ -324,7 +320,7 @@ class Cache:
         return frame.to_pandas(self, view=view, sample=sample, label=label, probabilities=probabilities)
 
     def export_parquet(self, path, view=None, sample=None, label=None, probabilities: bool = False) -> int:
-        """Write the rows of `to_pandas` to the Parquet file `path`, a block at a time; returns their number."""
+        """Write the rows of `to_pandas` to the Parquet file `path`, a view at a time; returns their number."""
         from cache import frame
 
         return frame.export_parquet(self, path, view=view, sample=sample, label=label, probabilities=probabilities)
@@ -337,11 +333,13 @@ class Cache:
 
     # opening
 
-    def _read(self, key, most=_DOCUMENT_BYTES):
+    def _read(self, key, missing=None):
+        """A metadata document or marker. Raises CacheError, with the message `missing` if given, where it is not there."""
         size = self._storage.size(key)
         if size is None:
-            raise CacheError(f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump")
-        if size > most:
+            missing = missing or f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump"
+            raise CacheError(missing)
+        if size > _DOCUMENT_BYTES:
             raise CacheError(f"{self._storage} is not a store: {key} has {size} bytes; {_FOREIGN}")
         return self._storage.read(key)
 
@@ -349,7 +347,7 @@ class Cache:
         storage = self._storage
         if storage.size("zarr.json") is None:
             found = "it is empty, or not there" if not storage.names() else "it has no zarr.json"
-            raise CacheError(f"{storage} is not a store: {found}; dump one with cli.py dump-logits")
+            raise CacheError(f"{storage} is not a store: {found}; {_FOREIGN}")
         attributes = from_bytes(self._read("zarr.json"), f"{storage}/zarr.json").get("attributes")
         if not isinstance(attributes, dict) or "cache_format" not in attributes:
             raise CacheError(f"{storage} is not a store: its zarr.json has no cache_format; {_FOREIGN}")
@@ -393,17 +391,17 @@ class Cache:
             if files.get(key) != {"size": len(data), "checksum": digest(data)}:
                 raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {_RESTORE}")
 
-    def _check_fixed(self, key, data):
-        if key in self._fixed:
-            _check_chunk(self._fixed[key], data, f"{self._storage}: {key}", _RESTORE)
-
-    def _read_array(self, store, name):
-        try:
-            return zarr.open_array(store, path=name)[...]
-        except (CacheError, OSError):
-            raise
-        except Exception as error:  # a codec raises what it likes
-            raise CorruptCacheError(f"{self._storage}: {name} is damaged: {error}; {_RESTORE}") from error
+    def _read_whole(self, name, files):
+        """An array that was written when the store was made: one chunk, of plain numbers and their crc32c."""
+        document = self.layout.documents()[f"{name}/zarr.json"]
+        shape, dtype = document["shape"], np.dtype(document["data_type"])
+        key = f"{name}/c{'.0' * len(shape)}"
+        data, where = self._storage.read(key), f"{self._storage}: {key}"
+        size = math.prod(shape) * dtype.itemsize + 4
+        if data is not None and len(data) != size:
+            raise CorruptCacheError(f"{where} is damaged: it has {len(data)} bytes of {size}; {_RESTORE}")
+        _check_chunk(files.get(key, {}), data, where, _RESTORE)
+        return np.frombuffer(data[:-4], dtype.newbyteorder("<")).astype(dtype).reshape(shape)
 
 
 def _length(rows):
@@ -419,11 +417,13 @@ def _room(shape, dtype, out):
     return out
 
 
-def _check_chunk(expected, data, where, remedy=None):
-    remedy = remedy or _REDO
+def _check_chunk(expected, data, where, remedy):
+    """Raises CorruptCacheError unless `data` is the chunk that its marker says, `expected`, in every bit."""
     if data is None:
         raise CorruptCacheError(f"{where} is missing, though it was written; {remedy}")
     if len(data) != expected.get("size"):
         raise CorruptCacheError(f"{where} is damaged: it has {len(data)} bytes of {expected.get('size')}; {remedy}")
     if chunk_checksum(data) != expected.get("checksum"):
         raise CorruptCacheError(f"{where} is damaged: it is not the chunk that was written; {remedy}")
+    if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {remedy}")

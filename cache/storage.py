@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.core.buffer import default_buffer_prototype
+from zarr.abc.store import Store
 
 PARTIAL = ".partial"
 
@@ -70,6 +69,12 @@ class LocalStorage:
         except OSError:
             partial.unlink(missing_ok=True)  # a full disk gets its space back
             raise
+        _sync_folder(path.parent)
+
+    def remove(self, key: str) -> None:
+        """Take away what is at `key`: after this it stays away."""
+        path = self.root / key
+        path.unlink(missing_ok=True)
         _sync_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
@@ -151,6 +156,10 @@ class RemoteStorage:
         self._ask(self.fs.makedirs, f"{self.root}/{key}".rsplit("/", 1)[0], exist_ok=True)
         self._ask(self.fs.pipe_file, f"{self.root}/{key}", bytes(data))
 
+    def remove(self, key: str) -> None:
+        """Take away what is at `key`."""
+        self._ask(self.fs.rm, f"{self.root}/{key}")
+
     def lock(self, key: str, offsets):
         """An object store has no locks: that each block has one dumping process is the caller's to see to."""
         return None
@@ -173,45 +182,25 @@ def _sync_folder(folder: Path) -> None:
 
 
 class ZarrStorage(Store):
-    """The Zarr store over a storage. `check` sees every value that is read, `written` records every one that is set.
-
-    `check(key, data)` gets uint8 [size], or None where nothing is stored, and raises what the reader is to see.
-    """
+    """The Zarr store that a writer writes through, to a storage. `written` records every value that is set."""
 
     supports_writes = supports_deletes = supports_listing = True
 
-    def __init__(self, storage, *, check=None, read_only: bool = False):
-        super().__init__(read_only=read_only)
-        self.storage, self.check, self.written = storage, check, {}
-
-    def with_read_only(self, read_only: bool = False):
-        return ZarrStorage(self.storage, check=self.check, read_only=read_only)
+    def __init__(self, storage):
+        super().__init__(read_only=False)
+        self.storage, self.written = storage, {}
 
     def __eq__(self, other):
         return isinstance(other, ZarrStorage) and str(self.storage) == str(other.storage)
 
-    def _get(self, key, prototype, byte_range):
-        data = self.storage.read(key)
-        if self.check is not None:
-            self.check(key, data)
-        if data is None:
-            return None
-        if isinstance(byte_range, RangeByteRequest):
-            data = data[byte_range.start : byte_range.end]
-        elif isinstance(byte_range, OffsetByteRequest):
-            data = data[byte_range.offset :]
-        elif isinstance(byte_range, SuffixByteRequest):
-            data = data[-byte_range.suffix :]
-        return prototype.buffer.from_array_like(data.view("B"))
-
-    async def get(self, key, prototype=None, byte_range=None):
-        return await asyncio.to_thread(self._get, key, prototype or default_buffer_prototype(), byte_range)
+    async def get(self, key, prototype, byte_range=None):
+        data = await asyncio.to_thread(self.storage.read, key)
+        return None if data is None else prototype.buffer.from_array_like(data.view("B"))
 
     async def get_partial_values(self, prototype, key_ranges):
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+        raise NotImplementedError("no chunk is read in parts")
 
     async def set(self, key, value):
-        self._check_writable()
         data = value.as_numpy_array()
         await asyncio.to_thread(self.storage.write, key, data)
         self.written[key] = data
@@ -221,7 +210,7 @@ class ZarrStorage(Store):
 
     async def delete(self, key):
         # Zarr deletes a chunk of nothing but fill values. No array holds its fill value, so this is never asked for.
-        raise NotImplementedError("nothing in a store is ever deleted")
+        raise NotImplementedError("no chunk is ever deleted")
 
     async def list(self):
         raise NotImplementedError("a store's keys follow from its format")

@@ -36,6 +36,7 @@ def create_cache(
     encoding: dict,
     features: dict[str, int] | None = None,
     fit=None,
+    resume: bool = False,
     rank: int = 0,
     world: int = 1,
 ) -> "CacheWriter":
@@ -47,39 +48,22 @@ def create_cache(
     features: the width D of each that is stored beside the probabilities, by the name of the teacher; none by default.
     fit: `klt` calls fit(views), which returns the teacher's probabilities of some samples, the same for every view,
     float32 [len(views), S, C]; a few thousand samples do.
+    resume: open a store that is there, to write what it does not have yet. One that is not, or whose creation was cut
+    short, is created.
     Of `world` processes that dump together, one creates the store, the others resume it; process `rank` writes
     the blocks whose number is `rank` modulo `world`.
 
-    Raises CacheError where there is something at `url`, ValueError for arguments that do not fit together.
-    """
-    storage = open_storage(url)
-    if storage.names():
-        raise CacheError(f"{url} is not empty; resume the dump, or choose another folder")
-    return _create(storage, _Contents(identity, sample_id, label, image_size, encoding, features), fit, rank, world)
-
-
-def resume_cache(
-    url,
-    *,
-    identity: Identity,
-    sample_id,
-    label,
-    image_size,
-    encoding: dict,
-    features: dict[str, int] | None = None,
-    fit=None,
-    rank: int = 0,
-    world: int = 1,
-) -> "CacheWriter":
-    """Open the store `url` to write what it does not have yet. Takes what `create_cache` takes.
-
-    A store whose creation was cut short, or that is not there, is created.
-    Raises CacheError where the store is not for exactly these arguments, and says what differs.
+    Raises CacheError where there is something at `url`, or with `resume` something else than the store of exactly these
+    arguments, and says what differs; where it cannot be written, or another process does; where `klt` cannot keep to
+    max_error. ValueError for arguments that do not fit together.
     """
     storage = open_storage(url)
     contents = _Contents(identity, sample_id, label, image_size, encoding, features)
+    names = storage.names()
+    if names and not resume:
+        raise CacheError(f"{url} is not empty; resume the dump (--resume) or name another folder (--out)")
     if storage.size(STORE_MARKER) is None:
-        strangers = [name for name in storage.names() if name not in contents.encoding.names() | _NAMES]
+        strangers = [name for name in names if name not in contents.encoding.names() | _NAMES]
         if strangers:
             raise CacheError(f"{url} is not a store: it holds {strangers[0]}; choose another folder")
         if any(name[0].isdigit() for name in storage.names("done")):
@@ -166,6 +150,8 @@ def _take(storage, layout, rank, world):
         return owned, storage.lock(LOCK, owned)
     except BlockingIOError as error:
         raise CacheError(f"another process is writing {storage}; wait for it, or end it") from error
+    except OSError as error:
+        raise CacheError(f"{storage} cannot be written: {error.strerror}; choose another folder") from error
 
 
 def _sizes(written: dict) -> dict[str, dict]:
@@ -180,6 +166,18 @@ class CacheWriter:
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
         self._store = ZarrStorage(self._storage)
         self._arrays = {name: zarr.open_array(self._store, path=name, mode="r+") for name in self._layout.arrays}
+        self._withdraw_differences()
+
+    def _withdraw_differences(self):
+        """Count as not written what is stored as differences from a reference that is lost, and will be written anew.
+
+        A teacher need not answer in the same bits on another machine.
+        """
+        missing, reference = set(self.cache.missing()), self._encoding.reference
+        for block in (block for block in self._owned if (reference, block) in missing):
+            for view in range(self._layout.views):
+                if (view, block) not in missing:
+                    self._storage.remove(f"done/{view}.{block}")
 
     def __enter__(self):
         return self
@@ -220,6 +218,8 @@ class CacheWriter:
         vectors = {name: np.asarray(values, np.float32) for name, values in (features or {}).items()}
         if not 0 <= view < layout.views or block not in self._owned:
             raise ValueError(f"view {view}, block {block} is not this process's to write")
+        if view == self._encoding.reference and self._storage.size(f"done/{view}.{block}") is not None:
+            raise ValueError(f"view {view}, block {block} is written; other views are stored as differences from it")
         count = rows.stop - rows.start
         if probability.shape != (count, layout.classes):
             expected = [count, layout.classes]

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox, resume_cache
+from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox
+from cache.features import check as check_features
 from pipeline import UserError, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
@@ -42,12 +43,16 @@ def dump_logits(
     teacher, identities = load_teachers(teachers, training_set, section.features)
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
-    names = [Path(folder).name for folder in teachers]
+    names = [Path(folder).resolve().name for folder in teachers]
     if len(set(names)) < len(names) and (apart or section.features):
         raise UserError("teachers are kept apart by the names of their folders; give them different ones")
     widths = dict(zip(names, teacher.widths))
+    try:
+        check_features(widths)
+    except ValueError as error:
+        raise UserError(f"{error}; rename the teacher's folder, which the features are named after")
     if apart:
-        paths = [str(Path(out) / f"{name}.zarr") for name in names]
+        paths = [f"{out.rstrip('/')}/{name}.zarr" for name in names]  # `out` may be a URL
         features = [{name: width} for name, width in widths.items()] or [{}] * len(names)
     else:
         paths, identities, features = [out], [average(identities)], [widths]
@@ -69,14 +74,14 @@ def dump_logits(
 
     chosen = philox.permutation(0, philox.SUBSET, training_set.sample_id)[:FIT_SAMPLES]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    make = resume_cache if resume or rank else create_cache
     with ExitStack() as stack:
         writers = []
         for number, (path, answers_of) in enumerate(zip(paths, identities)):
             if rank:
                 _wait_for(path)
-            writer = make(
+            writer = create_cache(
                 path,
+                resume=resume or rank > 0,
                 identity=identity(training_set, section.temperature, config.views, answers_of),
                 sample_id=training_set.sample_id,
                 label=training_set.label,
@@ -88,11 +93,11 @@ def dump_logits(
                 world=world,
             )
             writers.append(stack.enter_context(writer))
-        _write_pending(writers, answers, config.views.count, images.decodes)
+        write_pending(writers, answers, config.views.count, images.decodes)
     print(f"{', '.join(paths)}: {config.views.count} views of {len(training_set):,} samples", flush=True)
 
 
-def _write_pending(writers: list[CacheWriter], answers, views: int, decodes: bool) -> None:
+def write_pending(writers: list[CacheWriter], answers, views: int, decodes: bool) -> None:
     """Asks for the answers of every block that a writer lacks, and writes them while the next are computed.
 
     Where images are decoded, one decode serves a group of views. Groups do not depend on what is pending, so that the

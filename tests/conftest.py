@@ -16,6 +16,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """A killed process loses nothing that it has written; only a power cut would. The order of syncs is tested, and the
+    processes that tests start do sync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        yield
+
+
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory):
     """The folder of a tiny teacher's complete run."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cache_store import CLASSES, answers, arguments, dump, fill, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, resume_cache
+from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
 
 TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
 
@@ -91,13 +91,22 @@ def test_a_store_on_an_object_store_is_written_resumed_and_read(request, two_blo
     with pytest.raises(CacheError, match="is not empty; resume the dump"):
         create_cache(url, **arguments(**TWO_VIEWS))
     assert open_cache(url).missing() == [(0, 1), (1, 0)]
-    with resume_cache(url, **arguments(**TWO_VIEWS)) as writer:
+    with create_cache(url, resume=True, **arguments(**TWO_VIEWS)) as writer:
         assert writer.pending() == [(0, 1), (1, 0)]
         fill(writer)
     cache = open_cache(url)
     assert cache.complete and cache.verify_checksums() == []
     assert all((cache.plane(view) == answers(view)).all() for view in range(2))
     assert len(cache.to_pandas(view=1)) == 360 and cache.nbytes > 2 * 360 * 5 * 4
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3", "memory"])
+def test_what_is_removed_is_gone(request, tmp_path, kind):
+    bucket = request.getfixturevalue("bucket") if kind == "s3" else None
+    place = storage.open_storage(tmp_path if kind == "folder" else remote(bucket, kind))
+    place.write("done/0.1", b"a"), place.write("done/0.2", b"b")
+    place.remove("done/0.1")
+    assert place.names("done") == ["0.2"] and place.read("done/0.1") is None and bytes(place.read("done/0.2")) == b"b"
 
 
 def test_the_bytes_on_an_object_store_are_those_in_a_folder(bucket, tmp_path, two_blocks):
@@ -221,7 +230,7 @@ def test_a_dropped_connection_is_an_error_and_the_dump_resumes(two_blocks):
             fill(writer, [(0, 1)])
     cache = open_cache(url)
     assert cache.missing() == [(0, 1), (1, 0), (1, 1)]
-    with resume_cache(url, **arguments(**TWO_VIEWS)) as writer:
+    with create_cache(url, resume=True, **arguments(**TWO_VIEWS)) as writer:
         fill(writer)
     cache._storage.fs = Dropping(real, 2, for_good=True)
     with pytest.raises(OSError, match="the connection was dropped"):

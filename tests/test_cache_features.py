@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cache_store import answers, arguments, files, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, features, format, open_cache, resume_cache
+from cache import CacheError, CorruptCacheError, CropFlip, create_cache, features, format, open_cache
 
 WIDTHS = {"resnet8": 64, "vit-tiny_2": 7}
 TWO_VIEWS = identity(views=CropFlip(pad=0))
@@ -156,8 +156,8 @@ def test_resuming_gives_the_same_bytes_and_refuses_other_features(tmp_path, thre
     with create_cache(tmp_path / "s", **GIVEN) as writer:
         fill(writer, [(1, 2), (0, 1)])
     with pytest.raises(CacheError, match="features: the store has {.*}, the run has {}; choose another folder"):
-        resume_cache(tmp_path / "s", **GIVEN | {"features": None})
-    with resume_cache(tmp_path / "s", **GIVEN) as writer:
+        create_cache(tmp_path / "s", resume=True, **GIVEN | {"features": None})
+    with create_cache(tmp_path / "s", resume=True, **GIVEN) as writer:
         fill(writer)
     assert files(tmp_path / "s") == files(tmp_path / "whole")
 

@@ -137,16 +137,26 @@ def test_more_samples_than_the_file_of_ids_has_are_refused(url):
     refused(url, "sample_id is damaged: it has 1099511627776 bytes")
 
 
-def test_labels_that_are_no_class_are_refused(url):
+def replace_label(url, label):
     import google_crc32c
 
-    data = np.full(360, 7, "<i8").tobytes()
+    data = np.asarray(label, "<i8").tobytes()
     data += google_crc32c.value(data).to_bytes(4, "little")
     (url / "label/c.0").write_bytes(data)
     files = json.loads((url / "done/store").read_text())["files"]
     files["label/c.0"] = {"size": len(data), "checksum": data[-4:].hex()}
     (url / "done/store").write_bytes(format.marker(files))
+
+
+def test_labels_that_are_no_class_are_refused(url):
+    replace_label(url, np.full(360, 7))
     refused(url, r"has labels outside \[0, 5\); dump it again")
+
+
+@pytest.mark.parametrize("count", [0, 359, 361])
+def test_more_or_fewer_labels_than_samples_are_refused(url, count):
+    replace_label(url, np.zeros(count))
+    refused(url, f"label/c.0 is damaged: it has {8 * count + 4} bytes of 2884")
 
 
 @pytest.mark.parametrize("files", [None, [], {"zarr.json": 3}, {"zarr.json": {"size": -1}}])

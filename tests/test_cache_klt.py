@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cache_store import files, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, encodings, format, open_cache, resume_cache
+from cache import CacheError, CorruptCacheError, CropFlip, create_cache, encodings, format, open_cache
 
 KLT = {"name": "klt", "max_error": 0.02}
 REFERENCE = 8  # the plain crop at the centre, of 18
@@ -100,6 +100,23 @@ def test_decoding_is_one_matrix_product_and_a_softmax(tmp_path, three_blocks):
     expected = np.exp(logits - logits.max(1, keepdims=True))
     np.testing.assert_allclose(cache.plane(3), expected / expected.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(cache.rows([5, 7], [3, 3]), cache.plane(3)[[5, 7]], rtol=1e-5)
+
+
+def test_decoding_goes_into_a_given_array_and_gives_the_same_bits(tmp_path):
+    for encoding in KLT, {"name": "probability", "dtype": "float16"}:
+        cache = dump(tmp_path / encoding["name"], teacher(), encoding=encoding)
+        codes, out = cache.stored_plane(3), np.full((600, 40), 7, np.float32)
+        assert cache.encoding.decode(codes, out) is out and (out == cache.plane(3)).all()
+
+
+@pytest.mark.parametrize("code", [-30_000, 30_000])
+def test_codes_that_mean_logits_beyond_float32_decode_to_distributions(tmp_path, code):
+    encoding = dump(tmp_path / "s", teacher(scale=30), encoding={"name": "klt", "max_error": 0.2}).encoding
+    codes = np.zeros((3, encoding.coefficients), np.int16)
+    codes[1] = code
+    found = encoding.decode(codes)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
 
 
 def test_no_code_is_the_fill_value(tmp_path):
@@ -201,7 +218,7 @@ def test_a_bound_that_no_codebook_reaches_is_refused(tmp_path):
     classes = 5000  # above 4096 the basis is what the fit's rows span, and these rows span too little
     wide = np.random.default_rng(0).dirichlet(np.ones(classes), 40).astype(np.float32)
     given = identity(classes=tuple(str(c) for c in range(classes)), views=CropFlip(pad=0))
-    with pytest.raises(ValueError, match="no codebook reaches max_error with 20 samples to fit it to; give more"):
+    with pytest.raises(CacheError, match="no codebook reaches max_error with 20 samples to fit it to; give more"):
         create_cache(tmp_path / "s", **klt_arguments(lambda view: wide, identity=given))
     assert not (tmp_path / "s").exists()
 
@@ -253,9 +270,37 @@ def test_resuming_needs_no_fit_and_gives_the_same_bytes(tmp_path, three_blocks):
     dump(tmp_path / "whole", probability)
     with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
         fill(writer, probability, writer.pending()[:7])
-    with resume_cache(tmp_path / "s", **klt_arguments(probability, fit=None)) as writer:
+    with create_cache(tmp_path / "s", resume=True, **klt_arguments(probability, fit=None)) as writer:
         fill(writer, probability)
     assert files(tmp_path / "s") == files(tmp_path / "whole")
+
+
+def test_what_was_stored_as_differences_from_a_lost_reference_is_written_anew(tmp_path, three_blocks):
+    probability, url = teacher(), tmp_path / "s"
+    dump(url, probability)
+    (url / "done/8.1").unlink()
+
+    def elsewhere(view):  # another machine's bits, and more: every code of the reference is another one
+        return probability(view + 20)
+
+    with create_cache(url, resume=True, **klt_arguments(probability)) as writer:
+        assert set(writer.pending()) == {(view, 1) for view in range(18)} and writer.pending()[0] == (8, 1)
+        fill(writer, elsewhere, writer.pending()[:1])
+    assert len(open_cache(url).missing()) == 17
+    with create_cache(url, resume=True, **klt_arguments(probability)) as writer:
+        assert len(writer.pending()) == 17
+        fill(writer, probability)
+    cache = open_cache(url)
+    assert cache.complete and cache.verify_checksums() == []
+    assert all(target_error(cache, view, probability)[0] <= 0.02 for view in range(18) if view != REFERENCE)
+
+
+def test_a_reference_that_others_differ_from_is_not_written_again(tmp_path):
+    probability = teacher()
+    with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
+        fill(writer, probability, [(8, 0), (3, 0), (3, 0)])
+        with pytest.raises(ValueError, match="view 8, block 0 is written; other views are stored as differences from it"):
+            fill(writer, probability, [(8, 0)])
 
 
 def test_resuming_with_another_bound_or_encoding_is_refused(tmp_path):
@@ -265,7 +310,7 @@ def test_resuming_with_another_bound_or_encoding_is_refused(tmp_path):
         ({"name": "probability"}, "encoding.name: the store has klt, the run has probability"),
     ]:
         with pytest.raises(CacheError, match=message):
-            resume_cache(tmp_path / "s", **klt_arguments(teacher(), encoding=encoding))
+            create_cache(tmp_path / "s", resume=True, **klt_arguments(teacher(), encoding=encoding))
 
 
 # damage and malice

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cache_store import answers, arguments, fill, identity
 
-from cache import CacheError, CropFlip, create_cache, format, open_cache, resume_cache
+from cache import CacheError, CropFlip, create_cache, format, open_cache
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import stateful, strategies  # noqa: E402
@@ -39,7 +39,7 @@ class Store(stateful.RuleBasedStateMachine):
     @stateful.rule()
     def resume(self):
         self.writer.close()
-        self.writer = resume_cache(self.url, **GIVEN)
+        self.writer = create_cache(self.url, resume=True, **GIVEN)
 
     @stateful.rule(pair=BLOCKS)
     def lose_the_marker(self, pair):
@@ -65,7 +65,7 @@ class Store(stateful.RuleBasedStateMachine):
     def another_teacher_is_refused(self):
         other = GIVEN | {"identity": identity(views=CropFlip(pad=0), teacher={"digest": "another"})}
         with pytest.raises(CacheError, match="teacher.digest"):
-            resume_cache(self.url, **other)
+            create_cache(self.url, resume=True, **other)
 
     @stateful.invariant()
     def it_agrees_with_the_model(self):

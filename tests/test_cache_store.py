@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cache_store import CLASSES, COUNTS, answers, arguments, dump, files, fill, identity
 
-from cache import CacheError, CropFlip, RandomResizedCrop, create_cache, format, open_cache, resume_cache
+from cache import CacheError, CropFlip, RandomResizedCrop, create_cache, format, open_cache
 
 HALF = {"name": "probability", "dtype": "float16"}
 
@@ -127,7 +127,7 @@ def test_an_unfinished_store_says_what_is_missing_and_resumes(tmp_path, monkeypa
     assert (cache.plane(0) == answers(0)).all()
     with pytest.raises(CacheError, match=r"probability, view 2, rows 0 to 89 is not dumped yet; resume the dump"):
         cache.plane(2)
-    with resume_cache(tmp_path / "s", **arguments()) as writer:
+    with create_cache(tmp_path / "s", resume=True, **arguments()) as writer:
         assert writer.pending() == cache.missing()
         fill(writer)
     assert cache.complete
@@ -136,21 +136,21 @@ def test_an_unfinished_store_says_what_is_missing_and_resumes(tmp_path, monkeypa
 
 
 def test_resuming_where_nothing_is_creates(tmp_path):
-    with resume_cache(tmp_path / "s", **arguments()) as writer:
+    with create_cache(tmp_path / "s", resume=True, **arguments()) as writer:
         assert len(writer.pending()) == 18
 
 
 def test_processes_share_the_blocks_by_rank(tmp_path, monkeypatch):
     small_blocks(monkeypatch)
     first = create_cache(tmp_path / "s", **arguments(), rank=0, world=3)
-    others = [resume_cache(tmp_path / "s", **arguments(), rank=rank, world=3) for rank in (1, 2)]
+    others = [create_cache(tmp_path / "s", resume=True, **arguments(), rank=rank, world=3) for rank in (1, 2)]
     owned = [writer.pending() for writer in (first, *others)]
     assert {block for _, block in owned[0]} == {0, 3} and {block for _, block in owned[2]} == {2}
     assert len(set(sum(owned, []))) == sum(map(len, owned)) == 72
     with pytest.raises(ValueError, match="view 0, block 1 is not this process's to write"):
         first.write(0, 1, answers(0)[90:180])
     with pytest.raises(ValueError, match="rank must be in .0, world., found rank 3 of 3"):
-        resume_cache(tmp_path / "s", **arguments(), rank=3, world=3)
+        create_cache(tmp_path / "s", resume=True, **arguments(), rank=3, world=3)
 
 
 # refusals
@@ -158,14 +158,14 @@ def test_processes_share_the_blocks_by_rank(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     dump(tmp_path / "s")
-    with pytest.raises(CacheError, match="is not empty; resume the dump, or choose another folder"):
+    with pytest.raises(CacheError, match=r"is not empty; resume the dump \(--resume\) or name another folder \(--out\)"):
         create_cache(tmp_path / "s", **arguments())
 
 
 def test_resuming_in_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(CacheError, match="is not a store: it holds thesis.tex; choose another folder"):
-        resume_cache(tmp_path, **arguments())
+        create_cache(tmp_path, resume=True, **arguments())
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,17 @@ def test_resuming_in_a_folder_of_other_things_is_refused(tmp_path):
 def test_resuming_another_identity_names_the_difference(tmp_path, change, message):
     create_cache(tmp_path / "s", **arguments()).close()
     with pytest.raises(CacheError, match=message):
-        resume_cache(tmp_path / "s", **arguments(identity=identity(**change)))
+        create_cache(tmp_path / "s", resume=True, **arguments(identity=identity(**change)))
 
 
 def test_the_teachers_digest_alone_says_whether_it_is_the_same():
     assert identity().differences(identity(teacher={"digest": "cc", "architecture": "resnet32"})) == []
     assert identity().differences(identity()) == []
+
+
+def test_digests_that_differ_are_named_by_their_first_digits():
+    ours, theirs = identity(teacher={"digest": "0123456789abcdef" * 4}), identity(teacher={"digest": "f" * 64})
+    assert ours.differences(theirs) == ["teacher.digest: the store has 0123456789ab, the run has ffffffffffff"]
 
 
 def test_resuming_other_samples_or_another_encoding_names_the_difference(tmp_path):
@@ -210,7 +215,7 @@ def test_resuming_other_samples_or_another_encoding_names_the_difference(tmp_pat
         ({"encoding": HALF}, "encoding.dtype: the store has float32, the run has float16"),
     ]:
         with pytest.raises(CacheError, match=message):
-            resume_cache(tmp_path / "s", **{**given, **change})
+            create_cache(tmp_path / "s", resume=True, **{**given, **change})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cache_store import answers, arguments, dump, files, fill, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, resume_cache, storage
+from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
 
 TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
 
@@ -83,7 +83,7 @@ def dump_two(url):
 
 def finish(url):
     """Resume; returns the number of blocks that were written."""
-    with resume_cache(url, **arguments(**TWO_VIEWS)) as writer:
+    with create_cache(url, resume=True, **arguments(**TWO_VIEWS)) as writer:
         pending = writer.pending()
         fill(writer)
     return len(pending)
@@ -134,20 +134,20 @@ import os, random, signal, sys, time
 sys.path[:0] = {paths!r}
 import numpy as np
 from cache_store import arguments, fill
-from cache import format, resume_cache
+from cache import create_cache, format
 format._CHUNK_BYTES = 60 * 5 * 4
 url, kills = sys.argv[1], int(sys.argv[2])
 random.seed(0)
 for kill in range(kills):
     child = os.fork()
     if child == 0:
-        with resume_cache(url, **arguments()) as writer:
+        with create_cache(url, resume=True, **arguments()) as writer:
             fill(writer)
         os._exit(0)
     time.sleep(random.uniform(0, 0.06))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-with resume_cache(url, **arguments()) as writer:
+with create_cache(url, resume=True, **arguments()) as writer:
     fill(writer)
 """
 
@@ -191,8 +191,11 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     else:
         (tmp_path / "s").mkdir(mode=0o500)
         target = tmp_path / "s/s"
-    with pytest.raises(OSError):
+    with pytest.raises(CacheError, match=f"{target} cannot be written: .*; choose another folder"):
         create_cache(target, **arguments())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="file cannot be written: .*; choose another folder"):
+        create_cache(tmp_path / "file", **arguments())
 
 
 # damage
@@ -301,7 +304,7 @@ def test_resuming_never_takes_blocks_for_its_own_that_it_does_not_know(tmp_path)
     dump(tmp_path / "s")
     (tmp_path / "s/done/store").unlink()
     with pytest.raises(CorruptCacheError, match="has blocks but no done/store; restore that, or choose another folder"):
-        resume_cache(tmp_path / "s", **arguments(identity=identity(teacher={"digest": "another"})))
+        create_cache(tmp_path / "s", resume=True, **arguments(identity=identity(teacher={"digest": "another"})))
 
 
 def test_a_damaged_marker_is_named(tmp_path):
@@ -328,19 +331,19 @@ def test_two_dumps_into_one_folder_one_is_refused(tmp_path):
     with other:
         assert other.stdout.readline() == "open\n"
         with pytest.raises(CacheError, match="another process is writing .*; wait for it, or end it"):
-            resume_cache(url, **arguments())
+            create_cache(url, resume=True, **arguments())
         other.stdin.close()
         other.wait()
-    resume_cache(url, **arguments()).close()  # the lock ends with its process
+    create_cache(url, resume=True, **arguments()).close()  # the lock ends with its process
 
 
 SHARE = """
 import sys
 sys.path[:0] = {paths!r}
 from cache_store import arguments, fill
-from cache import format, resume_cache
+from cache import create_cache, format
 format._CHUNK_BYTES = 60 * 5 * 4
-with resume_cache(sys.argv[1], **arguments(), rank=int(sys.argv[2]), world=int(sys.argv[3])) as writer:
+with create_cache(sys.argv[1], resume=True, **arguments(), rank=int(sys.argv[2]), world=int(sys.argv[3])) as writer:
     fill(writer, writer.pending()[: int(sys.argv[4])])
 """
 
@@ -371,7 +374,7 @@ def test_a_short_last_block_that_is_damaged_is_written_anew_without_reading_it(t
     whole = files(url)
     flip(url / "probability/c.1.2.0", 30, 2)
     (url / "done/1.2").unlink()
-    with resume_cache(url, **given) as writer:
+    with create_cache(url, resume=True, **given) as writer:
         fill_short(writer)
     assert files(url) == whole
 

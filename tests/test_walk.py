@@ -342,6 +342,20 @@ def test_several_teachers_are_averaged_or_kept_apart(tmp_path, teacher_run):
     assert (tmp_path / "student" / "accuracy_by_class.png").exists()
 
 
+def test_caches_kept_apart_may_lie_on_an_object_store(tmp_path, teacher_run):
+    config, url = tiny.experiment("cache.encoding.dtype=float32"), f"memory://{tmp_path.name}/apart"
+    dump_logits(config, [str(teacher_run)], url, tiny.CPU, apart=True)
+    assert open_cache(f"{url}/teacher.zarr").complete
+
+
+def test_features_are_named_after_folders_that_may_name_them(tmp_path, teacher_run):
+    folder = tmp_path / "teacher, seed 0"
+    shutil.copytree(teacher_run, folder)
+    with pytest.raises(UserError, match="letters, digits, _ and -, found 'teacher, seed 0'; rename the teacher's folder"):
+        dump_logits(tiny.experiment("cache.features=true"), [str(folder)], str(tmp_path / "c.zarr"), tiny.CPU)
+    assert not (tmp_path / "c.zarr").exists()
+
+
 def test_a_run_goes_on_with_the_cache_it_began_with_and_with_no_other(tmp_path, cache, teacher_run, monkeypatch):
     from pipeline import engine
 

@@ -1,0 +1,146 @@
+"""What writing a cache costs beside the teacher's forward pass, which it overlaps.
+
+    python benchmarks/dump.py --out results
+
+The loop of dump-logits, from images to committed blocks, against the forward pass alone over the same batches, in turns;
+figures are medians and their ratios. Random weights and pixels take as long as any. The answers are simulated, for random
+weights answer the same to everything, which would be cheap to encode. Left out is what comes once a dump, whatever the
+number of views: making the store and fitting `klt` to the teacher.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cache import CropFlip, create_cache  # noqa: E402
+from pipeline import config, dump, runs  # noqa: E402
+from pipeline.data import datasets  # noqa: E402
+from pipeline.data.images import ResidentImages  # noqa: E402
+from pipeline.models import build_model  # noqa: E402
+
+VIEWS, CLASSES = CropFlip(pad=1, flip=False), 100
+SAMPLES = 10_847  # of CIFAR-100-LT
+# teacher, side of its images in pixels, samples where there is no GPU
+TEACHERS = [
+    (config.CifarResNet(name="cifar_resnet", depth=20), 32, 512),
+    (config.TorchvisionModel(name="torchvision", architecture="resnet18"), 64, 128),
+]
+ENCODINGS = [{"name": "probability", "dtype": "float16"}, {"name": "klt", "max_error": 0.02}]
+
+
+class Simulated(torch.nn.Module):
+    """A network whose answers are some of 16,384 drawn ones, with the spectrum of a ResNet-20's on CIFAR-100-LT."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        feature = torch.randn(16_384, 64, generator=generator) * 6 * torch.exp(-torch.arange(64) / 9)
+        head, _ = torch.linalg.qr(torch.randn(CLASSES, 64, generator=generator))
+        self.network = network
+        self.register_buffer("logits", feature @ head.T)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = torch.randint(len(self.logits), (len(images),), device=images.device)
+        return self.logits[rows].add_(self.network(images), alpha=0)
+
+
+def measure(network, side: int, samples: int, repeats: int, device: torch.device, scratch: str | None) -> dict[str, float]:
+    """Seconds of all forward passes alone, and of the dump by encoding: medians."""
+    training_set = datasets.Dataset(
+        name="random",
+        classes=tuple(map(str, range(CLASSES))),
+        sample_id=np.arange(samples),
+        label=np.arange(samples) % CLASSES,
+        images=np.random.default_rng(0).integers(0, 256, (samples, side, side, 3), dtype=np.uint8),
+    )
+    images, section = ResidentImages(training_set, VIEWS, device), config.CacheSection()
+    model = Simulated(build_model(network, CLASSES, config.Digits(name="digits"), seed=0))
+    teacher = dump.Teachers([model], features=False).eval().to(device)
+
+    def store(folder, encoding):
+        return create_cache(
+            folder,
+            identity=dump.identity(training_set, section.temperature, VIEWS, {"digest": "benchmark"}),
+            sample_id=training_set.sample_id,
+            label=training_set.label,
+            image_size=np.full((samples, 2), side),
+            encoding=encoding,
+            fit=lambda views: torch.softmax(model.logits.cpu() / section.temperature, 1).unflatten(0, (len(views), -1)),
+        )
+
+    def answers(rows, views):
+        (view,) = views
+        probability, _ = dump.tempered(teacher, images, rows, np.full(len(rows), view), section)
+        return [(probability[None, :, 0].cpu().numpy(), {})]
+
+    @torch.inference_mode()
+    def forward(writer):
+        for view, block in writer.pending():
+            rows = training_set.sample_id[writer.rows(block)]
+            for batch in images.batches(rows, np.full(len(rows), view), section.batch_size):
+                teacher(batch.images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def dumping(writer):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            dump.write_pending([writer], answers, VIEWS.count, images.decodes)
+
+    work = {"forward": (forward, ENCODINGS[0])} | {each["name"]: (dumping, each) for each in ENCODINGS}
+    seconds = {name: [] for name in work}
+    for turn in range(repeats + 1):
+        for name, (run, encoding) in work.items():
+            with tempfile.TemporaryDirectory(dir=scratch) as folder, store(folder, encoding) as writer:
+                start = time.perf_counter()
+                run(writer)
+                if turn:  # the first warms up
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+@click.command()
+@click.option("--out", default="results", show_default=True, help="Folder for dump-<device>.json.")
+@click.option("--repeats", default=5, show_default=True, help="Turns that count.")
+@click.option("--scratch", help="A folder to write the stores in.")
+def main(out, repeats, scratch):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for network, side, few in TEACHERS:
+        samples = SAMPLES if device.type == "cuda" else few
+        seconds = measure(network, side, samples, repeats, device, scratch)
+        ratios = {name: seconds[name] / seconds["forward"] for name in seconds if name != "forward"}
+        row = {"teacher": network.model_dump(), "side": side, "samples": samples, "views": VIEWS.count}
+        found.append(row | {"seconds": seconds, "dump / forward": ratios})
+        click.echo(json.dumps(found[-1]))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    result = {
+        "command": "python benchmarks/dump.py " + " ".join(sys.argv[1:]),
+        "commit": commit,
+        "device": runs.device_name(device),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "classes": CLASSES,
+        "teachers": found,
+    }
+    path = Path(out) / f"dump-{device.type}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
