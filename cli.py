@@ -20,7 +20,9 @@ class Commands(click.Group):
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
         except click.exceptions.Abort:
-            fail("interrupted; --resume goes on from the last epoch or block that was finished", 130)
+            fail(
+                "interrupted; --resume goes on from the last epoch or block that was finished, reproduce needs no option", 130
+            )
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
         except click.ClickException as error:

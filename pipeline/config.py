@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from cache.views import CropFlip, RandomResizedCrop
 from pipeline import UserError
@@ -21,8 +21,17 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Strict(), Field(gt=0)]
-Temperature = Annotated[float, Field(gt=0)]
+Temperature = Annotated[float, Field(ge=0.01, le=1000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _share_of_epochs(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError(f"a share of the epochs, from 0 to below 1 (epoch 160 of 200 is 0.8); found {value:g}")
+    return value
+
+
+ShareOfEpochs = Annotated[float, AfterValidator(_share_of_epochs)]
 PerChannel = tuple[float, float, float]
 PositivePerChannel = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
@@ -187,7 +196,7 @@ class BKD(Method):
     alpha: Annotated[float, Field(ge=0)] = 1.0
     temperature: Temperature | None = None
     beta: Fraction = 0.9999
-    reweight_from: Fraction = 0.0  # share of the epochs without class weights; 0.8 in the CIFAR-10 recipe
+    reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights; 0.8 in the CIFAR-10 recipe
 
 
 class CB(Method):
@@ -195,7 +204,7 @@ class CB(Method):
 
     name: Literal["cb"]
     beta: Fraction = 0.9999
-    reweight_from: Fraction = 0.0
+    reweight_from: ShareOfEpochs = 0.0
 
 
 class Focal(Method):
@@ -211,7 +220,7 @@ class CBFocal(Method):
     name: Literal["cb_focal"]
     beta: Fraction = 0.9999
     gamma: Annotated[float, Field(ge=0)] = 1.0
-    reweight_from: Fraction = 0.0
+    reweight_from: ShareOfEpochs = 0.0
 
 
 class LogitAdjustment(Method):
@@ -227,7 +236,7 @@ class LDAM(Method):
     name: Literal["ldam"]
     max_margin: Annotated[float, Field(ge=0)] = 0.5
     beta: Fraction = 0.9999
-    reweight_from: Fraction = 0.8
+    reweight_from: ShareOfEpochs = 0.8
 
 
 class CRT(Method):
@@ -287,6 +296,12 @@ class Teacher(Section):
     training: Training = Training()
     color_jitter: bool = False  # strong colour augmentation while training, as half of CBD's teachers have it
 
+    @model_validator(mode="after")
+    def _one_branch(self):
+        if getattr(self.model, "branches", 1) != 1:
+            raise ValueError("a teacher has one branch: leave out teacher.model.branches; two are for students of method bbn")
+        return self
+
 
 class Student(Section):
     model: Model
@@ -304,7 +319,8 @@ class Student(Section):
         branches = getattr(model, "branches", 1)
         if (method == "bbn") != (branches == 2):
             raise ValueError(
-                f"method {method} needs {1 + (method == 'bbn')} branches: a cifar_resnet with branches; found {branches}"
+                f"method {method} needs a network of {'two branches' if method == 'bbn' else 'one branch'}: set "
+                f"student.model.branches={1 + (method == 'bbn')} of a cifar_resnet; found {branches}"
             )
         if method == "bbn" and self.training.batch_size % 2:
             raise ValueError(f"method bbn splits every batch in two: training.batch_size {self.training.batch_size} is odd")
@@ -331,7 +347,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | N
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file with --config")
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
@@ -343,8 +359,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | N
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
-        lines = [_line(item) for item in error.errors()]
-        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
+        raise UserError("\n".join(f"{path}: {line}" for line in explain(error, Experiment))) from None
 
 
 def dump_config(config: Experiment) -> str:
@@ -381,7 +396,7 @@ def _override(values: dict, override: str) -> None:
         raise UserError(f"-o {override}: the value is not YAML; quote it")
     values[last] = value
     if last == "name" and parents:  # another kind of section knows other keys
-        _, known = _place((*parents, value))
+        _, known = _place((*parents, value), Experiment)
         for unknown in [key for key in values if "name" in known and key not in known]:
             del values[unknown]
 
@@ -395,9 +410,13 @@ def _default(section, key: str):
     return field.annotation if isinstance(field.annotation, type) else None
 
 
-def _line(error: dict) -> str:
-    """One error of pydantic's as one line, with a suggestion where a key is unknown."""
-    where, known = _place(error["loc"])
+def explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
+    """Each error of a section of kind `schema` as one line, with a suggestion where a key is unknown."""
+    return [_line(item, schema) for item in error.errors()]
+
+
+def _line(error: dict, schema: type[BaseModel]) -> str:
+    where, known = _place(error["loc"], schema)
     found, kind, context = error["input"], error["type"], error.get("ctx", {})
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key; {_nearest(error['loc'][-1], known)}"
@@ -414,9 +433,9 @@ def _line(error: dict) -> str:
     )
 
 
-def _place(loc: tuple) -> tuple[str, list[str]]:
+def _place(loc: tuple, kind: type[BaseModel]) -> tuple[str, list[str]]:
     """(the dotted key, the names known there) of a place in pydantic's terms, which also holds the tags of unions."""
-    schema = Experiment.model_json_schema()
+    schema = kind.model_json_schema()
     section, keys, known = schema, [], list(schema["properties"])
     for part in loc:
         properties, tags = section.get("properties", {}), section.get("discriminator", {}).get("mapping", {})
@@ -424,7 +443,7 @@ def _place(loc: tuple) -> tuple[str, list[str]]:
             section = {"$ref": tags[part]}
         else:
             keys.append(str(part))
-            section = properties.get(part, {})
+            section = properties.get(part, section.get("additionalProperties") or {})
         if "$ref" in section:
             section = schema["$defs"][section["$ref"].rpartition("/")[2]]
         known = list(section.get("properties", section.get("discriminator", {}).get("mapping", known)))

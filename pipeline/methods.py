@@ -164,7 +164,10 @@ class WithFeatures(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.seen = model, []
-        classifier(model).register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
+        classifier(model).register_forward_pre_hook(self._keep)  # a method, so that a copy of this keeps to itself
+
+    def _keep(self, _, inputs: tuple) -> None:
+        self.seen.append(inputs[0])
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.seen.clear()

@@ -14,7 +14,7 @@ from pipeline.data.images import open_images
 from pipeline.engine import Task, train
 from pipeline.evaluate import evaluate, load_model
 from pipeline.methods import Setting, build_method
-from pipeline.models import build_model, classifier
+from pipeline.models import build_model, classifier_name
 from pipeline.report import draw_run
 from pipeline.targets import Targets
 
@@ -55,7 +55,7 @@ def train_network(
     network, rows, loss = build_method(method, setting)
     if stage == "teacher" and section.color_jitter:
         network = ColorJitter(network)
-    _refuse_unfit(model, images, section.training.batch_size)
+    _refuse_unfit(network, images, len(rows(0)), section.training.batch_size)
     learns_from = cache.digest if cache else backbone and backbone.summary()["digest"]
     with runs.start_run(out, config, stage, device, resume, learns_from) as run:
         task = Task(
@@ -83,6 +83,7 @@ def train_network(
             "dataset": training_set.fingerprint,
             "test_dataset": test_set.fingerprint,
             "teacher": cache and cache.identity.teacher,
+            "backbone": backbone and runs.experiment_of(backbone),
         }
         train(task, run, about)
         draw_run(run)
@@ -90,13 +91,13 @@ def train_network(
 
 def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.Dataset) -> None:
     """Gives `model` the last weights of `run`, all but the classifier's. Raises UserError where they do not fit."""
-    if tuple(run.summary()["classes"]) != training_set.classes:
+    if run.summary()["dataset"] != training_set.fingerprint or tuple(run.summary()["classes"]) != training_set.classes:
         raise UserError(
-            f"the network in {run.folder} knows other classes than {training_set.name}; use the data it was trained on"
+            f"the network in {run.folder} was trained on other data than this {training_set.name}; use the same data"
         )
     trained = load_model(run, "last", run.config(), len(training_set.classes)).state_dict()
     own = model.state_dict()
-    last = next(name for name, module in model.named_modules() if module is classifier(model))
+    last = classifier_name(model)
     kept = {name: value for name, value in trained.items() if name.rpartition(".")[0] != last}
     wanted = {name for name in own if name.rpartition(".")[0] != last}
     if kept.keys() != wanted or any(value.shape != own[name].shape for name, value in kept.items()):
@@ -104,19 +105,21 @@ def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets
     model.load_state_dict({**own, **kept})
 
 
-def _refuse_unfit(model: torch.nn.Module, images, batch_size: int) -> None:
-    """Raises UserError if the network cannot take the epoch's first or its last, perhaps smaller, batch."""
-    samples = len(images.label)
+def _refuse_unfit(network: torch.nn.Module, images, samples: int, batch_size: int) -> None:
+    """Raises UserError if `network` cannot take the first or the last, perhaps smaller, batch of an epoch of `samples`."""
     for size in {min(batch_size, samples), samples % batch_size or min(batch_size, samples)}:
-        tried = copy.deepcopy(model).train()  # batch statistics move
-        (batch,) = images.batches(torch.arange(size).numpy(), torch.zeros(size, dtype=torch.int64).numpy(), size)
+        tried = copy.deepcopy(network).train()  # batch statistics move
+        (batch,) = images.batches(
+            torch.arange(size).numpy() % len(images.label), torch.zeros(size, dtype=torch.int64).numpy(), size
+        )
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                shape = tuple(tried(batch.images).shape)
+                output = tried(batch.images)
         except (RuntimeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"the network cannot train on {size} images of {tuple(batch.images.shape[2:])} pixels "
                 f"({str(error).splitlines()[0]}); choose another model, views or batch_size"
             )
+        shape = tuple((output[0] if isinstance(output, tuple) else output).shape)
         if len(shape) != 2:
             raise UserError(f"the network answers {shape}, not logits [batch, classes]; choose another model")

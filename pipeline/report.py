@@ -26,6 +26,9 @@ NAMES = {
 }
 
 
+FEW = 6  # lines whose legend has room in the plot
+
+
 def draw_run(run: runs.Run) -> None:
     """curves.png and accuracy_by_class.png of one run; a student's shows its teacher too."""
     summary = run.summary()
@@ -77,8 +80,9 @@ def _grouped(folders: list[str], opened: list[runs.Run], summaries: list[dict]) 
     """(summary, epochs) of the runs by what they did, apart from the seed. A name that two experiments share gets a folder."""
     found: dict[str, dict] = {}
     for folder, run, summary in zip(folders, opened, summaries):
-        config = run.config().model_dump(mode="json")
-        did = [run.stage, config[run.stage], config["views"], summary["teacher"] and summary["teacher"]["digest"]]
+        backbone = summary.get("backbone")
+        # a cache is one and the same for all seeds, a backbone has a seed of its own
+        did = [runs.experiment_of(run), backbone or run.environment()["learns_from"]]
         group = found.setdefault(json.dumps(did), {"name": name(summary), "folder": folder, "seeds": {}})
         if summary["seed"] in group["seeds"]:
             raise UserError(f"{folder} repeats the experiment and the seed of another run; name each run once")
@@ -94,7 +98,9 @@ def _grouped(folders: list[str], opened: list[runs.Run], summaries: list[dict]) 
 
 def name(summary: dict) -> str:
     """What a person calls the run's method."""
-    return NAMES.get(summary["method"], summary["method"])
+    own = NAMES.get(summary["method"], summary["method"])
+    backbone = summary.get("backbone")
+    return f"{own} on {NAMES.get(backbone['method'], backbone['method']).removesuffix(' student')}" if backbone else own
 
 
 def spread(values: list[float | None]) -> str:
@@ -109,12 +115,19 @@ def _mean(values: list):
     return np.array(values, float).mean(0)
 
 
+def _colour(index: int) -> str | tuple:
+    """Ten colours, then ten paler ones."""
+    import matplotlib
+
+    return f"C{index}" if index < 10 else matplotlib.colormaps["tab20"](2 * (index % 10) + 1)
+
+
 def _draw_curves(named: list[tuple[str, list[dict]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colours = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(method for method, _ in named))}
+    colours = {method: _colour(index) for index, method in enumerate(dict.fromkeys(method for method, _ in named))}
     labelled = set()
     for method, records in named:
         colour, label = colours[method], None if method in labelled else method
@@ -128,7 +141,11 @@ def _draw_curves(named: list[tuple[str, list[dict]]], path: Path) -> None:
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+    if len(colours) > FEW:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    else:
+        left.legend()
+        right.legend()
     figure.savefig(path, dpi=130)
 
 
@@ -145,13 +162,13 @@ def _draw_classes(scores: dict[str, dict], class_counts: np.ndarray, path: Path)
         accuracy = np.array([np.nan if value is None else value for value in score["per_class"]], float)[order]
         label = f"{method} ({score['top1']:.1f} % all)"
         if window == 1:
-            axes.plot(rank, accuracy, "o-", color=f"C{index}", label=label)
+            axes.plot(rank, accuracy, "o-", color=_colour(index), label=label)
             continue
-        axes.plot(rank, accuracy, ".", color=f"C{index}", alpha=0.35)
+        axes.plot(rank, accuracy, ".", color=_colour(index), alpha=0.35)
         known, near = ~np.isnan(accuracy), np.ones(2 * (window // 2) + 1)
         with np.errstate(invalid="ignore"):  # no class near here was tested: no line
             means = np.convolve(np.where(known, accuracy, 0), near, "same") / np.convolve(known, near, "same")
-        axes.plot(rank, means, color=f"C{index}", label=label)
+        axes.plot(rank, means, color=_colour(index), label=label)
     start = 0
     for group, members in metrics.shot_groups(class_counts).items():
         if members.any():
@@ -164,5 +181,8 @@ def _draw_classes(scores: dict[str, dict], class_counts: np.ndarray, path: Path)
     axes.set(xlabel="training samples of the class", ylabel="test accuracy (%)", ylim=(0, 107), xlim=(-0.5, len(order) - 0.5))
     axes.set_yticks(range(0, 101, 20))
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(loc="lower left")
+    if len(scores) > FEW:
+        figure.legend(loc="outside lower center", ncols=3)
+    else:
+        axes.legend(loc="lower left")
     figure.savefig(path, dpi=130)

@@ -27,12 +27,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, Strict, ValidationError
 
 from cache import CacheError, open_cache
 from cache.views import to_json
 from pipeline import UserError, runs, show
-from pipeline.config import Experiment, Section, load_config
+from pipeline.config import Experiment, Section, explain, load_config
 from pipeline.progress import Progress
 from pipeline.report import spread
 
@@ -41,11 +41,26 @@ TABLES = ROOT / "configs" / "tables"
 COLUMNS = show.COLUMNS
 
 
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+
+
+def _different(values: tuple) -> tuple:
+    if repeated := [value for number, value in enumerate(values) if value in values[:number]]:
+        raise ValueError(f"{repeated[0]} comes twice; give each once")
+    return values
+
+
+def _of_the_teacher(override: str) -> str:
+    if not override.startswith("teacher."):
+        raise ValueError(f"a member changes its own teacher, so overrides begin with teacher.; found {override!r}")
+    return override
+
+
 class Member(Section):
     """A teacher of an ensemble."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
-    set: tuple[str, ...] = ()  # overrides of its own
+    seed: Seed = 0
+    set: tuple[Annotated[str, AfterValidator(_of_the_teacher)], ...] = ()  # overrides of its own
 
 
 class Column(Section):
@@ -56,23 +71,33 @@ class Column(Section):
     set: tuple[str, ...] = ()  # overrides, as with -o
 
 
+class Published(Section):
+    """Top-1 by shot group."""
+
+    all: float
+    many: float | None = None
+    medium: float | None = None
+    few: float | None = None
+
+
 class Row(Section):
     """What is changed in every column's experiment."""
 
     set: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()  # further overrides at the small scale
     stage: Literal["teacher", "student"] = "student"  # teacher: the row is the teacher itself
-    teachers: tuple[Member, ...] = (Member(),)  # whose average, or whose features, the student learns from
+    # whose average, or whose features, the student learns from
+    teachers: Annotated[tuple[Member, ...], Field(min_length=1), AfterValidator(_different)] = (Member(),)
     backbone: str | None = None  # the row whose run of the same seed gives the backbone
-    published: dict[str, float | dict[str, float]] = {}  # by column: top-1, or {all, many, medium, few}
+    published: dict[str, Published] = {}  # by column
 
 
 class Table(Section):
     title: str
     published: Literal["last", "best"] = "last"  # which of our epochs the published numbers compare with
-    seeds: tuple[int, ...] = (0, 1, 2)
-    columns: dict[str, Column]
-    rows: dict[str, Row]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)] = (0, 1, 2)
+    columns: Annotated[dict[str, Column], Field(min_length=1)]
+    rows: Annotated[dict[str, Row], Field(min_length=1)]
 
 
 @dataclass(eq=False)
@@ -95,8 +120,12 @@ class Job:
             return False  # not begun, or what dump-logits will say
 
     def begin(self, threads: int) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{self.out}.log", "a") as log:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            log = open(f"{self.out}.log", "a")
+        except OSError as error:
+            raise UserError(f"{self.out.parent} cannot be written: {error.strerror}; name another --out")
+        with log:
             self.process = Popen(
                 [sys.executable, str(ROOT / "cli.py"), *self.arguments, "--out", str(self.out), "--resume"],
                 stdout=log,
@@ -112,16 +141,17 @@ def load_table(name: str) -> Table:
         path = Path(name)
     try:
         values = yaml.safe_load(path.read_text())
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         known = ", ".join(sorted(found.stem for found in TABLES.glob("*.yaml")))
         raise UserError(f"there is no table {name!r}; known are {known}, or name a YAML file")
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of keys to values; see configs/tables/ for examples")
     try:
         table = Table.model_validate(values)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors()]
-        raise UserError("\n".join(lines)) from None
+        raise UserError("\n".join(f"{path}: {line}" for line in explain(error, Table))) from None
     columns = {
         name: column.model_copy(
             update={
@@ -136,6 +166,10 @@ def load_table(name: str) -> Table:
     for row, section in table.rows.items():
         if section.backbone and section.backbone not in table.rows:
             raise UserError(f"{path}: rows.{row}.backbone: there is no row {section.backbone!r}")
+        if section.backbone and table.rows[section.backbone].backbone:
+            raise UserError(
+                f"{path}: rows.{row}.backbone: row {section.backbone!r} takes its backbone from another; name that"
+            )
         if unknown := set(section.published) - set(table.columns):
             raise UserError(f"{path}: rows.{row}.published: there is no column {', '.join(sorted(unknown))}")
     return table
@@ -165,42 +199,50 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
     def add(path: Path, *arguments: str, needs=()) -> Job:
         return jobs.setdefault(path, Job(path, [*arguments, "--device", device.type], list(needs)))
 
-    @functools.cache
-    def common(column: str, overrides: tuple[str, ...], seed: int) -> tuple[Experiment, list[str]]:
-        section = table.columns[column]
+    def asked(name: str, column: str, seed: int, extra: tuple[str, ...], *sections: str) -> tuple[Experiment, list[str]]:
+        """The experiment of a cell, and a command's options for it, with the overrides of these sections alone.
+
+        What a stage does not look at must not tell its runs apart: other rows share them.
+        """
+        section, row = table.columns[column], whole.rows[name]
         path = section.quick if quick else section.config
-        overrides = (*section.set, *overrides)
-        options = [part for override in overrides for part in ("-o", override)]
-        return load_config(path, overrides, seed), ["--config", path, "--seed", str(seed), *options]
+        overrides = (*section.set, *row.set, *(row.quick if quick else ()), *extra)
+        overrides = tuple(item for item in overrides if item.split(".")[0].split("=")[0] in sections)
+        try:
+            experiment = _load(path, overrides, seed)
+        except UserError as error:
+            raise UserError(f"row {name!r}, column {column!r}: " + str(error).replace("\n", f"\nrow {name!r}: "))
+        return experiment, ["--config", path, "--seed", str(seed), *(part for item in overrides for part in ("-o", item))]
 
-    def teacher(column: str, row: Row, seed: int, extra=()) -> Job:
-        # what only a student has must not tell teachers apart
-        overrides = tuple(item for item in (*_overrides(row, quick), *extra) if not item.startswith("student."))
-        experiment, options = common(column, overrides, seed)
-        key = _key(experiment.data, experiment.views, experiment.teacher)
-        return add(out / _slug(column) / f"teacher-{key}-{seed}", "train-teacher", *options)
+    def teacher(name: str, column: str, member: Member) -> Job:
+        experiment, options = asked(name, column, member.seed, member.set, "data", "views", "teacher")
+        key = _key(options[1], experiment.data, experiment.views, experiment.teacher)
+        return add(out / _slug(column) / f"teacher-{key}-{member.seed}", "train-teacher", *options)
 
-    def cache(column: str, row: Row) -> Job:
-        members = [teacher(column, row, member.seed, member.set) for member in row.teachers]
-        overrides = tuple(item for item in _overrides(row, quick) if not item.startswith("student."))
-        experiment, options = common(column, overrides, row.teachers[0].seed)
-        key = _key(experiment.cache, *[member.out.name for member in members])
+    def cache(name: str, column: str) -> Job:
+        members = [teacher(name, column, member) for member in whole.rows[name].teachers]
+        experiment, options = asked(name, column, whole.rows[name].teachers[0].seed, (), "data", "views", "cache")
+        key = _key(options[1], experiment.data, experiment.views, experiment.cache, *[member.out.name for member in members])
         named = [part for member in members for part in ("--teacher", str(member.out))]
         return add(out / _slug(column) / f"cache-{key}.zarr", "dump-logits", *options, *named, needs=members)
 
     def cell(name: str, column: str, seed: int) -> Job:
         row = whole.rows[name]
         if row.stage == "teacher":
-            return teacher(column, row, seed)
-        experiment, options = common(column, _overrides(row, quick), seed)
+            return teacher(name, column, Member(seed=seed))
+        experiment, options = asked(name, column, seed, (), "data", "views", "cache", "student")
         learns_from, needs = experiment.student.method.learns_from, []
+        if (learns_from == "backbone") != (row.backbone is not None):
+            what = "names no backbone" if row.backbone is None else f"names the backbone {row.backbone!r}"
+            raise UserError(f"row {name!r} {what}, but is of method {experiment.student.method.name}; only crt has one")
         if learns_from == "backbone":
             needs = [cell(row.backbone, column, seed)]
             options = [*options, "--backbone", str(needs[0].out)]
         elif learns_from:
-            needs = [cache(column, row)]
+            needs = [cache(name, column)]
             options = [*options, "--cache", str(needs[0].out)]
-        key = _key(experiment.data, experiment.views, experiment.student, *[need.out.name for need in needs])
+        parts = experiment.data, experiment.views, experiment.cache, experiment.student
+        key = _key(options[1], *parts, *[need.out.name for need in needs])
         return add(out / _slug(column) / f"{_slug(name)}-{key}-{seed}", "train-student", *options, needs=needs)
 
     cells = {
@@ -238,9 +280,9 @@ def _run(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
                         print(f"{job.out}: left out, what it needs failed", flush=True)
                 ready = [job for job in waiting if all(need not in waiting and need not in running for need in job.needs)]
                 for job in ready[: at_once - len(running)]:
+                    job.begin(threads)
                     waiting.remove(job)
                     running.append(job)
-                    job.begin(threads)
                 time.sleep(0.2)
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
@@ -272,7 +314,7 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool) -> list[li
                 if cells[name, column, seed].done
             ]
             published = row.published.get(column)
-            overall = published.get("all") if isinstance(published, dict) else published
+            overall = published and published.all
             ours = [summary[table.published]["top1"] for summary in found]
             scores = {label: [summary["last"][key] for summary in found] for label, key in COLUMNS.items()}
             best = [summary["best"]["top1"] for summary in found]
@@ -289,7 +331,14 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool) -> list[li
             )
             seeds = [summary["seed"] for summary in found]
             values.append(
-                {"column": column, "row": name, "seeds": seeds, "last": scores, "best": best, "published": published}
+                {
+                    "column": column,
+                    "row": name,
+                    "seeds": seeds,
+                    "last": scores,
+                    "best": best,
+                    "published": published and published.model_dump(),
+                }
             )
     rule = ["---", "---"] + ["---:"] * (len(heading) - 2)
     note = f"All, many, medium, few: top-1 of the last epoch, %. Difference: our {table.published} epoch minus published."
@@ -318,26 +367,25 @@ def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
             ours = cell["last"]["all"] if table.published == "last" else cell["best"]
             if ours:
                 axes.errorbar(np.mean(ours), place, xerr=np.std(ours, ddof=1) if len(ours) > 1 else None, fmt="o", color="C0")
-            published = cell["published"]
-            published = published.get("all") if isinstance(published, dict) else published
-            if published is not None:
-                axes.plot(published, place, "|", color="C1", markersize=12, markeredgewidth=2)
+            if cell["published"]:
+                axes.plot(cell["published"]["all"], place, "|", color="C1", markersize=12, markeredgewidth=2)
         axes.set(title=column, xlabel=f"top-1 of the {table.published} epoch (%)")
         axes.grid(alpha=0.3, axis="x")
     panels[0][0].set_yticks(range(len(names)), names)
-    panels[0][0].invert_yaxis()
+    panels[0][0].set_ylim(len(names) - 0.5, -0.5)
     handles = [Line2D([], [], marker="o", ls="", color="C0"), Line2D([], [], marker="|", ls="", color="C1")]
     figure.legend(handles, ["ours", "published"], loc="outside lower center", ncols=2)
     figure.suptitle(title, wrap=True, fontsize="medium")
     figure.savefig(path, dpi=130)
 
 
-def _overrides(row: Row, quick: bool) -> tuple[str, ...]:
-    return (*row.set, *row.quick) if quick else row.set
+@functools.cache
+def _load(path: str, overrides: tuple[str, ...], seed: int) -> Experiment:
+    return load_config(path, overrides, seed)
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or _key(name)
 
 
 def _key(*parts) -> str:

@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from cache.storage import LocalStorage
+from cache.views import to_json
 from pipeline import UserError
 from pipeline.config import Experiment, dump_config, load_config
 
@@ -175,6 +176,14 @@ def open_run(folder: str | Path) -> Run:
     if not run.has("summary.json"):
         raise UserError(f"the run in {folder} is not complete; go on with it by --resume")
     return run
+
+
+def experiment_of(run: Run) -> dict[str, str]:
+    """What tells apart the experiments that runs were made by, whatever their seeds: the method, and a digest of the rest."""
+    config = run.config()
+    parts = config.data, getattr(config, run.stage), config.cache
+    text = json.dumps([run.stage, *[part.model_dump(mode="json") for part in parts], to_json(config.views)])
+    return {"method": run.summary()["method"], "settings": hashlib.sha256(text.encode()).hexdigest()[:12]}
 
 
 def environment(stage: str, device: torch.device) -> dict:

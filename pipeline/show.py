@@ -1,5 +1,7 @@
 """What commands print: tables of plain values, readable on a terminal and in a file."""
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
@@ -14,9 +16,9 @@ def table(rows: list[list[str]], title: str, heading: bool = True) -> None:
     for row in rows[heading:]:
         shown.add_row(*row)
     # text of the user's is no markup; a file has no width to fit into
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
     console.print(title)
-    console.print(shown, width=None if console.is_terminal else 140)
+    console.print(shown)
 
 
 def scores(values: dict, title: str) -> None:

@@ -43,6 +43,12 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
     if missing := len(cache.missing()):
         raise CacheError(f"{path} lacks {missing} blocks; finish it with dump-logits --resume")
+    temperature = getattr(config.student.method, "temperature", None)
+    if temperature not in (None, cache.temperature) and "average_of" in cache.identity.teacher:
+        raise CacheError(
+            f"{path} holds an average at temperature {cache.temperature:g}, from which none at {temperature:g} follows; "
+            "dump at that temperature, or leave out student.method.temperature"
+        )
     if config.student.method.learns_from == "features" and not cache.features:
         raise CacheError(
             f"{path} holds no features, which method {config.student.method.name} learns from; "

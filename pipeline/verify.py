@@ -1,12 +1,15 @@
 """Is a cache what its teacher answers? Some views are computed again and compared."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from cache import CacheError, encodings, open_cache, philox
-from pipeline import metrics, runs
+from cache.features import MAX_ERROR
+from pipeline import UserError, metrics, runs
 from pipeline.data import datasets
 from pipeline.data.images import open_images
 from pipeline.dump import average, load_teachers, tempered
@@ -21,13 +24,19 @@ def verify_cache(
     """Compares `views` views of the cache, chosen by its teacher's digest, with fresh answers of the teacher.
 
     The error is the total variation of the BKD target, stored from fresh, a mean over samples. Returns mean and worst,
-    by shot group and by class, and whether the mean is within `tolerance` (default: what the encoding promises, and
-    rounding).
+    by shot group and by class, the mean cosine distance of features, and whether the mean is within `tolerance`
+    (default: what the encoding promises, and rounding), and that of features within what theirs promises.
     """
     config = runs.open_run(teachers[0]).config(overrides)
     training_set, _ = datasets.load(config.data)
     cache = open_cache(path)
-    teacher, identities = load_teachers(teachers, training_set)
+    teacher, identities = load_teachers(teachers, training_set, features=bool(cache.features))
+    names = [Path(folder).resolve().name for folder in teachers]
+    if cache.features and set(names) != set(cache.features):
+        raise UserError(
+            f"{path} holds features of teachers whose folders are named {', '.join(sorted(cache.features))}; "
+            f"found {', '.join(sorted(names))}; name the folders as they were"
+        )
     identity = average(identities)
     refuse_other(cache, path, training_set, temperature=cache.temperature, views=cache.views, teacher=identity)
     images = open_images(training_set, cache.views, device, config.data.workers)
@@ -38,11 +47,14 @@ def verify_cache(
     chosen = [dumped[index] for index in order[:views]]
     settings = config.cache.model_copy(update={"temperature": cache.temperature})
     rows = np.arange(len(training_set))
-    error = np.zeros((len(chosen), len(rows)))
+    error, distance = np.zeros((len(chosen), len(rows))), {name: [] for name in cache.features}
     weight = encodings.class_weight(cache.class_counts)
     teacher.to(device)
     for index, view in enumerate(chosen):
-        fresh, _ = tempered(teacher, images, rows, np.full(len(rows), view), settings)
+        fresh, vectors = tempered(teacher, images, rows, np.full(len(rows), view), settings)
+        for name, vector in zip(names, vectors):
+            cosine = (functional.normalize(vector.cpu()).numpy() * cache.feature_plane(name, view)).sum(1)
+            distance[name].append(float(1 - cosine.mean()))
         error[index] = encodings.total_variation(fresh.mean(1).cpu().numpy(), cache.plane(view), weight)
     by_sample = error.mean(0)
     by_class = np.bincount(training_set.label, by_sample, len(cache.classes)) / training_set.class_counts
@@ -52,7 +64,8 @@ def verify_cache(
         "mean": float(error.mean()),
         "worst": float(error.max()),
         "tolerance": limit,
-        "passed": bool(error.mean() <= limit),
+        "passed": bool(error.mean() <= limit and all(np.mean(found) <= MAX_ERROR for found in distance.values())),
+        "features": {name: float(np.mean(found)) for name, found in distance.items()},
         "shots": {
             group: float(by_class[members].mean())
             for group, members in metrics.shot_groups(training_set.class_counts).items()

@@ -56,6 +56,7 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("student.training.epochs=many", r"student\.training\.epochs: .*integer.*; found 'many'"),
         ("student.training.epochs=true", r"student\.training\.epochs: .*integer; found True"),
         ("student.training.epochs=0", r"student\.training\.epochs: .*greater than 0; found 0"),
+        ("student.method.reweight_from=160", r"reweight_from: a share of the epochs.*epoch 160 of 200 is 0.8\); found 160"),
         ("data.imbalance_ratio=0.5", r"data\.imbalance_ratio: .*; found 0\.5"),
         ("teacher.model.depth=21", r"teacher\.model: depth is 6n \+ 2 .*; found 21"),
         ("views.pad=-1", r"views: pad is in pixels, from 0 to 64; found -1"),

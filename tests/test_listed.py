@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_line_is_named(tmp_path, line, message):
 def test_a_list_that_is_missing_empty_or_no_text_is_named(tmp_path):
     section = lists(tmp_path)
     for data, message in (
-        (b"", r"train.txt line 1: '' is not a path and a label"),
+        (b"\n", r"train.txt is empty; list an image on each line"),
         (b"train/\xff.jpg 0\n", r"train.txt is not text in UTF-8 \(invalid start byte at byte 6\)"),
     ):
         (tmp_path / "train.txt").write_bytes(data)

@@ -174,8 +174,8 @@ def test_class_weights_have_mean_one_and_wait_for_their_epoch(batch):
     [
         ("ldam", {}, "ldam needs a cosine classifier: set student.model.cosine_scale, usually 30"),
         ("cbd", {}, "cbd needs a cosine classifier: set student.model.cosine_scale, usually 20"),
-        ("bbn", {}, "bbn needs 2 branches: a cifar_resnet with branches; found 1"),
-        ("ce", {"branches": 2}, "ce needs 1 branches: a cifar_resnet with branches; found 2"),
+        ("bbn", {}, "bbn needs a network of two branches: set student.model.branches=2 of a cifar_resnet; found 1"),
+        ("ce", {"branches": 2}, "ce needs a network of one branch: set student.model.branches=1 of a cifar_resnet; found 2"),
     ],
 )
 def test_a_method_is_refused_with_a_network_that_does_not_fit_it(method, model, message):

@@ -8,16 +8,18 @@ import pytest
 import tiny
 import torch
 
-from cache import CacheError, open_cache
+from cache import Cache, CacheError, open_cache
 from cache.planes import Planes
 from pipeline import UserError, runs
 from pipeline.data.color_jitter import ColorJitter, adjust
 from pipeline.dump import dump_logits
 from pipeline.evaluate import evaluate_run
 from pipeline.models import build_model
+from pipeline.report import write_report
 from pipeline.student import train_student
 from pipeline.targets import Targets
 from pipeline.teacher import train_teacher
+from pipeline.verify import verify_cache
 
 CBD = ("student.method={name: cbd}", "student.model.cosine_scale=20", "cache.features=true")
 
@@ -190,5 +192,55 @@ def test_scoring_again_and_a_backbone_refuse_other_classes(tmp_path, teacher_run
     with pytest.raises(UserError, match="knows other classes than digits; use the data it was trained on"):
         evaluate_run(str(tmp_path / "run"), "last", (), tiny.CPU)
     config = tiny.experiment("student.method={name: crt}")
-    with pytest.raises(UserError, match="knows other classes than digits; use the data it was trained on"):
+    with pytest.raises(UserError, match="was trained on other data than this digits; use the same data"):
         train_student(config, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(tmp_path / "run"))
+    rarer = tiny.experiment("student.method={name: crt}", "data.imbalance_ratio=5")
+    with pytest.raises(UserError, match="was trained on other data than this digits; use the same data"):
+        train_student(rarer, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(teacher_run))
+    assert not (tmp_path / "crt").exists()
+
+
+def test_an_average_has_one_temperature(tmp_path, ensemble, cache):
+    with pytest.raises(CacheError, match="holds an average at temperature 2, from which none at 4 follows"):
+        train_student(tiny.experiment("student.method.temperature=4"), str(ensemble), str(tmp_path / "four"), tiny.CPU)
+    train_student(tiny.experiment("student.method.temperature=2"), str(ensemble), str(tmp_path / "two"), tiny.CPU)
+    train_student(tiny.experiment("student.method.temperature=4"), str(cache), str(tmp_path / "alone"), tiny.CPU)
+
+
+def test_verifying_compares_the_features_too(tmp_path, ensemble, teacher_run, monkeypatch):
+    teachers = [str(teacher_run), str(ensemble.parent / "jittered")]
+    report = verify_cache(str(ensemble), teachers, 2, None, (), tiny.CPU)
+    assert report["passed"] and set(report["features"]) == {"teacher", "jittered"}
+    assert all(0 < distance < 1e-3 for distance in report["features"].values()), "cosine distance"
+    shutil.copytree(teacher_run, tmp_path / "renamed")
+    with pytest.raises(UserError, match="features .* named jittered, teacher; found jittered, renamed"):
+        verify_cache(str(ensemble), [str(tmp_path / "renamed"), teachers[1]], 2, None, (), tiny.CPU)
+    plane = Cache.feature_plane
+    monkeypatch.setattr(Cache, "feature_plane", lambda self, name, view: np.roll(plane(self, name, view), 1, axis=0))
+    assert not verify_cache(str(ensemble), teachers, 2, None, (), tiny.CPU)["passed"]
+
+
+def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp_path, teacher_run, cache):
+    folders = []
+    for backbone in ("kd", "bkd"):
+        config = tiny.experiment(f"student.method.name={backbone}")
+        train_student(config, str(cache), str(tmp_path / backbone), tiny.CPU)
+        for seed in (0, 1):
+            folders.append(str(tmp_path / f"crt-{backbone}-{seed}"))
+            config = tiny.experiment("student.method={name: crt}", seed=seed)
+            train_student(config, None, folders[-1], tiny.CPU, backbone=str(tmp_path / backbone))
+    warm = tiny.experiment("cache.temperature=4", "cache.encoding.dtype=float32", seed=1)
+    dump_logits(warm, [str(teacher_run)], str(tmp_path / "warm.zarr"), tiny.CPU)
+    train_student(warm, str(tmp_path / "warm.zarr"), str(tmp_path / "warm"), tiny.CPU)
+    table = write_report([*folders, str(tmp_path / "bkd"), str(tmp_path / "warm")], str(tmp_path / "report"))
+    assert [row[:2] for row in table[1:]] == [
+        ["cRT student on KD", "2"],
+        ["cRT student on BKD", "2"],
+        ["BKD student (bkd)", "1"],
+        ["BKD student (warm)", "1"],
+    ]
+
+
+def test_a_teacher_has_one_branch():
+    with pytest.raises(UserError, match="a teacher has one branch: leave out teacher.model.branches"):
+        tiny.experiment("teacher.model.branches=2")

@@ -28,7 +28,7 @@ def table(tmp_path):
         "seeds": [0, 1],
         "columns": {"digits": {"config": "tiny.yaml", "quick": "tiny.yaml", "set": ["data.imbalance_ratio=20"]}},
         "rows": {
-            "CE": {"stage": "teacher", "published": {"digits": 50.0}},
+            "CE": {"stage": "teacher", "published": {"digits": {"all": 50.0}}},
             "KD": {"set": ["student.method.name=kd"], "published": {"digits": {"all": 40, "few": 1}}},
             "BKD, two teachers": {"teachers": [{"seed": 0}, {"seed": 1}], "quick": ["student.method.alpha=2"]},
             "BKD+cRT": {"set": ["student.method.name=crt"], "backbone": "BKD, two teachers"},
@@ -79,16 +79,65 @@ def test_a_folder_is_for_one_experiment(table):
     ("change", "message"),
     [
         ({"rows": {"A": {"backbone": "B"}}}, "rows.A.backbone: there is no row 'B'"),
-        ({"rows": {"A": {"published": {"mnist": 1}}}}, "rows.A.published: there is no column mnist"),
-        ({"rows": {"A": {"stage": "pupil"}}}, "rows.A.stage: input should be 'teacher' or 'student'"),
-        ({"colums": {}}, "colums: extra inputs are not permitted"),
-        ({"rows": {"A": {"set": ["student.method.nam=kd"]}}}, "unknown key; did you mean 'name'"),
+        ({"rows": {"A": {"published": {"mnist": {"all": 1}}}}}, "rows.A.published: there is no column mnist"),
+        ({"rows": {"A": {"stage": "pupil"}}}, "rows.A.stage: input should be 'teacher' or 'student'; found 'pupil'"),
+        ({"colums": {}}, "colums: unknown key; did you mean 'columns'"),
+        ({"rows": {"A": {"published": {"digits": {"al": 1}}}}}, "rows.A.published.digits.al: unknown key; did you mean 'all'"),
+        ({"rows": {"A": {"set": ["student.method.nam=kd"]}}}, "row 'A', column 'digits': .*unknown key; did you mean 'name'"),
+        ({"rows": {"A": {"set": ["student.method.name=crt"]}}}, "row 'A' names no backbone, but is of method crt"),
+        (
+            {"rows": {"B": {"stage": "teacher"}, "A": {"backbone": "B"}}},
+            "row 'A' names the backbone 'B', but is of method bkd",
+        ),
+        ({"rows": {"A": {"backbone": "B"}, "B": {"backbone": "A"}}}, "row 'B' takes its backbone from another"),
+        ({"rows": {"A": {"teachers": []}}}, "rows.A.teachers: .*at least 1 item"),
+        ({"rows": {"A": {"teachers": [{"seed": 1}, {"seed": 1}]}}}, "rows.A.teachers: .*comes twice; give each once"),
+        ({"rows": {"A": {"teachers": [{"set": ["data.seed=1"]}]}}}, "overrides begin with teacher.; found 'data.seed=1'"),
+        ({"seeds": [0, 0]}, "seeds: 0 comes twice; give each once"),
+        ({"seeds": [True]}, "seeds.0: .*integer; found True"),
+        ({"seeds": []}, "seeds: .*at least 1 item"),
+        ({"columns": {}}, "columns: .*at least 1 item"),
+        ({"columns": {"digits": {"config": "no.yaml"}}}, "row '.*', column 'digits': cannot read .*no.yaml"),
     ],
 )
 def test_what_is_wrong_in_a_table_is_named_before_anything_runs(table, change, message):
     table.write_text(yaml.safe_dump(yaml.safe_load(table.read_text()) | change))
     with pytest.raises(UserError, match=message):
         jobs_of(table)
+
+
+def test_what_a_stage_does_not_look_at_does_not_tell_its_runs_apart(table):
+    content = yaml.safe_load(table.read_text())
+    content["rows"] = {
+        "T = 2": {},
+        "T = 4": {"set": ["cache.temperature=4"]},
+        "CE": {"set": ["student.method.name=ce", "teacher.model.width=6"]},
+    }
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    jobs, cells = jobs_of(table, seeds=(0,))
+    assert [job.arguments[0] for job in jobs].count("train-teacher") == 1
+    teacher = next(job for job in jobs if job.arguments[0] == "train-teacher")
+    assert not any("temperature" in part for part in teacher.arguments), "whichever row asks first"
+    assert not any(part.startswith("teacher.") for part in cells["CE", "digits", 0].arguments)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "日", "-"])
+def test_no_name_leads_out_of_the_folder(table, name):
+    content = yaml.safe_load(table.read_text())
+    content["columns"] = {name: content["columns"].pop("digits")}
+    content["rows"] = {"CE": {"stage": "teacher"}}
+    table.write_text(yaml.safe_dump(content))
+    (job, *_), _ = jobs_of(table)
+    folder = job.out.parent.name
+    assert job.out.parent.parent == Path("out") and folder.strip(".-") == folder != ""
+
+
+def test_a_place_that_cannot_be_written_is_named(table, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "digits").write_text("")
+    found = invoke(table, out)
+    assert found.exit_code == 2 and "digits cannot be written" in found.output + str(found.stderr)
 
 
 def test_what_is_not_in_the_table_is_named(table):

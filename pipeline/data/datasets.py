@@ -321,7 +321,7 @@ def _folder_part(root: Path) -> Dataset:
 def _image_list(section: config.ImageList, root: Path) -> tuple[Dataset, Dataset]:
     parts = [_read_list(root / name) for name in (section.train, section.test)]
     if section.classes:
-        classes = _read(root / section.classes).decode(errors="replace").splitlines()
+        classes = _read(root / section.classes, "data.classes").decode(errors="replace").rstrip().splitlines()
     else:
         classes = [str(c) for c in range(max(max(label) for _, label in parts) + 1)]
     return tuple(
@@ -333,11 +333,13 @@ def _image_list(section: config.ImageList, root: Path) -> tuple[Dataset, Dataset
 def _read_list(path: Path) -> tuple[list[str], list[int]]:
     """The files and labels of a list, one for every line, so that an error can name the line."""
     try:
-        lines = _read(path).decode("utf-8-sig").rstrip().split("\n")
+        text = _read(path).decode("utf-8-sig").rstrip()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as such")
+    if not text:
+        raise UserError(f"{path} is empty; list an image on each line: relative/path.jpg, a space and its label")
     files, labels = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         fields = line.rsplit(maxsplit=1)
         if len(fields) < 2 or not LABEL.fullmatch(fields[1]):
             raise UserError(
@@ -437,11 +439,11 @@ def _listed_part(root: Path, listed: str, files: list[str], label: list[int], cl
     return dataset
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, key: str = "data.train and data.test") -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check data.root, data.train and data.test")
+        raise UserError(f"cannot read {path}: {error.strerror}; check data.root, {key}")
 
 
 LOADERS = {

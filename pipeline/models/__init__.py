@@ -57,16 +57,20 @@ def build_model(section: config.Model, classes: int, data: config.Data, seed: in
 
 def classifier(model: nn.Module) -> nn.Module:
     """The last layer, whose input [B, D] (`in_features`) is the network's feature."""
-    return [module for module in model.modules() if isinstance(module, (nn.Linear, CosineClassifier))][-1]
+    return model.get_submodule(classifier_name(model))
+
+
+def classifier_name(model: nn.Module) -> str:
+    """The last layer's name among the model's modules."""
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, CosineClassifier))][-1]
 
 
 def _fit_head(network: nn.Module, section: config.Network, classes: int) -> None:
     """Puts what `section` asks for after the pooled features in the place of the last layer."""
     if section.projection is None and section.cosine_scale is None:
         return
-    last = classifier(network)
-    name = next(name for name, module in network.named_modules() if module is last)
-    layers, inputs = [], last.in_features
+    name = classifier_name(network)
+    layers, inputs = [], network.get_submodule(name).in_features
     if section.projection is not None:
         layers += [nn.Linear(inputs, section.projection), nn.ReLU()]
         nn.init.kaiming_normal_(layers[0].weight)
@@ -99,7 +103,7 @@ def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
     state = _load_weights(section)
     own = network.state_dict()
     unfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    last = next(name for name, module in network.named_modules() if module is classifier(network))
+    last = classifier_name(network)
     if unexpected := [key for key in unfit if key.rpartition(".")[0] != last]:
         raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
