@@ -36,7 +36,7 @@ VIEWS, CLASSES = CropFlip(pad=1, flip=False), 100
 SAMPLES = 10_847  # of CIFAR-100-LT
 # teacher, side of its images in pixels, samples where there is no GPU
 TEACHERS = [
-    (config.CifarResNet(name="cifar_resnet", depth=20), 32, 512),
+    (config.CifarResNet(name="cifar_resnet", depth=20), 32, 2048),
     (config.TorchvisionModel(name="torchvision", architecture="resnet18"), 64, 128),
 ]
 ENCODINGS = [{"name": "probability", "dtype": "float16"}, {"name": "klt", "max_error": 0.02}]
