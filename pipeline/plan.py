@@ -14,6 +14,7 @@ from pipeline import engine, losses, runs, show
 from pipeline.config import Experiment, dump_config
 from pipeline.data import datasets
 from pipeline.data.images import open_images
+from pipeline.evaluate import infer
 from pipeline.models import build_model
 
 
@@ -66,26 +67,27 @@ def _seconds(config: Experiment, model: torch.nn.Module, images: list, device: t
     views = np.zeros(len(rows), np.int64)
     optimiser = engine.build_optimiser(model, training)
 
-    def forward():
-        (found,) = train.batches(rows, views, len(rows))
+    def step(size: int):
+        (found,) = train.batches(rows[:size], views[:size], size)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            return losses.cross_entropy(model(found.images), found.label).mean()
-
-    def step():
+            logits = model(found.images)
         optimiser.zero_grad(set_to_none=True)
-        forward().backward()
+        losses.cross_entropy(logits, found.label).mean().backward()
         optimiser.step()
 
-    @torch.inference_mode()
-    def infer():
-        model.eval()
-        forward()
-
     if stage == "dump":
-        return config.views.count * samples / len(rows) * _time(infer, device)
+        return (
+            config.views.count
+            * samples
+            / len(rows)
+            * _time(lambda: infer(model, train, rows, views, batch, precision), device)
+        )
     steps = training.epochs * math.ceil(samples / batch)
     evaluations = math.ceil(training.epochs / training.evaluate_every)
-    return steps * _time(step, device) + evaluations * tests / len(rows) * _time(infer, device)
+    some = np.arange(min(tests, 2000))
+    judging = evaluations * tests / len(some) * _time(lambda: infer(model, test, some, precision=precision), device)
+    step(samples % batch or len(rows))  # an epoch's last batch, whose other size takes memory of its own
+    return steps * _time(lambda: step(len(rows)), device) + judging
 
 
 def _time(work, device: torch.device) -> float:
