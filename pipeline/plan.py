@@ -65,6 +65,9 @@ def _seconds(config: Experiment, model: torch.nn.Module, images: list, device: t
         batch, precision = training.batch_size, training.precision
     rows = np.arange(min(batch, samples))
     views = np.zeros(len(rows), np.int64)
+    if stage == "dump":
+        seconds = _time(lambda: infer(model, train, rows, views, batch, precision), device)
+        return config.views.count * samples / len(rows) * seconds
     optimiser = engine.build_optimiser(model, training)
 
     def step(size: int):
@@ -75,13 +78,6 @@ def _seconds(config: Experiment, model: torch.nn.Module, images: list, device: t
         losses.cross_entropy(logits, found.label).mean().backward()
         optimiser.step()
 
-    if stage == "dump":
-        return (
-            config.views.count
-            * samples
-            / len(rows)
-            * _time(lambda: infer(model, train, rows, views, batch, precision), device)
-        )
     steps = training.epochs * math.ceil(samples / batch)
     evaluations = math.ceil(training.epochs / training.evaluate_every)
     some = np.arange(min(tests, 2000))

@@ -181,7 +181,8 @@ def open_run(folder: str | Path) -> Run:
 def experiment_of(run: Run) -> dict[str, str]:
     """What tells apart the experiments that runs were made by, whatever their seeds: the method, and a digest of the rest."""
     config = run.config()
-    parts = config.data, getattr(config, run.stage), config.cache
+    data = config.data.model_copy(update={"root": "", "workers": 0})  # where it lies and who reads it change no result
+    parts = data, getattr(config, run.stage), config.cache
     text = json.dumps([run.stage, *[part.model_dump(mode="json") for part in parts], to_json(config.views)])
     return {"method": run.summary()["method"], "settings": hashlib.sha256(text.encode()).hexdigest()[:12]}
 
