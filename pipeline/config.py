@@ -100,6 +100,7 @@ class Network(Section):
 
     projection: Positive | None = None  # a layer (linear, ReLU) of this width before the classifier
     cosine_scale: Annotated[float, Field(gt=0)] | None = None  # null: a linear classifier; a number: s of a cosine classifier
+    memory: bool = False  # OLTR's modulated attention before pooling and memory of class centroids after it
 
 
 class CifarResNet(Network):
@@ -294,6 +295,7 @@ Model = Annotated[CifarResNet | TorchvisionModel, Field(discriminator="name")]
 class Teacher(Section):
     model: Model
     training: Training = Training()
+    expert: Literal["many", "medium", "few"] | None = None  # learns the classes of this shot group alone, for method lfme
     color_jitter: bool = False  # strong colour augmentation while training, as half of CBD's teachers have it
 
     @model_validator(mode="after")

@@ -95,6 +95,7 @@ class Row(Section):
 class Table(Section):
     title: str
     published: Literal["last", "best"] = "last"  # which of our epochs the published numbers compare with
+    quick: tuple[str, ...] = ()  # overrides of every column at the small scale
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)] = (0, 1, 2)
     columns: Annotated[dict[str, Column], Field(min_length=1)]
     rows: Annotated[dict[str, Row], Field(min_length=1)]
@@ -206,7 +207,8 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
         """
         section, row = table.columns[column], whole.rows[name]
         path = section.quick if quick else section.config
-        overrides = (*section.set, *row.set, *(row.quick if quick else ()), *extra)
+        small = whole.quick if quick else ()
+        overrides = (*section.set, *small, *row.set, *(row.quick if quick else ()), *extra)
         overrides = tuple(item for item in overrides if item.split(".")[0].split("=")[0] in sections)
         try:
             experiment = _load(path, overrides, seed)
@@ -216,13 +218,13 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
 
     def teacher(name: str, column: str, member: Member) -> Job:
         experiment, options = asked(name, column, member.seed, member.set, "data", "views", "teacher")
-        key = _key(options[1], experiment.data, experiment.views, experiment.teacher)
+        key = _key(Path(options[1]).name, experiment.data, experiment.views, experiment.teacher)
         return add(out / _slug(column) / f"teacher-{key}-{member.seed}", "train-teacher", *options)
 
     def cache(name: str, column: str) -> Job:
         members = [teacher(name, column, member) for member in whole.rows[name].teachers]
         experiment, options = asked(name, column, whole.rows[name].teachers[0].seed, (), "data", "views", "cache")
-        key = _key(options[1], experiment.data, experiment.views, experiment.cache, *[member.out.name for member in members])
+        key = _key(Path(options[1]).name, experiment.data, experiment.views, experiment.cache, *[member.out.name for member in members])
         named = [part for member in members for part in ("--teacher", str(member.out))]
         return add(out / _slug(column) / f"cache-{key}.zarr", "dump-logits", *options, *named, needs=members)
 
@@ -242,7 +244,7 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
             needs = [cache(name, column)]
             options = [*options, "--cache", str(needs[0].out)]
         parts = experiment.data, experiment.views, experiment.cache, experiment.student
-        key = _key(options[1], *parts, *[need.out.name for need in needs])
+        key = _key(Path(options[1]).name, *parts, *[need.out.name for need in needs])
         return add(out / _slug(column) / f"{_slug(name)}-{key}-{seed}", "train-student", *options, needs=needs)
 
     cells = {
