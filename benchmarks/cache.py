@@ -377,9 +377,10 @@ def measure_plane(samples, classes, encoding, repeats, scratch):
     cache = open_cache(folder / "s")
     error = cache.error()
     codes = cache.stored_plane(1)  # and the reference, which is then in memory
-    cache.encoding.decode(codes[:BATCH])
+    rows = rows_at_once(classes * 4)
+    batch = np.empty((min(rows, samples), classes), np.float32)
+    cache.encoding.decode(codes[:rows], batch)
     used = memory() - before
-    batch = np.empty((BATCH, classes), np.float32)
     decoded = np.dtype(np.float32 if cache.decoder else codes.dtype)
     copying, reading, decoding = [], [], []
     for _ in range(repeats):  # in turns, as a machine with others on it changes its pace
@@ -387,9 +388,9 @@ def measure_plane(samples, classes, encoding, repeats, scratch):
         cache.stored_plane(1, codes)
         reading.append(time.perf_counter() - start)
         start = time.perf_counter()
-        for first in range(0, samples if cache.decoder else 0, BATCH):
-            rows = codes[first : first + BATCH]
-            cache.encoding.decode(rows, batch[: len(rows)])
+        for first in range(0, samples if cache.decoder else 0, rows):
+            some = codes[first : first + rows]
+            cache.encoding.decode(some, batch[: len(some)])
         decoding.append(time.perf_counter() - start)
         copying.append(copied(samples, classes * decoded.itemsize, folder))
     shutil.rmtree(folder)
@@ -409,9 +410,14 @@ def measure_plane(samples, classes, encoding, repeats, scratch):
     }
 
 
+def rows_at_once(row_bytes):
+    """How many rows are copied, or decoded, at a time: 64 MB of them."""
+    return max(1, (64 << 20) // row_bytes)
+
+
 def copied(samples, row_bytes, folder):
     """Seconds that copying `samples` rows from a memmap takes, 64 MB at a time into the same memory."""
-    rows = max(1, (64 << 20) // row_bytes)
+    rows = rows_at_once(row_bytes)
     np.zeros((rows, row_bytes), np.uint8).tofile(folder / "copied")
     source = np.memmap(folder / "copied", np.uint8, "r", shape=(rows, row_bytes))
     target, found = np.array(source), []

@@ -15,7 +15,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 
 from cache.format import PLAIN, CacheError, array_document, group_document
-from cache.pieces import pieces
+from cache.pieces import on_all_cores, pieces
 
 BETA = 0.9999  # of the effective number of samples, in the class weights of the target that `klt` is fitted to
 _FLOOR = 1e-12  # of a probability before its logarithm; no class weight brings back what is smaller
@@ -417,7 +417,8 @@ def _decoded(codes, matrix, out=None):
     """softmax(codes @ basis + mean), float32 [B, C], of codes [B, R] and basis and mean below each other."""
     out = np.empty((len(codes), matrix.shape[1]), np.float32) if out is None else out
     ones = np.ones(matrix.shape[1], np.float32)
-    for piece in pieces(*out.shape, _DECODED):
+
+    def decode(piece):
         factor = np.ones((len(out[piece]), len(matrix)), np.float32)
         factor[:, :-1] = codes[piece]
         probability = np.matmul(factor, matrix, out=out[piece])
@@ -428,6 +429,8 @@ def _decoded(codes, matrix, out=None):
             probability *= (1 / total)[:, None]
         else:  # beyond the range of float32, where no logarithm of a probability is
             softmax(np.matmul(factor, matrix, out=probability))
+
+    on_all_cores(decode, pieces(*out.shape, _DECODED))
     return out
 
 

@@ -13,6 +13,7 @@ import torch
 
 from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox
 from cache.features import check as check_features
+from cache.pieces import one_blas_thread
 from pipeline import UserError, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
@@ -108,7 +109,8 @@ def write_pending(writers: list[CacheWriter], answers, views: int, decodes: bool
     samples, classes, blocks = len(writers[0].cache), len(writers[0].cache.classes), writers[0].blocks
     start, done = time.perf_counter(), 0
     with Progress("dumping", views * blocks, views * blocks - len(pending), "blocks", plain=True) as progress:
-        with ThreadPoolExecutor(1) as writing:
+        # The teacher runs on all cores meanwhile; threads of the encoder's own would take them from it.
+        with one_blas_thread(), ThreadPoolExecutor(1) as writing:
             last = None
             while pending:
                 view, block = next(iter(pending))
