@@ -161,7 +161,11 @@ class RemoteStorage:
         self._ask(self.fs.rm, f"{self.root}/{key}")
 
     def lock(self, key: str, offsets):
-        """An object store has no locks: that each block has one dumping process is the caller's to see to."""
+        """An object store has no locks: that each block has one dumping process is the caller's to see to.
+
+        The key is put all the same, so that who may not write learns it before any work is done.
+        """
+        self.write(key, b"")
         return None
 
 

@@ -59,7 +59,10 @@ def create_cache(
     """
     storage = open_storage(url)
     contents = _Contents(identity, sample_id, label, image_size, encoding, features)
-    names = storage.names()
+    try:
+        names = storage.names()
+    except OSError as error:
+        raise CacheError(f"{url} cannot be listed: {error.strerror or error}; choose another place") from error
     if names and not resume:
         raise CacheError(f"{url} is not empty; resume the dump (--resume) or name another folder (--out)")
     if storage.size(STORE_MARKER) is None:
@@ -151,7 +154,7 @@ def _take(storage, layout, rank, world):
     except BlockingIOError as error:
         raise CacheError(f"another process is writing {storage}; wait for it, or end it") from error
     except OSError as error:
-        raise CacheError(f"{storage} cannot be written: {error.strerror}; choose another folder") from error
+        raise CacheError(f"{storage} cannot be written: {error.strerror or error}; choose another place") from error
 
 
 def _sizes(written: dict) -> dict[str, dict]:

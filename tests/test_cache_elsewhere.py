@@ -237,3 +237,15 @@ def test_a_dropped_connection_is_an_error_and_the_dump_resumes(two_blocks):
         cache.plane(0)
     cache._storage.fs = real
     assert (cache.plane(0) == answers(0)).all()
+
+
+@pytest.mark.parametrize("operation, said", [("pipe_file", "written"), ("ls", "listed")])
+def test_a_bucket_that_may_not_be_used_is_refused_before_any_work(monkeypatch, operation, said):
+    fsspec = pytest.importorskip("fsspec")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Access Denied")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), operation, denied)
+    with pytest.raises(CacheError, match=f"cannot be {said}: Access Denied; choose another place"):
+        create_cache(remote(None, "memory"), **arguments())

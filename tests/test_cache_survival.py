@@ -191,10 +191,10 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     else:
         (tmp_path / "s").mkdir(mode=0o500)
         target = tmp_path / "s/s"
-    with pytest.raises(CacheError, match=f"{target} cannot be written: .*; choose another folder"):
+    with pytest.raises(CacheError, match=f"{target} cannot be written: .*; choose another place"):
         create_cache(target, **arguments())
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match="file cannot be written: .*; choose another folder"):
+    with pytest.raises(CacheError, match="file cannot be written: .*; choose another place"):
         create_cache(tmp_path / "file", **arguments())
 
 
