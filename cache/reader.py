@@ -203,15 +203,16 @@ class Cache:
     def reference_codes(self, view: int, block: int) -> np.ndarray | None:
         """The codes that those of (view, block) are stored as differences from, [rows, R]; None where there are none.
 
-        They are kept: R small numbers a sample.
+        They are kept, R small numbers a sample, as long as their marker says the same: a repair may write them anew.
         """
         reference = self.encoding.reference
         if reference is None or view == reference:
             return None
-        if block not in self._reference:
+        marker = self._marker(reference, block)
+        if block not in self._reference or self._reference[block][0] != marker:
             # Column by column, as the differences are stored.
-            self._reference[block] = np.asfortranarray(self.stored_block(reference, block))
-        return self._reference[block]
+            self._reference[block] = marker, np.asfortranarray(self.stored_block(reference, block))
+        return self._reference[block][1]
 
     def _read_columns(self, view, block, marker):
         """A compressed chunk: the rows of columns, int8 [rows, S], that are of the block. Zarr reads it as well."""

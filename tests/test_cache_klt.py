@@ -278,6 +278,8 @@ def test_resuming_needs_no_fit_and_gives_the_same_bytes(tmp_path, three_blocks):
 def test_what_was_stored_as_differences_from_a_lost_reference_is_written_anew(tmp_path, three_blocks):
     probability, url = teacher(), tmp_path / "s"
     dump(url, probability)
+    opened = open_cache(url)  # by another process, before the loss
+    opened.plane(0)
     (url / "done/8.1").unlink()
 
     def elsewhere(view):  # another machine's bits, and more: every code of the reference is another one
@@ -293,6 +295,7 @@ def test_what_was_stored_as_differences_from_a_lost_reference_is_written_anew(tm
     cache = open_cache(url)
     assert cache.complete and cache.verify_checksums() == []
     assert all(target_error(cache, view, probability)[0] <= 0.02 for view in range(18) if view != REFERENCE)
+    assert (opened.stored_plane(0) == cache.stored_plane(0)).all()
 
 
 def test_a_reference_that_others_differ_from_is_not_written_again(tmp_path):
