@@ -135,7 +135,7 @@ def train_teacher(config, device, out, resume, dry_run):
     required=True,
     multiple=True,
     metavar="RUN",
-    help="A complete train-teacher run; several are averaged.",
+    help="A complete train-teacher run; several are averaged, experts (teacher.expert) share a cache.",
 )
 @click.option("--out", required=True, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
 @click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")

@@ -170,7 +170,7 @@ class Training(Section):
 class Method(Section):
     """A way to train a student."""
 
-    learns_from: ClassVar[Literal["probabilities", "features", "backbone"] | None] = None  # a cache's, or another run
+    learns_from: ClassVar[Literal["probabilities", "experts", "features", "backbone"] | None] = None  # a cache's; a run's
 
 
 class CE(Method):
@@ -256,6 +256,19 @@ class CBD(Method):
     beta: Annotated[float, Field(ge=0)] = 100.0
 
 
+class LFME(Method):
+    """Self-paced distillation from one expert a shot group, on class-balanced samples (Xiang et al., 2020).
+
+    An expert teaches less the more often the student has been right about its classes, beside the expert, in the epoch
+    before, and no longer once it is as often; images that their expert is unsure of come in as the epochs go. Both are
+    measured on the training images that an epoch visits: the authors use a validation set, which not all data have.
+    """
+
+    learns_from = "experts"
+    name: Literal["lfme"]
+    theta: Fraction = 0.3  # an expert teaches in full until the student is right this many times as often
+
+
 class BBN(Method):
     """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
 
@@ -308,7 +321,7 @@ class Teacher(Section):
 class Student(Section):
     model: Model
     method: Annotated[
-        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | BBN, Field(discriminator="name")
+        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | BBN, Field(discriminator="name")
     ] = BKD(name="bkd")
     training: Training = Training()
 
@@ -339,6 +352,10 @@ class Experiment(Section):
     teacher: Teacher
     cache: CacheSection = CacheSection()
     student: Student
+
+    def expert(self, stage: str) -> str | None:
+        """The shot group whose classes alone the network of `stage` knows, if it is an expert."""
+        return self.teacher.expert if stage == "teacher" else None
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | None = None) -> Experiment:

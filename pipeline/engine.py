@@ -69,8 +69,9 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
         return
     training, model = task.training, task.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    classes = sum(count > 0 for count in about["class_counts"])
     run.log(
-        f"{about['method']}: {parameters:,} parameters, {len(task.sample_id):,} samples of {len(about['classes'])} classes, "
+        f"{about['method']}: {parameters:,} parameters, {len(task.sample_id):,} samples of {classes} classes, "
         f"{runs.device_name(task.images.device)}"
     )
     optimiser = build_optimiser(model, training)

@@ -66,6 +66,16 @@ def distillation(logits: torch.Tensor, probability: torch.Tensor, temperature: f
     return temperature**2 * (torch.xlogy(probability, probability) - probability * log_student).sum(1)
 
 
+def expert_weight(right: torch.Tensor, theta: float) -> torch.Tensor:
+    """w_l of each shot group's expert, [K], falling from 1 to 0 while the student catches up (Xiang et al., 2020, eq. 7).
+
+    `right` [2, K]: how many of the same images expert and student answered rightly. With r the ratio of the accuracies,
+    student's over expert's, w is 1 while r < theta and then (1 - r) / (1 - theta), from r = 1 on zero.
+    """
+    expert, student = right
+    return ((1 - student / expert.clamp_min(1)) / (1 - theta)).clamp(0, 1)
+
+
 def feature_distance(features: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """1 - cos(f, t) of features [B, D] and a teacher's of length one (CBD)."""
     return 1 - (functional.normalize(features) * teacher).sum(1)

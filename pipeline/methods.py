@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
-from pipeline import UserError, losses, samplers
+from pipeline import UserError, losses, metrics, samplers
 from pipeline.models import classifier
 from pipeline.targets import Targets
 
@@ -193,6 +194,49 @@ def _cbd(method, setting: Setting) -> Recipe:
     return Recipe(WithFeatures(setting.model), _class_balanced(setting), loss)
 
 
+class Graded(nn.Module):
+    """The model, and of every epoch how many images of each of K shot groups its expert and the model answered rightly.
+
+    Counts are kept as a buffer, so that an interrupted run has them too; the first row is that of no epoch.
+    """
+
+    def __init__(self, model: nn.Module, epochs: int, groups: int):
+        super().__init__()
+        self.model = model
+        self.register_buffer("right", torch.zeros(epochs + 1, 2, groups))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)
+
+
+def _lfme(method, setting: Setting) -> Recipe:
+    temperature = setting.targets.temperature
+    shots = [members for members in metrics.shot_groups(setting.class_counts).values() if members.any()]
+    groups = [torch.from_numpy(np.flatnonzero(members)).to(setting.device) for members in shots]
+    group_of = torch.from_numpy(np.argmax(shots, axis=0)).to(setting.device)  # int64 [C]
+    network = Graded(setting.model, setting.epochs, len(groups)).to(setting.device)
+
+    def loss(logits, batch, epoch):
+        target = setting.targets.gather(batch.rows, batch.views)
+        plain, kd = torch.zeros_like(target), 0  # plain: each expert's probabilities without temperature
+        for group, weight in zip(groups, losses.expert_weight(network.right[epoch], method.theta)):
+            tempered = target[:, group] / target[:, group].sum(1, keepdim=True)
+            plain[:, group] = losses.retempered(tempered, temperature)
+            # the authors' code has no T^2
+            kd = kd + weight * losses.distillation(logits[:, group], tempered, temperature) / temperature**2
+        own = group_of[batch.label]
+        correct = logits.argmax(1) == batch.label
+        taught = plain.masked_fill(group_of != own[:, None], 0)  # by the expert of the image's class
+        right = torch.stack([taught.argmax(1) == batch.label, correct]).float()
+        network.right[epoch + 1] += right @ functional.one_hot(own, len(groups)).float()
+        confidence = taught.gather(1, batch.label[:, None])[:, 0]
+        # the paper weighs the loss, its public code the logits
+        ce = (confidence + (1 - confidence) * epoch / setting.epochs) * losses.cross_entropy(logits, batch.label)
+        return {"loss": ce + kd, "correct": correct, "ce": ce, "kd": kd}
+
+    return Recipe(network, _class_balanced(setting), loss)
+
+
 class Bilateral(nn.Module):
     """Images [B, ...] to pooled features [B / 2, D] of the even ones by one branch and of the odd ones by the other."""
 
@@ -239,5 +283,6 @@ METHODS = {
     "ldam": _ldam,
     "crt": _crt,
     "cbd": _cbd,
+    "lfme": _lfme,
     "bbn": _bbn,
 }

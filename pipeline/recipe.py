@@ -38,7 +38,9 @@ def train_network(
     training_set, test_set = sets
     section = getattr(config, stage)
     images, test_images = (open_images(part, config.views, device, config.data.workers) for part in sets)
-    model = build_model(section.model, len(training_set.classes), config.data, config.seed).to(device)
+    expert = config.expert(stage)
+    members = torch.from_numpy(training_set.class_counts > 0) if expert else None
+    model = build_model(section.model, len(training_set.classes), config.data, config.seed, members).to(device)
     if backbone:
         _take_backbone(model, backbone, training_set)
     targets = cache and Targets(cache, device, features=method.learns_from == "features")
@@ -77,7 +79,7 @@ def train_network(
             seed=config.seed,
         )
         about = {
-            "method": "teacher" if stage == "teacher" else method.name,
+            "method": f"{expert}-shot expert" if expert else "teacher" if stage == "teacher" else method.name,
             "classes": training_set.classes,
             "class_counts": training_set.class_counts.tolist(),
             "dataset": training_set.fingerprint,

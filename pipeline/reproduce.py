@@ -224,7 +224,13 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
     def cache(name: str, column: str) -> Job:
         members = [teacher(name, column, member) for member in whole.rows[name].teachers]
         experiment, options = asked(name, column, whole.rows[name].teachers[0].seed, (), "data", "views", "cache")
-        key = _key(Path(options[1]).name, experiment.data, experiment.views, experiment.cache, *[member.out.name for member in members])
+        key = _key(
+            Path(options[1]).name,
+            experiment.data,
+            experiment.views,
+            experiment.cache,
+            *[member.out.name for member in members],
+        )
         named = [part for member in members for part in ("--teacher", str(member.out))]
         return add(out / _slug(column) / f"cache-{key}.zarr", "dump-logits", *options, *named, needs=members)
 

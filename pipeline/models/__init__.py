@@ -15,12 +15,14 @@ class Classifier(nn.Module):
     """uint8 images [B, 3, H, W] to logits, float32 [B, C]: normalise, then the network.
 
     The mean and the standard deviation are buffers: the crop's zero padding is black before normalising,
-    and two networks that see their pixels differently have different digests.
+    and two networks that see their pixels differently have different digests. So is, where an expert answers for some
+    classes alone, which ones: `members`, bool [C]; the logits of the others are -inf.
     """
 
-    def __init__(self, network: nn.Module, mean: tuple, std: tuple):
+    def __init__(self, network: nn.Module, mean: tuple, std: tuple, members: torch.Tensor | None = None):
         super().__init__()
         self.network = network
+        self.register_buffer("members", members)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
 
@@ -28,7 +30,8 @@ class Classifier(nn.Module):
         return (images - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(self.normalise(images)).float()
+        logits = self.network(self.normalise(images)).float()
+        return logits if self.members is None else logits.masked_fill(~self.members, -torch.inf)
 
 
 class CosineClassifier(nn.Module):
@@ -43,8 +46,13 @@ class CosineClassifier(nn.Module):
         return self.scale * functional.linear(functional.normalize(features), functional.normalize(self.weight))
 
 
-def build_model(section: config.Model, classes: int, data: config.Data, seed: int) -> Classifier:
-    """A network with `classes` outputs, its initial weights drawn from `seed` alone, in channels-last memory."""
+def build_model(
+    section: config.Model, classes: int, data: config.Data, seed: int, members: torch.Tensor | None = None
+) -> Classifier:
+    """A network with `classes` outputs, its initial weights drawn from `seed` alone, in channels-last memory.
+
+    `members`: bool [C], the classes that an expert answers for.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if section.name == "cifar_resnet":
@@ -52,7 +60,7 @@ def build_model(section: config.Model, classes: int, data: config.Data, seed: in
         else:
             network = _torchvision(section, classes)
         _fit_head(network, section, classes)
-    return Classifier(network, data.mean, data.std).to(memory_format=torch.channels_last)
+    return Classifier(network, data.mean, data.std, members).to(memory_format=torch.channels_last)
 
 
 def classifier(model: nn.Module) -> nn.Module:
