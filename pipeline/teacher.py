@@ -14,5 +14,5 @@ def train_teacher(config: Experiment, out: str, device: torch.device, resume: bo
     An expert (LFME) sees, and is judged on, the images of its own classes alone, among which it answers.
     """
     runs.refuse_taken(out, resume)
-    sets = datasets.load(config.data, config.expert("teacher"))
+    sets = datasets.load(config.data, config.teacher.expert)
     train_network(config, "teacher", CE(name="ce"), sets, None, out, device, resume)
