@@ -269,6 +269,17 @@ class LFME(Method):
     theta: Fraction = 0.3  # an expert teaches in full until the student is right this many times as often
 
 
+class OLTR(Method):
+    """Another run's backbone, all of it training on, with a memory of class centroids (Liu et al., 2019).
+
+    On class-balanced samples; needs model.memory. The authors' backbone learns at a tenth of the rest's rate; here one
+    rate is for all.
+    """
+
+    learns_from = "backbone"
+    name: Literal["oltr"]
+
+
 class BBN(Method):
     """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
 
@@ -312,16 +323,19 @@ class Teacher(Section):
     color_jitter: bool = False  # strong colour augmentation while training, as half of CBD's teachers have it
 
     @model_validator(mode="after")
-    def _one_branch(self):
+    def _plain(self):
         if getattr(self.model, "branches", 1) != 1:
             raise ValueError("a teacher has one branch: leave out teacher.model.branches; two are for students of method bbn")
+        if self.model.memory:
+            raise ValueError("a teacher has no memory: leave out teacher.model.memory; it is for students of method oltr")
         return self
 
 
 class Student(Section):
     model: Model
     method: Annotated[
-        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | BBN, Field(discriminator="name")
+        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | OLTR | BBN,
+        Field(discriminator="name"),
     ] = BKD(name="bkd")
     training: Training = Training()
 
@@ -331,6 +345,13 @@ class Student(Section):
         if method in ("ldam", "cbd") and model.cosine_scale is None:
             usual = {"ldam": 30, "cbd": 20}[method]
             raise ValueError(f"method {method} needs a cosine classifier: set student.model.cosine_scale, usually {usual}")
+        if (method == "oltr") != model.memory:
+            raise ValueError(
+                f"method {method} needs a network {'with' if method == 'oltr' else 'without'} a memory: set "
+                f"student.model.memory={'true' if method == 'oltr' else 'false'}"
+            )
+        if model.memory and model.cosine_scale is not None:
+            raise ValueError("a memory has its own cosine classifier: leave out student.model.cosine_scale")
         branches = getattr(model, "branches", 1)
         if (method == "bbn") != (branches == 2):
             raise ValueError(

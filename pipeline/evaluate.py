@@ -36,7 +36,7 @@ def load_model(run: runs.Run, checkpoint: str, experiment: config.Experiment, cl
     if section.name == "torchvision":
         section = section.model_copy(update={"weights": None})  # the checkpoint has them all
     members = torch.ones(classes, dtype=torch.bool) if experiment.expert(run.stage) else None  # which, the checkpoint says
-    model = build_model(section, classes, experiment.data, 0, members)
+    model = build_model(section, classes, experiment.data, 0, run.summary().get("image_size"), members)
     tensors, _ = run.load_tensors(checkpoint)
     try:
         model.load_state_dict(tensors)

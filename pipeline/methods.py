@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline import UserError, losses, metrics, samplers
-from pipeline.models import classifier
+from pipeline.models import classifier, memory
 from pipeline.targets import Targets
 
 
@@ -30,6 +30,8 @@ class Setting:
     epochs: int
     seed: int
     device: torch.device
+    images: object = None  # a source of pipeline.data.images, of the training part
+    backbone: nn.Module | None = None  # the other run's network, where the method learns from one
 
 
 class Recipe(NamedTuple):
@@ -160,12 +162,12 @@ def _crt(method, setting: Setting) -> Recipe:
 
 
 class WithFeatures(nn.Module):
-    """Images to the model's logits [B, C] and its features [B, D], the classifier's input."""
+    """Images to the model's logits [B, C] and its features [B, D], the input of `layer`."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, layer: nn.Module):
         super().__init__()
         self.model, self.seen = model, []
-        classifier(model).register_forward_pre_hook(self._keep)  # a method, so that a copy of this keeps to itself
+        layer.register_forward_pre_hook(self._keep)  # a method, so that a copy of this keeps to itself
 
     def _keep(self, _, inputs: tuple) -> None:
         self.seen.append(inputs[0])
@@ -191,7 +193,35 @@ def _cbd(method, setting: Setting) -> Recipe:
         total = (1 - method.alpha) * ce + method.alpha * method.beta * distance
         return {"loss": total, "correct": logits.argmax(1) == batch.label, "ce": ce, "distance": distance}
 
-    return Recipe(WithFeatures(setting.model), _class_balanced(setting), loss)
+    return Recipe(WithFeatures(setting.model, classifier(setting.model)), _class_balanced(setting), loss)
+
+
+def _oltr(method, setting: Setting) -> Recipe:
+    recollection, first = memory(setting.model), classifier(setting.backbone)
+    with torch.no_grad():
+        recollection.centroids.copy_(_class_means(setting))
+    if isinstance(first, nn.Linear):
+        recollection.hallucinator.load_state_dict(first.state_dict())
+
+    def loss(output, batch, epoch):
+        logits, features = output
+        ce = losses.cross_entropy(logits, batch.label)
+        distance = losses.memory(features, batch.label, recollection.centroids)
+        total = ce + 0.01 * distance
+        return {"loss": total, "correct": logits.argmax(1) == batch.label, "ce": ce, "distance": distance}
+
+    return Recipe(WithFeatures(setting.model, recollection), _class_balanced(setting), loss)
+
+
+@torch.no_grad()
+def _class_means(setting: Setting) -> torch.Tensor:
+    """The mean over each class's training images, uncropped, of the backbone's features: float32 [C, D]."""
+    network = WithFeatures(setting.backbone, classifier(setting.backbone)).eval()
+    total = 0
+    for batch in setting.images.batches(np.arange(len(setting.label)), None, 500):
+        _, features = network(batch.images)
+        total = total + functional.one_hot(batch.label, len(setting.class_counts)).float().T @ features
+    return total / torch.from_numpy(setting.class_counts).to(total)[:, None]
 
 
 class Graded(nn.Module):
@@ -284,5 +314,6 @@ METHODS = {
     "crt": _crt,
     "cbd": _cbd,
     "lfme": _lfme,
+    "oltr": _oltr,
     "bbn": _bbn,
 }

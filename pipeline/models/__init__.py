@@ -1,6 +1,7 @@
 """Networks: uint8 images in, logits out, normalisation inside, so that a checkpoint is whole."""
 
 import difflib
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from pipeline import UserError, config
 from pipeline.models.cifar_resnet import CifarResNet
+from pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
 
 
 class Classifier(nn.Module):
@@ -47,11 +49,17 @@ class CosineClassifier(nn.Module):
 
 
 def build_model(
-    section: config.Model, classes: int, data: config.Data, seed: int, members: torch.Tensor | None = None
+    section: config.Model,
+    classes: int,
+    data: config.Data,
+    seed: int,
+    image_size: tuple[int, int] | None = None,
+    members: torch.Tensor | None = None,
 ) -> Classifier:
     """A network with `classes` outputs, its initial weights drawn from `seed` alone, in channels-last memory.
 
-    `members`: bool [C], the classes that an expert answers for.
+    `image_size`: (height, width), which a network with a memory is made for. `members`: bool [C], the classes that an
+    expert answers for.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -59,6 +67,8 @@ def build_model(
             network = CifarResNet(section.depth, section.width, classes, section.branches)
         else:
             network = _torchvision(section, classes)
+        if section.memory:
+            _attend(network, section, image_size)
         _fit_head(network, section, classes)
     return Classifier(network, data.mean, data.std, members).to(memory_format=torch.channels_last)
 
@@ -70,12 +80,37 @@ def classifier(model: nn.Module) -> nn.Module:
 
 def classifier_name(model: nn.Module) -> str:
     """The last layer's name among the model's modules."""
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, CosineClassifier))][-1]
+    return _names(model, nn.Linear, CosineClassifier, SquashedCosineClassifier)[-1]
+
+
+def memory(model: nn.Module) -> Memory:
+    """The memory of a network that has one."""
+    return model.get_submodule(_names(model, Memory)[0])
+
+
+def new_parts(model: nn.Module) -> list[str]:
+    """The names of the modules that a backbone leaves out: the last layer, and what OLTR adds."""
+    return [classifier_name(model), *_names(model, ModulatedAttention, Memory)]
+
+
+def _names(model: nn.Module, *kinds: type) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _attend(network: nn.Module, section: config.Network, image_size: tuple[int, int]) -> None:
+    """Lets the last stage of a ResNet end in modulated attention."""
+    stage, stride = (network.blocks, 4) if section.name == "cifar_resnet" else (getattr(network, "layer4", None), 32)
+    if stage is None:
+        raise UserError(
+            f"a memory's attention follows the last stage of a ResNet, which {section.architecture} is not; "
+            "choose a resnet, or leave out model.memory"
+        )
+    stage.append(ModulatedAttention(classifier(network).in_features, *(math.ceil(side / stride) for side in image_size)))
 
 
 def _fit_head(network: nn.Module, section: config.Network, classes: int) -> None:
     """Puts what `section` asks for after the pooled features in the place of the last layer."""
-    if section.projection is None and section.cosine_scale is None:
+    if section.projection is None and section.cosine_scale is None and not section.memory:
         return
     name = classifier_name(network)
     layers, inputs = [], network.get_submodule(name).in_features
@@ -83,7 +118,9 @@ def _fit_head(network: nn.Module, section: config.Network, classes: int) -> None
         layers += [nn.Linear(inputs, section.projection), nn.ReLU()]
         nn.init.kaiming_normal_(layers[0].weight)
         inputs = section.projection
-    if section.cosine_scale is None:
+    if section.memory:
+        layers.append(Memory(inputs, classes))
+    elif section.cosine_scale is None:
         layers.append(nn.Linear(inputs, classes))
         nn.init.kaiming_normal_(layers[-1].weight)
     else:
