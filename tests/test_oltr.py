@@ -177,16 +177,17 @@ def recipe(teacher_run):
     return build_method(experiment.student.method, setting), setting
 
 
-def test_the_memory_begins_with_what_the_backbone_knows(recipe):
+def test_the_memory_begins_with_what_the_backbone_knows(recipe, teacher_run):
     model, setting = recipe[0].network.model, recipe[1]
+    backbone = load_model(runs.open_run(teacher_run), "last", tiny.experiment(), 10)
     rows = np.arange(len(setting.label))
     (batch,) = setting.images.batches(rows, None, len(rows))
     with torch.no_grad():
-        features = setting.backbone.network.shared(setting.backbone.normalise(batch.images)).mean((2, 3)).numpy()
+        features = backbone.network.shared(backbone.normalise(batch.images)).mean((2, 3)).numpy()
     means = [features[setting.label == c].mean(0) for c in range(10)]
     np.testing.assert_allclose(memory(model).centroids.detach(), means, rtol=1e-4, atol=1e-5)
-    assert torch.equal(memory(model).hallucinator.weight, setting.backbone.network.fc.weight)
-    assert torch.equal(memory(model).hallucinator.bias, setting.backbone.network.fc.bias)
+    assert torch.equal(memory(model).hallucinator.weight, backbone.network.fc.weight)
+    assert torch.equal(memory(model).hallucinator.bias, backbone.network.fc.bias)
     counts = np.bincount(setting.label[recipe[0].rows(0)], minlength=10)
     assert counts.min() > 0.6 * len(rows) / 10, "its samples are drawn class by class"
 
