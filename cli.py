@@ -135,7 +135,7 @@ def train_teacher(config, device, out, resume, dry_run):
     required=True,
     multiple=True,
     metavar="RUN",
-    help="A complete train-teacher run; several are averaged.",
+    help="A complete train-teacher run; several are averaged, experts (teacher.expert) share a cache.",
 )
 @click.option("--out", required=True, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
 @click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")
@@ -154,7 +154,7 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
 
 @main.command("train-student", short_help="Train a student from a cache (stage two).")
 @click.option("--cache", metavar="STORE.zarr", help="A complete cache of this experiment, for methods that learn from one.")
-@click.option("--backbone", metavar="RUN", help="A complete run whose backbone is kept, for method crt.")
+@click.option("--backbone", metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
 @experiment
 def train_student(config, device, cache, backbone, out, resume, dry_run):

@@ -170,7 +170,7 @@ class Training(Section):
 class Method(Section):
     """A way to train a student."""
 
-    learns_from: ClassVar[Literal["probabilities", "features", "backbone"] | None] = None  # a cache's, or another run
+    learns_from: ClassVar[Literal["probabilities", "experts", "features", "backbone"] | None] = None  # a cache's; a run's
 
 
 class CE(Method):
@@ -256,6 +256,30 @@ class CBD(Method):
     beta: Annotated[float, Field(ge=0)] = 100.0
 
 
+class LFME(Method):
+    """Self-paced distillation from one expert a shot group, on class-balanced samples (Xiang et al., 2020).
+
+    An expert teaches less the more often the student has been right about its classes, beside the expert, in the epoch
+    before, and no longer once it is as often; images that their expert is unsure of come in as the epochs go. Both are
+    measured on the training images that an epoch visits: the authors use a validation set, which not all data have.
+    """
+
+    learns_from = "experts"
+    name: Literal["lfme"]
+    theta: Fraction = 0.3  # an expert teaches in full until the student is right this many times as often
+
+
+class OLTR(Method):
+    """Another run's backbone, all of it training on, with a memory of class centroids (Liu et al., 2019).
+
+    On class-balanced samples; needs model.memory. The authors' backbone learns at a tenth of the rest's rate; here one
+    rate is for all.
+    """
+
+    learns_from = "backbone"
+    name: Literal["oltr"]
+
+
 class BBN(Method):
     """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
 
@@ -299,16 +323,19 @@ class Teacher(Section):
     color_jitter: bool = False  # strong colour augmentation while training, as half of CBD's teachers have it
 
     @model_validator(mode="after")
-    def _one_branch(self):
+    def _plain(self):
         if getattr(self.model, "branches", 1) != 1:
             raise ValueError("a teacher has one branch: leave out teacher.model.branches; two are for students of method bbn")
+        if self.model.memory:
+            raise ValueError("a teacher has no memory: leave out teacher.model.memory; it is for students of method oltr")
         return self
 
 
 class Student(Section):
     model: Model
     method: Annotated[
-        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | BBN, Field(discriminator="name")
+        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | OLTR | BBN,
+        Field(discriminator="name"),
     ] = BKD(name="bkd")
     training: Training = Training()
 
@@ -318,6 +345,13 @@ class Student(Section):
         if method in ("ldam", "cbd") and model.cosine_scale is None:
             usual = {"ldam": 30, "cbd": 20}[method]
             raise ValueError(f"method {method} needs a cosine classifier: set student.model.cosine_scale, usually {usual}")
+        if (method == "oltr") != model.memory:
+            raise ValueError(
+                f"method {method} needs a network {'with' if method == 'oltr' else 'without'} a memory: set "
+                f"student.model.memory={'true' if method == 'oltr' else 'false'}"
+            )
+        if model.memory and model.cosine_scale is not None:
+            raise ValueError("a memory has its own cosine classifier: leave out student.model.cosine_scale")
         branches = getattr(model, "branches", 1)
         if (method == "bbn") != (branches == 2):
             raise ValueError(
@@ -339,6 +373,10 @@ class Experiment(Section):
     teacher: Teacher
     cache: CacheSection = CacheSection()
     student: Student
+
+    def expert(self, stage: str) -> str | None:
+        """The shot group whose classes alone the network of `stage` knows, if it is an expert."""
+        return self.teacher.expert if stage == "teacher" else None
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | None = None) -> Experiment:

@@ -14,7 +14,7 @@ import torch
 from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox
 from cache.features import check as check_features
 from cache.pieces import one_blas_thread
-from pipeline import UserError, runs
+from pipeline import UserError, metrics, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
 from pipeline.data.images import open_images
@@ -36,12 +36,15 @@ def dump_logits(
 ) -> None:
     """Runs the teachers of the folders `teachers` over all views and writes their average's cache to `out`.
 
+    Experts' average holds each one's probabilities of its own classes, at an equal share of the row: no class has two.
     With `apart` there is a cache for each, named as its folder, in the folder `out`: one decode of an image serves all.
     What is already committed is kept with `resume`. Under torchrun, processes share the blocks.
     """
     training_set, _ = datasets.load(config.data)
     section = config.cache
     teacher, identities = load_teachers(teachers, training_set, section.features)
+    if apart and "expert" in identities[0]:
+        raise UserError("experts teach together, from one cache; leave out --apart")
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
     names = [Path(folder).resolve().name for folder in teachers]
@@ -209,6 +212,7 @@ def load_teachers(
     digests = [one["digest"] for one in identities]
     if repeated := [folder for number, folder in enumerate(folders) if digests[number] in digests[:number]]:
         raise UserError(f"the teacher in {repeated[0]} is given twice; name different teachers")
+    _refuse_unfit(members, identities, training_set)
     return Teachers(list(members), features).eval(), list(identities)
 
 
@@ -217,7 +221,24 @@ def average(identities: list[dict]) -> dict:
     if len(identities) == 1:
         return identities[0]
     digests = "\n".join(one["digest"] for one in identities)
-    return {"digest": hashlib.sha256(digests.encode()).hexdigest(), "average_of": identities}
+    kind = "experts" if "expert" in identities[0] else "average_of"
+    return {"digest": hashlib.sha256(digests.encode()).hexdigest(), kind: identities}
+
+
+def _refuse_unfit(members: Sequence[torch.nn.Module], identities: Sequence[dict], training_set: datasets.Dataset) -> None:
+    """Raises UserError for experts that do not have every class once between them, or that stand beside other teachers."""
+    experts = [member.members.numpy() for member in members if member.members is not None]
+    if not experts:
+        return
+    if len(experts) < len(members):
+        raise UserError("experts and teachers of all classes cannot share a cache; name the ones or the others")
+    for shot, group in metrics.shot_groups(training_set.class_counts).items():
+        if (np.sum(experts, axis=0)[group] != 1).any():
+            named = ", ".join(one["expert"] for one in identities)
+            raise UserError(
+                f"every {shot}-shot class of {training_set.name} needs one expert that was trained on it; found experts of "
+                f"{named}; name one of each shot group (teacher.expert), trained on these data"
+            )
 
 
 def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.Module, dict]:
@@ -243,4 +264,6 @@ def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.
         "dataset": summary["dataset"],
         "test": summary["last"],
     }
+    if trained.teacher.expert:
+        answers_of["expert"] = trained.teacher.expert
     return model, answers_of

@@ -30,7 +30,7 @@ class Task:
     """What is to be learnt, from what, and how it is judged."""
 
     model: torch.nn.Module  # what is saved and evaluated
-    network: torch.nn.Module  # what a step runs: the model, or what a method makes of it
+    network: torch.nn.Module  # what a step runs and a resumed run goes on with: the model, or what a method makes of it
     images: object  # a source of pipeline.data.images, of the training part
     sample_id: np.ndarray  # int64 [N]
     views: object  # a specification of cache.views
@@ -69,15 +69,16 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
         return
     training, model = task.training, task.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    classes = sum(count > 0 for count in about["class_counts"])
     run.log(
-        f"{about['method']}: {parameters:,} parameters, {len(task.sample_id):,} samples of {len(about['classes'])} classes, "
+        f"{about['method']}: {parameters:,} parameters, {len(task.sample_id):,} samples of {classes} classes, "
         f"{runs.device_name(task.images.device)}"
     )
     optimiser = build_optimiser(model, training)
     best = {"epoch": None, "top1": -1.0}
     first = 0
     if run.has("state.safetensors"):
-        first, best = _load_state(run, model, optimiser)
+        first, best = _load_state(run, task.network, optimiser)
         run.log(f"resumed after epoch {first} of {training.epochs}")
     run.rewind_metrics(first)
     forward = torch.compile(task.network) if training.compile else task.network
@@ -93,7 +94,7 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
                     run.save_tensors("best", model.state_dict(), epoch=epoch + 1)
             run.append_metrics(record)
             run.save_tensors("last", model.state_dict(), epoch=epoch + 1)
-            _save_state(run, model, optimiser, epoch + 1, best)
+            _save_state(run, task.network, optimiser, epoch + 1, best)
             progress.advance(record["images_per_second"], "images/s")
             run.log(_line(record, training.epochs))
     records = run.metrics()
@@ -199,18 +200,18 @@ def _check(task: Task, bad: int, rows: np.ndarray, epoch: int, steps: int) -> No
     )
 
 
-def _save_state(run: runs.Run, model, optimiser, epoch: int, best: dict) -> None:
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
+def _save_state(run: runs.Run, network, optimiser, epoch: int, best: dict) -> None:
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
         if (momentum := optimiser.state[parameter].get("momentum_buffer")) is not None:
             tensors[f"momentum.{name}"] = momentum
     run.save_tensors("state", tensors, epoch=epoch, best=best)
 
 
-def _load_state(run: runs.Run, model, optimiser) -> tuple[int, dict]:
+def _load_state(run: runs.Run, network, optimiser) -> tuple[int, dict]:
     tensors, metadata = run.load_tensors("state")
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-    for name, parameter in model.named_parameters():
+    network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
+    for name, parameter in network.named_parameters():
         if (momentum := tensors.get(f"momentum.{name}")) is not None:
             momentum = torch.empty_like(parameter).copy_(momentum)  # in the parameter's memory format
             optimiser.state[parameter]["momentum_buffer"] = momentum

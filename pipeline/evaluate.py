@@ -35,7 +35,8 @@ def load_model(run: runs.Run, checkpoint: str, experiment: config.Experiment, cl
     section = getattr(experiment, run.stage).model
     if section.name == "torchvision":
         section = section.model_copy(update={"weights": None})  # the checkpoint has them all
-    model = build_model(section, classes, experiment.data, seed=0)
+    members = torch.ones(classes, dtype=torch.bool) if experiment.expert(run.stage) else None  # which, the checkpoint says
+    model = build_model(section, classes, experiment.data, 0, run.summary().get("image_size"), members)
     tensors, _ = run.load_tensors(checkpoint)
     try:
         model.load_state_dict(tensors)
@@ -50,7 +51,7 @@ def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], devic
     """Scores of a complete run's checkpoint on its test set, computed again."""
     run = runs.open_run(folder)
     experiment = run.config(overrides)
-    training_set, test_set = datasets.load(experiment.data)
+    training_set, test_set = datasets.load(experiment.data, experiment.expert(run.stage))
     if tuple(run.summary()["classes"]) != training_set.classes:
         raise UserError(
             f"the network in {folder} knows other classes than {training_set.name}; use the data it was trained on"

@@ -66,6 +66,27 @@ def distillation(logits: torch.Tensor, probability: torch.Tensor, temperature: f
     return temperature**2 * (torch.xlogy(probability, probability) - probability * log_student).sum(1)
 
 
+def expert_weight(right: torch.Tensor, theta: float) -> torch.Tensor:
+    """w_l of each shot group's expert, [K], falling from 1 to 0 while the student catches up (Xiang et al., 2020).
+
+    `right` [2, K]: how many of the same images expert and student answered rightly. With r the ratio of the accuracies,
+    student's over expert's, w is 1 while r < theta and then (1 - r) / (1 - theta), from r = 1 on zero.
+    """
+    expert, student = right
+    return ((1 - student / expert.clamp_min(1)) / (1 - theta)).clamp(0, 1)
+
+
+def memory(features: torch.Tensor, label: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """|v - M_y|^2 / 2 + 0.01 max(0, 10 - d), d the batch's mean of sum_{c != y} |v - M_c|^2 / C (Liu et al., 2019, 3.3).
+
+    Of features v [B, D] and centroids M [C, D]: a feature is drawn to its own centroid and kept from the others. The
+    authors divide a centroid's pull by one more than the batch's samples of its class; here it is the formula's gradient.
+    """
+    own = (features - centroids[label]).square().sum(1)
+    others = torch.cdist(features, centroids).square().sum(1) - own
+    return own / 2 + 0.01 * (10 - others.mean() / len(centroids)).clamp_min(0)
+
+
 def feature_distance(features: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """1 - cos(f, t) of features [B, D] and a teacher's of length one (CBD)."""
     return 1 - (functional.normalize(features) * teacher).sum(1)

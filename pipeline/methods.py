@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
-from pipeline import UserError, losses, samplers
-from pipeline.models import classifier
+from pipeline import UserError, losses, metrics, samplers
+from pipeline.models import classifier, memory
 from pipeline.targets import Targets
 
 
@@ -29,6 +30,8 @@ class Setting:
     epochs: int
     seed: int
     device: torch.device
+    images: object = None  # a source of pipeline.data.images, of the training part
+    backbone: nn.Module | None = None  # the other run's network, where the method learns from one
 
 
 class Recipe(NamedTuple):
@@ -159,12 +162,12 @@ def _crt(method, setting: Setting) -> Recipe:
 
 
 class WithFeatures(nn.Module):
-    """Images to the model's logits [B, C] and its features [B, D], the classifier's input."""
+    """Images to the model's logits [B, C] and its features [B, D], the input of `layer`."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, layer: nn.Module):
         super().__init__()
         self.model, self.seen = model, []
-        classifier(model).register_forward_pre_hook(self._keep)  # a method, so that a copy of this keeps to itself
+        layer.register_forward_pre_hook(self._keep)  # a method, so that a copy of this keeps to itself
 
     def _keep(self, _, inputs: tuple) -> None:
         self.seen.append(inputs[0])
@@ -190,7 +193,78 @@ def _cbd(method, setting: Setting) -> Recipe:
         total = (1 - method.alpha) * ce + method.alpha * method.beta * distance
         return {"loss": total, "correct": logits.argmax(1) == batch.label, "ce": ce, "distance": distance}
 
-    return Recipe(WithFeatures(setting.model), _class_balanced(setting), loss)
+    return Recipe(WithFeatures(setting.model, classifier(setting.model)), _class_balanced(setting), loss)
+
+
+def _oltr(method, setting: Setting) -> Recipe:
+    recollection, first = memory(setting.model), classifier(setting.backbone)
+    with torch.no_grad():
+        recollection.centroids.copy_(_class_means(setting))
+    if isinstance(first, nn.Linear):
+        recollection.hallucinator.load_state_dict(first.state_dict())
+
+    def loss(output, batch, epoch):
+        logits, features = output
+        ce = losses.cross_entropy(logits, batch.label)
+        distance = losses.memory(features, batch.label, recollection.centroids)
+        total = ce + 0.01 * distance
+        return {"loss": total, "correct": logits.argmax(1) == batch.label, "ce": ce, "distance": distance}
+
+    return Recipe(WithFeatures(setting.model, recollection), _class_balanced(setting), loss)
+
+
+@torch.no_grad()
+def _class_means(setting: Setting) -> torch.Tensor:
+    """The mean over each class's training images, uncropped, of the backbone's features: float32 [C, D]."""
+    network = WithFeatures(setting.backbone, classifier(setting.backbone)).eval()
+    total = 0
+    for batch in setting.images.batches(np.arange(len(setting.label)), None, 500):
+        _, features = network(batch.images)
+        total = total + functional.one_hot(batch.label, len(setting.class_counts)).float().T @ features
+    return total / torch.from_numpy(setting.class_counts).to(total)[:, None]
+
+
+class Graded(nn.Module):
+    """The model, and of every epoch how many images of each of K shot groups its expert and the model answered rightly.
+
+    Counts are kept as a buffer, so that an interrupted run has them too; the first row is that of no epoch.
+    """
+
+    def __init__(self, model: nn.Module, epochs: int, groups: int):
+        super().__init__()
+        self.model = model
+        self.register_buffer("right", torch.zeros(epochs + 1, 2, groups))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)
+
+
+def _lfme(method, setting: Setting) -> Recipe:
+    temperature = setting.targets.temperature
+    shots = [members for members in metrics.shot_groups(setting.class_counts).values() if members.any()]
+    groups = [torch.from_numpy(np.flatnonzero(members)).to(setting.device) for members in shots]
+    group_of = torch.from_numpy(np.argmax(shots, axis=0)).to(setting.device)  # int64 [C]
+    network = Graded(setting.model, setting.epochs, len(groups)).to(setting.device)
+
+    def loss(logits, batch, epoch):
+        target = setting.targets.gather(batch.rows, batch.views)
+        plain, kd = torch.zeros_like(target), 0  # plain: each expert's probabilities without temperature
+        for group, weight in zip(groups, losses.expert_weight(network.right[epoch], method.theta)):
+            tempered = target[:, group] / target[:, group].sum(1, keepdim=True)
+            plain[:, group] = losses.retempered(tempered, temperature)
+            # the authors' code has no T^2
+            kd = kd + weight * losses.distillation(logits[:, group], tempered, temperature) / temperature**2
+        own = group_of[batch.label]
+        correct = logits.argmax(1) == batch.label
+        taught = plain.masked_fill(group_of != own[:, None], 0)  # by the expert of the image's class
+        right = torch.stack([taught.argmax(1) == batch.label, correct]).float()
+        network.right[epoch + 1] += right @ functional.one_hot(own, len(groups)).float()
+        confidence = taught.gather(1, batch.label[:, None])[:, 0]
+        # the paper weighs the loss, its public code the logits
+        ce = (confidence + (1 - confidence) * epoch / setting.epochs) * losses.cross_entropy(logits, batch.label)
+        return {"loss": ce + kd, "correct": correct, "ce": ce, "kd": kd}
+
+    return Recipe(network, _class_balanced(setting), loss)
 
 
 class Bilateral(nn.Module):
@@ -239,5 +313,7 @@ METHODS = {
     "ldam": _ldam,
     "crt": _crt,
     "cbd": _cbd,
+    "lfme": _lfme,
+    "oltr": _oltr,
     "bbn": _bbn,
 }

@@ -20,19 +20,19 @@ from pipeline.models import build_model
 
 def show_plan(config: Experiment, device: torch.device, stage: str, cache: str | None = None) -> None:
     """Prints the resolved configuration, and what `stage` ("teacher", "dump" or "student") would need."""
-    training_set, test_set = datasets.load(config.data)
+    training_set, test_set = datasets.load(config.data, config.expert(stage))
     samples, classes, views = len(training_set), len(training_set.classes), config.views.count
     images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
     section = config.student if stage == "student" else config.teacher
-    model = build_model(section.model, classes, config.data, config.seed).to(device)
+    model = build_model(section.model, classes, config.data, config.seed, images[0].crop_size).to(device)
     seconds = _seconds(config, model, images, device, stage)
     counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
     held = 0
-    if stage == "student" and config.student.method.learns_from in ("probabilities", "features") and row:
+    if stage == "student" and config.student.method.learns_from not in (None, "backbone") and row:
         held = samples * row * (views if isinstance(config.views, CropFlip) else 2)
     facts = {
         "training samples (N)": f"{samples:,}",
-        "classes (C)": f"{classes:,}, of {counts.max():,} to {counts.min():,} samples",
+        "classes (C)": f"{classes:,}, of {counts.max():,} to {counts[counts > 0].min():,} samples",
         "test samples": f"{len(test_set):,}",
         "views": f"{views:,}",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",

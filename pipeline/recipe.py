@@ -14,7 +14,7 @@ from pipeline.data.images import open_images
 from pipeline.engine import Task, train
 from pipeline.evaluate import evaluate, load_model
 from pipeline.methods import Setting, build_method
-from pipeline.models import build_model, classifier_name
+from pipeline.models import build_model, classifier_name, new_parts
 from pipeline.report import draw_run
 from pipeline.targets import Targets
 
@@ -38,9 +38,11 @@ def train_network(
     training_set, test_set = sets
     section = getattr(config, stage)
     images, test_images = (open_images(part, config.views, device, config.data.workers) for part in sets)
-    model = build_model(section.model, len(training_set.classes), config.data, config.seed).to(device)
-    if backbone:
-        _take_backbone(model, backbone, training_set)
+    expert = config.expert(stage)
+    members = torch.from_numpy(training_set.class_counts > 0) if expert else None
+    classes = len(training_set.classes)
+    model = build_model(section.model, classes, config.data, config.seed, images.crop_size, members).to(device)
+    trained = backbone and _take_backbone(model, backbone, training_set).to(device)
     targets = cache and Targets(cache, device, features=method.learns_from == "features")
     setting = Setting(
         model=model,
@@ -48,6 +50,8 @@ def train_network(
         label=training_set.label,
         class_counts=training_set.class_counts,
         targets=targets,
+        backbone=trained,
+        images=images,
         epochs=section.training.epochs,
         seed=config.seed,
         device=device,
@@ -77,9 +81,10 @@ def train_network(
             seed=config.seed,
         )
         about = {
-            "method": "teacher" if stage == "teacher" else method.name,
+            "method": f"{expert}-shot expert" if expert else "teacher" if stage == "teacher" else method.name,
             "classes": training_set.classes,
             "class_counts": training_set.class_counts.tolist(),
+            "image_size": images.crop_size,
             "dataset": training_set.fingerprint,
             "test_dataset": test_set.fingerprint,
             "teacher": cache and cache.identity.teacher,
@@ -89,20 +94,24 @@ def train_network(
         draw_run(run)
 
 
-def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.Dataset) -> None:
-    """Gives `model` the last weights of `run`, all but the classifier's. Raises UserError where they do not fit."""
+def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:
+    """Gives `model` the last weights of `run`, all but the classifier's, and returns the network that they are of.
+
+    Raises UserError where they do not fit.
+    """
     if run.summary()["dataset"] != training_set.fingerprint or tuple(run.summary()["classes"]) != training_set.classes:
         raise UserError(
             f"the network in {run.folder} was trained on other data than this {training_set.name}; use the same data"
         )
-    trained = load_model(run, "last", run.config(), len(training_set.classes)).state_dict()
-    own = model.state_dict()
-    last = classifier_name(model)
-    kept = {name: value for name, value in trained.items() if name.rpartition(".")[0] != last}
-    wanted = {name for name in own if name.rpartition(".")[0] != last}
+    trained = load_model(run, "last", run.config(), len(training_set.classes))
+    own, new = model.state_dict(), tuple(f"{name}." for name in new_parts(model))
+    last = f"{classifier_name(trained)}."
+    kept = {name: value for name, value in trained.state_dict().items() if not name.startswith(last)}
+    wanted = {name for name in own if not name.startswith(new)}
     if kept.keys() != wanted or any(value.shape != own[name].shape for name, value in kept.items()):
         raise UserError(f"the backbone in {run.folder} is another network than student.model; give the same model")
     model.load_state_dict({**own, **kept})
+    return trained
 
 
 def _refuse_unfit(network: torch.nn.Module, images, samples: int, batch_size: int) -> None:

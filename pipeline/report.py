@@ -23,6 +23,8 @@ NAMES = {
     "crt": "cRT student",
     "cbd": "CBD student",
     "bbn": "BBN student",
+    "lfme": "LFME student",
+    "oltr": "OLTR student",
 }
 
 
@@ -136,7 +138,8 @@ def _draw_curves(named: list[tuple[str, list[dict]]], path: Path) -> None:
         left.plot([r["epoch"] for r in records], [r["loss"] for r in records], color=colour, label=label)
         epochs, marker = [r["epoch"] for r in evaluated], "." if len(evaluated) < 40 else None
         right.plot(epochs, [r["test"]["top1"] for r in evaluated], color=colour, label=label, marker=marker)
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    some = any(record["loss"] > 0 for _, records in named for record in records)  # one class alone has none to lose
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log" if some else "linear")
     right.set(xlabel="epoch", ylabel="test accuracy (%)")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -155,7 +158,7 @@ def _draw_classes(scores: dict[str, dict], class_counts: np.ndarray, path: Path)
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    order = np.argsort(-class_counts, kind="stable")
+    order = np.argsort(-class_counts, kind="stable")[: np.count_nonzero(class_counts)]  # an expert's are some alone
     rank = np.arange(len(order))
     window = max(1, len(order) // 10)
     for index, (method, score) in enumerate(scores.items()):
@@ -170,7 +173,7 @@ def _draw_classes(scores: dict[str, dict], class_counts: np.ndarray, path: Path)
             means = np.convolve(np.where(known, accuracy, 0), near, "same") / np.convolve(known, near, "same")
         axes.plot(rank, means, color=_colour(index), label=label)
     start = 0
-    for group, members in metrics.shot_groups(class_counts).items():
+    for group, members in metrics.shot_groups(class_counts[order]).items():
         if members.any():
             end = start + members.sum()
             axes.axvspan(start - 0.5, end - 0.5, color="black", alpha=0.06 if group == "medium" else 0, lw=0)

@@ -83,6 +83,7 @@ class Published(Section):
 class Row(Section):
     """What is changed in every column's experiment."""
 
+    columns: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_different)] | None = None  # null: in all
     set: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()  # further overrides at the small scale
     stage: Literal["teacher", "student"] = "student"  # teacher: the row is the teacher itself
@@ -90,6 +91,9 @@ class Row(Section):
     teachers: Annotated[tuple[Member, ...], Field(min_length=1), AfterValidator(_different)] = (Member(),)
     backbone: str | None = None  # the row whose run of the same seed gives the backbone
     published: dict[str, Published] = {}  # by column
+
+    def stands_in(self, column: str) -> bool:
+        return self.columns is None or column in self.columns
 
 
 class Table(Section):
@@ -99,6 +103,11 @@ class Table(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)] = (0, 1, 2)
     columns: Annotated[dict[str, Column], Field(min_length=1)]
     rows: Annotated[dict[str, Row], Field(min_length=1)]
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """(column, row) of each, in order: not every row need stand in every column."""
+        return [(column, name) for column in self.columns for name, row in self.rows.items() if row.stands_in(column)]
 
 
 @dataclass(eq=False)
@@ -173,6 +182,11 @@ def load_table(name: str) -> Table:
             )
         if unknown := set(section.published) - set(table.columns):
             raise UserError(f"{path}: rows.{row}.published: there is no column {', '.join(sorted(unknown))}")
+        if unknown := set(section.columns or ()) - set(table.columns):
+            raise UserError(f"{path}: rows.{row}.columns: there is no column {', '.join(sorted(unknown))}")
+        for column in table.columns if section.backbone else ():
+            if section.stands_in(column) and not table.rows[section.backbone].stands_in(column):
+                raise UserError(f"{path}: rows.{row}.backbone: row {section.backbone!r} is not in the column {column!r}")
     return table
 
 
@@ -187,7 +201,10 @@ def select(table: Table, rows: tuple[str, ...], columns: tuple[str, ...], seeds:
         if not kept:
             raise UserError("none of these columns has a small version; leave out --quick")
     chosen = {name: row for name, row in table.rows.items() if not rows or name in rows}
-    return table.model_copy(update={"columns": kept, "rows": chosen, "seeds": seeds or table.seeds})
+    part = table.model_copy(update={"columns": kept, "rows": chosen, "seeds": seeds or table.seeds})
+    if not part.cells:
+        raise UserError(f"the table has no {' or '.join(chosen)} in {' or '.join(kept)}; its rows name their columns")
+    return part
 
 
 def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: bool) -> tuple[list[Job], dict]:
@@ -242,7 +259,9 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
         learns_from, needs = experiment.student.method.learns_from, []
         if (learns_from == "backbone") != (row.backbone is not None):
             what = "names no backbone" if row.backbone is None else f"names the backbone {row.backbone!r}"
-            raise UserError(f"row {name!r} {what}, but is of method {experiment.student.method.name}; only crt has one")
+            raise UserError(
+                f"row {name!r} {what}, but is of method {experiment.student.method.name}; only crt and oltr have one"
+            )
         if learns_from == "backbone":
             needs = [cell(row.backbone, column, seed)]
             options = [*options, "--backbone", str(needs[0].out)]
@@ -253,9 +272,7 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
         key = _key(Path(options[1]).name, *parts, *[need.out.name for need in needs])
         return add(out / _slug(column) / f"{_slug(name)}-{key}-{seed}", "train-student", *options, needs=needs)
 
-    cells = {
-        (row, column, seed): cell(row, column, seed) for column in table.columns for row in table.rows for seed in table.seeds
-    }
+    cells = {(row, column, seed): cell(row, column, seed) for column, row in table.cells for seed in table.seeds}
     return list(jobs.values()), cells
 
 
@@ -314,40 +331,38 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool) -> list[li
         title += " — quick: a small recipe, not the papers'; published numbers are of the full one"
     heading = ["data", "method", "seeds", *COLUMNS, "best epoch's all", "published", "difference"]
     rows, values = [heading], []
-    for column in table.columns:
-        for name, row in table.rows.items():
-            found = [
-                runs.open_run(cells[name, column, seed].out).summary()
-                for seed in table.seeds
-                if cells[name, column, seed].done
+    for column, name in table.cells:
+        row = table.rows[name]
+        found = [
+            runs.open_run(cells[name, column, seed].out).summary() for seed in table.seeds if cells[name, column, seed].done
+        ]
+        published = row.published.get(column)
+        overall = published and published.all
+        ours = [summary[table.published]["top1"] for summary in found]
+        scores = {label: [summary["last"][key] for summary in found] for label, key in COLUMNS.items()}
+        best = [summary["best"]["top1"] for summary in found]
+        rows.append(
+            [
+                column,
+                name,
+                str(len(found)),
+                *[spread(score) if found else "–" for score in scores.values()],
+                spread(best) if found else "–",
+                "–" if overall is None else f"{overall:.2f}",
+                "–" if overall is None or not found else f"{np.mean(ours) - overall:+.2f}",
             ]
-            published = row.published.get(column)
-            overall = published and published.all
-            ours = [summary[table.published]["top1"] for summary in found]
-            scores = {label: [summary["last"][key] for summary in found] for label, key in COLUMNS.items()}
-            best = [summary["best"]["top1"] for summary in found]
-            rows.append(
-                [
-                    column,
-                    name,
-                    str(len(found)),
-                    *[spread(score) if found else "–" for score in scores.values()],
-                    spread(best) if found else "–",
-                    "–" if overall is None else f"{overall:.2f}",
-                    "–" if overall is None or not found else f"{np.mean(ours) - overall:+.2f}",
-                ]
-            )
-            seeds = [summary["seed"] for summary in found]
-            values.append(
-                {
-                    "column": column,
-                    "row": name,
-                    "seeds": seeds,
-                    "last": scores,
-                    "best": best,
-                    "published": published and published.model_dump(),
-                }
-            )
+        )
+        seeds = [summary["seed"] for summary in found]
+        values.append(
+            {
+                "column": column,
+                "row": name,
+                "seeds": seeds,
+                "last": scores,
+                "best": best,
+                "published": published and published.model_dump(),
+            }
+        )
     rule = ["---", "---"] + ["---:"] * (len(heading) - 2)
     note = f"All, many, medium, few: top-1 of the last epoch, %. Difference: our {table.published} epoch minus published."
     lines = [f"# {title}", "", note, "", *["| " + " | ".join(row) + " |" for row in (heading, rule, *rows[1:])]]
@@ -371,7 +386,8 @@ def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
     figure = Figure(figsize=(2 + 3.2 * len(table.columns), 1.6 + 0.3 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(table.columns), sharey=True, squeeze=False)
     for axes, column in zip(panels[0], table.columns):
-        for place, cell in enumerate(value for value in values if value["column"] == column):
+        for cell in [value for value in values if value["column"] == column]:
+            place = names.index(cell["row"])
             ours = cell["last"]["all"] if table.published == "last" else cell["best"]
             if ours:
                 axes.errorbar(np.mean(ours), place, xerr=np.std(ours, ddof=1) if len(ours) > 1 else None, fmt="o", color="C0")

@@ -25,7 +25,7 @@ def train_student(
     runs.refuse_taken(out, resume)
     method = config.student.method
     for given, option, wanted in (
-        (cache_path, "--cache", method.learns_from in ("probabilities", "features")),
+        (cache_path, "--cache", method.learns_from not in (None, "backbone")),
         (backbone, "--backbone", method.learns_from == "backbone"),
     ):
         if wanted and given is None:
@@ -43,15 +43,23 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
     if missing := len(cache.missing()):
         raise CacheError(f"{path} lacks {missing} blocks; finish it with dump-logits --resume")
-    temperature = getattr(config.student.method, "temperature", None)
+    method = config.student.method
+    if (method.learns_from == "experts") != ("experts" in cache.identity.teacher):
+        what, remedy = (
+            ("whole teachers' answers", "dump those of teacher.expert many, medium and few")
+            if method.learns_from == "experts"
+            else ("experts' answers, each for its own classes alone", "dump a whole teacher's, or use method lfme")
+        )
+        raise CacheError(f"{path} holds {what}, which method {method.name} does not learn from; {remedy}")
+    temperature = getattr(method, "temperature", None)
     if temperature not in (None, cache.temperature) and "average_of" in cache.identity.teacher:
         raise CacheError(
             f"{path} holds an average at temperature {cache.temperature:g}, from which none at {temperature:g} follows; "
             "dump at that temperature, or leave out student.method.temperature"
         )
-    if config.student.method.learns_from == "features" and not cache.features:
+    if method.learns_from == "features" and not cache.features:
         raise CacheError(
-            f"{path} holds no features, which method {config.student.method.name} learns from; "
+            f"{path} holds no features, which method {method.name} learns from; "
             "dump with -o cache.features=true into another folder"
         )
     return cache

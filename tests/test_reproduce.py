@@ -97,6 +97,8 @@ def test_a_folder_is_for_one_experiment(table):
         ({"seeds": [True]}, "seeds.0: .*integer; found True"),
         ({"seeds": []}, "seeds: .*at least 1 item"),
         ({"columns": {}}, "columns: .*at least 1 item"),
+        ({"rows": {"A": {"columns": []}}}, "rows.A.columns: .*at least 1 item"),
+        ({"rows": {"A": {"columns": ["mnist"]}}}, "rows.A.columns: there is no column mnist"),
         ({"columns": {"digits": {"config": "no.yaml"}}}, "row '.*', column 'digits': cannot read .*no.yaml"),
     ],
 )
@@ -104,6 +106,43 @@ def test_what_is_wrong_in_a_table_is_named_before_anything_runs(table, change, m
     table.write_text(yaml.safe_dump(yaml.safe_load(table.read_text()) | change))
     with pytest.raises(UserError, match=message):
         jobs_of(table)
+
+
+def test_a_row_stands_in_its_columns_alone(table, tmp_path):
+    content = yaml.safe_load(table.read_text())
+    content["columns"]["more digits"] = {"config": "tiny.yaml"}
+    content["rows"]["KD"] |= {"columns": ["more digits"], "published": {"more digits": {"all": 40}}}
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    jobs, cells = jobs_of(table, seeds=(0,), out=tmp_path)
+    assert {column for row, column, _ in cells if row == "KD"} == {"more digits"} and len(cells) == 7
+    rows = reproduce.write_table(reproduce.load_table(str(table)), jobs_of(table, out=tmp_path)[1], tmp_path, False)
+    assert [row[:2] for row in rows[1:]] == [
+        *(["digits", name] for name in ("CE", "BKD, two teachers", "BKD+cRT")),
+        *(["more digits", name] for name in ("CE", "KD", "BKD, two teachers", "BKD+cRT")),
+    ]
+    with pytest.raises(UserError, match="the table has no KD in digits; its rows name their columns"):
+        jobs_of(table, rows=("KD",), columns=("digits",))
+    content["rows"]["BKD, two teachers"]["columns"] = ["digits"]
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="rows.BKD.cRT.backbone: row 'BKD, two teachers' is not in the column 'more digits'"):
+        jobs_of(table)
+
+
+def test_a_picture_has_every_cell_on_the_line_of_its_row(monkeypatch, tmp_path):
+    from matplotlib.axes import Axes
+
+    part = {"config": "a.yaml"}
+    table = reproduce.Table(
+        title="A table", columns={"a": part, "b": part}, rows={"A": {"columns": ("a",)}, "B": {}, "C": {"columns": ("b",)}}
+    )
+    values = [
+        {"column": column, "row": row, "last": {"all": [mean]}, "best": [mean], "published": None}
+        for mean, (column, row) in enumerate(table.cells)
+    ]
+    drawn, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **named: (drawn.append((x, y)), errorbar(self, x, y, **named))[1])
+    reproduce._draw(table, values, "A table", tmp_path / "table.png")
+    assert drawn == [(0, 0), (1, 1), (2, 1), (3, 2)]
 
 
 def test_what_a_stage_does_not_look_at_does_not_tell_its_runs_apart(table):

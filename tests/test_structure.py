@@ -22,6 +22,7 @@ LAYERS = [
         "pipeline.data.datasets",
         "pipeline.data.color_jitter",
         "pipeline.models.cifar_resnet",
+        "pipeline.models.oltr",
         "pipeline.runs",
         "pipeline.targets",
     },

@@ -24,7 +24,7 @@ from pydantic import FailFast, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from cache import philox
-from pipeline import UserError, config
+from pipeline import UserError, config, metrics
 
 MOST_CLASSES = 100_000
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -146,10 +146,12 @@ class Dataset:
             raise UserError(f"{self.describe(row)} cannot be read: {getattr(error, 'strerror', error)}")
 
 
-def load(section: config.Data) -> tuple[Dataset, Dataset]:
+def load(section: config.Data, shot: str | None = None) -> tuple[Dataset, Dataset]:
     """The training part, made long-tailed as `section` says, and the test part, whole.
 
-    Raises UserError for files that are missing, labels out of range and classes without training samples.
+    With `shot`, a shot group of metrics.py, only the samples of its classes, in both parts; all classes keep their names
+    and numbers. Raises UserError for files that are missing, labels out of range, classes without training samples and a
+    group without classes.
     """
     train, test = LOADERS[section.name](section, config.expand(section.root))
     if train.classes != test.classes:
@@ -174,7 +176,13 @@ def load(section: config.Data) -> tuple[Dataset, Dataset]:
     if empty := [name for name, count in zip(train.classes, train.class_counts) if not count]:
         names = ", ".join(map(repr, empty[:5]))
         raise UserError(f"{train.name}: {len(empty)} classes have no training sample: {names}; leave them out of the set")
-    return train, test
+    if shot is None:
+        return train, test
+    members = metrics.shot_groups(train.class_counts)[shot]
+    for part, dataset in ("training", train), ("test", test):
+        if not members[dataset.label].any():
+            raise UserError(f"{dataset.name}: the {part} part has no {shot}-shot classes; leave out their expert")
+    return tuple(dataset.take(np.flatnonzero(members[dataset.label])) for dataset in (train, test))
 
 
 def long_tailed_counts(classes: int, largest: int, ratio: float) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Images of numbered views, in batches, as uint8 tensors on the training device.
 
-Two sources with one interface: `batches(rows, views, batch_size)` yields `Batch`es in the order of `rows`.
+Two sources with one interface: `batches(rows, views, batch_size)` yields `Batch`es in the order of `rows`, of images of
+`crop_size` (height, width).
 `ResidentImages` holds a whole set on the device and crops by one gather; `DecodedImages` decodes in worker processes.
 Shapes: B samples a batch, S the side of a crop. Normalisation belongs to the model.
 """
@@ -47,7 +48,7 @@ class ResidentImages:
                 f"crop_flip needs images of one size, but {dataset.describe(odd)} is {self.image_size[odd].tolist()} and "
                 f"most are {sizes[count.argmax()].tolist()} (height, width); use views: {{name: random_resized_crop}}"
             )
-        self.height, self.width = (int(side) for side in sizes[0])
+        self.crop_size = self.height, self.width = tuple(sizes[0].tolist())
         self.views, self.device = views, device
         self.label = torch.from_numpy(dataset.label).to(device)
         pad = views.pad
@@ -88,6 +89,7 @@ class DecodedImages:
 
     def __init__(self, dataset: Dataset, views: RandomResizedCrop, device: torch.device, workers: int):
         self.dataset, self.views, self.device = dataset, views, device
+        self.crop_size = views.size, views.size
         self.workers = min(workers, len(os.sched_getaffinity(0)))
         self.image_size = dataset.image_size  # also finds unreadable images before training begins
         self.label = torch.from_numpy(dataset.label)

@@ -1,6 +1,7 @@
 """Networks: uint8 images in, logits out, normalisation inside, so that a checkpoint is whole."""
 
 import difflib
+import math
 from pathlib import Path
 
 import torch
@@ -9,18 +10,21 @@ from torch.nn import functional
 
 from pipeline import UserError, config
 from pipeline.models.cifar_resnet import CifarResNet
+from pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
 
 
 class Classifier(nn.Module):
     """uint8 images [B, 3, H, W] to logits, float32 [B, C]: normalise, then the network.
 
     The mean and the standard deviation are buffers: the crop's zero padding is black before normalising,
-    and two networks that see their pixels differently have different digests.
+    and two networks that see their pixels differently have different digests. So is, where an expert answers for some
+    classes alone, which ones: `members`, bool [C]; the logits of the others are -inf.
     """
 
-    def __init__(self, network: nn.Module, mean: tuple, std: tuple):
+    def __init__(self, network: nn.Module, mean: tuple, std: tuple, members: torch.Tensor | None = None):
         super().__init__()
         self.network = network
+        self.register_buffer("members", members)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
 
@@ -28,7 +32,8 @@ class Classifier(nn.Module):
         return (images - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(self.normalise(images)).float()
+        logits = self.network(self.normalise(images)).float()
+        return logits if self.members is None else logits.masked_fill(~self.members, -torch.inf)
 
 
 class CosineClassifier(nn.Module):
@@ -43,16 +48,29 @@ class CosineClassifier(nn.Module):
         return self.scale * functional.linear(functional.normalize(features), functional.normalize(self.weight))
 
 
-def build_model(section: config.Model, classes: int, data: config.Data, seed: int) -> Classifier:
-    """A network with `classes` outputs, its initial weights drawn from `seed` alone, in channels-last memory."""
+def build_model(
+    section: config.Model,
+    classes: int,
+    data: config.Data,
+    seed: int,
+    image_size: tuple[int, int] | None = None,
+    members: torch.Tensor | None = None,
+) -> Classifier:
+    """A network with `classes` outputs, its initial weights drawn from `seed` alone, in channels-last memory.
+
+    `image_size`: (height, width), which a network with a memory is made for. `members`: bool [C], the classes that an
+    expert answers for.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if section.name == "cifar_resnet":
             network = CifarResNet(section.depth, section.width, classes, section.branches)
         else:
             network = _torchvision(section, classes)
+        if section.memory:
+            _attend(network, section, image_size)
         _fit_head(network, section, classes)
-    return Classifier(network, data.mean, data.std).to(memory_format=torch.channels_last)
+    return Classifier(network, data.mean, data.std, members).to(memory_format=torch.channels_last)
 
 
 def classifier(model: nn.Module) -> nn.Module:
@@ -62,12 +80,37 @@ def classifier(model: nn.Module) -> nn.Module:
 
 def classifier_name(model: nn.Module) -> str:
     """The last layer's name among the model's modules."""
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, CosineClassifier))][-1]
+    return _names(model, nn.Linear, CosineClassifier, SquashedCosineClassifier)[-1]
+
+
+def memory(model: nn.Module) -> Memory:
+    """The memory of a network that has one."""
+    return model.get_submodule(_names(model, Memory)[0])
+
+
+def new_parts(model: nn.Module) -> list[str]:
+    """The names of the modules that a backbone leaves out: the last layer, and what OLTR adds."""
+    return [classifier_name(model), *_names(model, ModulatedAttention, Memory)]
+
+
+def _names(model: nn.Module, *kinds: type) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _attend(network: nn.Module, section: config.Network, image_size: tuple[int, int]) -> None:
+    """Lets the last stage of a ResNet end in modulated attention."""
+    stage, stride = (network.blocks, 4) if section.name == "cifar_resnet" else (getattr(network, "layer4", None), 32)
+    if stage is None:
+        raise UserError(
+            f"a memory's attention follows the last stage of a ResNet, which {section.architecture} is not; "
+            "choose a resnet, or leave out model.memory"
+        )
+    stage.append(ModulatedAttention(classifier(network).in_features, *(math.ceil(side / stride) for side in image_size)))
 
 
 def _fit_head(network: nn.Module, section: config.Network, classes: int) -> None:
     """Puts what `section` asks for after the pooled features in the place of the last layer."""
-    if section.projection is None and section.cosine_scale is None:
+    if section.projection is None and section.cosine_scale is None and not section.memory:
         return
     name = classifier_name(network)
     layers, inputs = [], network.get_submodule(name).in_features
@@ -75,7 +118,9 @@ def _fit_head(network: nn.Module, section: config.Network, classes: int) -> None
         layers += [nn.Linear(inputs, section.projection), nn.ReLU()]
         nn.init.kaiming_normal_(layers[0].weight)
         inputs = section.projection
-    if section.cosine_scale is None:
+    if section.memory:
+        layers.append(Memory(inputs, classes))
+    elif section.cosine_scale is None:
         layers.append(nn.Linear(inputs, classes))
         nn.init.kaiming_normal_(layers[-1].weight)
     else:

@@ -1,0 +1,260 @@
+"""OLTR's attention, memory and loss against formulas written here a second time, and the method from end to end."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from scipy.special import log_softmax, softmax
+
+from pipeline import UserError, config, losses, runs
+from pipeline.data import datasets
+from pipeline.data.images import Batch, open_images
+from pipeline.evaluate import evaluate_run, load_model
+from pipeline.methods import Setting, build_method
+from pipeline.models import build_model, classifier, memory, new_parts
+from pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
+from pipeline.student import train_student
+from pipeline.teacher import train_teacher
+
+OLTR = "student.method={name: oltr}", "student.model.memory=true"
+DATA = config.Digits(name="digits")
+
+
+def drawn(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """The module in float64, with normal weights instead of its first ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.double().parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / parameter.shape[-1] ** 0.5
+    return module
+
+
+def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy() for name, value in module.state_dict().items()}
+
+
+def test_attention_is_the_papers():
+    module = drawn(ModulatedAttention(6, 2, 3))
+    x = np.random.default_rng(0).normal(size=(4, 6, 2, 3))
+    w, places, expected = arrays(module), [(i, j) for i in range(2) for j in range(3)], np.empty_like(x)
+    for image, found in zip(x, expected):
+        columns = [image[:, i, j] for i, j in places]  # six positions of six channels
+
+        def embed(name, columns=columns):
+            return [w[f"{name}.weight"][:, :, 0, 0] @ column + w[f"{name}.bias"] for column in columns]
+
+        query, key, value = embed("query"), embed("key"), embed("value")
+        where = softmax(w["spatial.weight"] @ image.reshape(-1) + w["spatial.bias"])
+        for place, (i, j) in enumerate(places):
+            share = softmax([query[place] @ other for other in key])
+            mask = w["mask.weight"][:, :, 0, 0] @ sum(part * one for part, one in zip(share, value))
+            found[:, i, j] = image[:, i, j] + where[place] * mask
+    np.testing.assert_allclose(module(torch.tensor(x)).detach(), expected, rtol=1e-10)
+    channels_last = torch.tensor(x).contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(module(channels_last).detach(), expected, rtol=1e-10)
+
+
+def test_attention_begins_by_changing_nothing_and_can_learn():
+    module = ModulatedAttention(6, 2, 3)
+    x = torch.randn(4, 6, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(module(x), x)
+    assert all((layer.bias == 0).all() for layer in (module.query, module.key, module.value))
+    module(x).square().sum().backward()
+    assert module.mask.weight.grad.abs().sum() > 0
+
+
+def test_the_memorys_logits_are_the_papers():
+    module = drawn(Memory(5, 7))
+    v, w = np.random.default_rng(1).normal(size=(8, 5)), arrays(module)
+    expected = np.empty((8, 7))
+    for features, logits in zip(v, expected):
+        recalled = softmax(w["hallucinator.weight"] @ features + w["hallucinator.bias"]) @ w["centroids"]
+        selector = np.tanh(w["selector.weight"] @ features + w["selector.bias"])
+        reach = 10 / min(np.linalg.norm(features - centroid) for centroid in w["centroids"])
+        x = reach * (features + selector * recalled)
+        norm = np.linalg.norm(x)
+        for c, weight in enumerate(w["classifier.weight"]):
+            logits[c] = 16 * norm / (1 + norm) * (x / norm) @ (weight / np.linalg.norm(weight))
+    np.testing.assert_allclose(module(torch.tensor(v)).detach(), expected, rtol=1e-10)
+
+
+def test_centroids_do_not_learn_from_the_logits_and_a_feature_may_be_one():
+    module = Memory(5, 7)
+    module.centroids.data.normal_(generator=torch.Generator().manual_seed(0))
+    features = module.centroids.detach().clone().requires_grad_()
+    logits = module(features)
+    logits.square().sum().backward()
+    assert module.centroids.grad is None and logits.isfinite().all() and features.grad.isfinite().all()
+    assert module.selector.weight.grad.abs().sum() > 0 and module.hallucinator.weight.grad.abs().sum() > 0
+
+
+def test_the_squashed_classifier_begins_uniform():
+    weight = SquashedCosineClassifier(64, 500).weight
+    assert weight.abs().max() <= 1 / 8 and weight.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])  # others within the margin of ten, and beyond
+def test_the_memorys_loss_is_the_papers_and_its_gradient_that_of_finite_differences(scale):
+    generator = np.random.default_rng(2)
+    v, centroids, label = scale * generator.normal(size=(8, 5)), scale * generator.normal(size=(7, 5)), np.arange(8) % 7
+    attract = sum(((v[i] - centroids[label[i]]) ** 2).sum() for i in range(8)) / (2 * 8)
+    others = sum(((v[i] - centroids[c]) ** 2).sum() for i in range(8) for c in range(7) if c != label[i]) / (8 * 7)
+    assert (others < 10) == (scale == 0.3)
+    inputs = [torch.tensor(values, requires_grad=True) for values in (v, centroids)]
+    found = losses.memory(inputs[0], torch.tensor(label), inputs[1])
+    assert found.shape == (8,) and found.mean().item() == pytest.approx(attract + 0.01 * max(0, 10 - others), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda v, m: losses.memory(v, torch.tensor(label), m), inputs)
+
+
+def network(section=None, size=(8, 8), **values):
+    section = section or config.CifarResNet(name="cifar_resnet", depth=8, width=4, memory=True, **values)
+    return build_model(section, 10, DATA, 0, size)
+
+
+def test_a_network_with_a_memory_is_the_plain_one_with_parts_added():
+    plain = build_model(config.CifarResNet(name="cifar_resnet", depth=8, width=4), 10, DATA, 0)
+    found, new = network(size=(8, 12)), tuple(new_parts(network()))
+    assert {name for name in found.state_dict() if not name.startswith(new)} == {
+        name for name in plain.state_dict() if not name.startswith("network.fc.")
+    }
+    assert isinstance(classifier(found), SquashedCosineClassifier) and classifier(found).in_features == 16
+    assert memory(found).centroids.shape == (10, 16) and found.network.blocks[-1].spatial.weight.shape == (6, 96)
+    images = torch.randint(0, 256, (3, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert found(images).shape == (3, 10)
+    wider = network(projection=24)
+    assert memory(wider).centroids.shape == (10, 24) and wider(images[..., :8]).shape == (3, 10)
+    again = network()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in network().state_dict().items())
+
+
+@pytest.mark.parametrize("side", [64, 70])
+def test_torchvisions_resnets_may_have_a_memory_and_others_may_not(side):
+    def section(name):
+        return config.TorchvisionModel(name="torchvision", architecture=name, memory=True)
+
+    found = network(section("resnet10"), (side, side)).eval()
+    assert found.network.layer4[-1].spatial.out_features == (4 if side == 64 else 9)
+    assert found(torch.zeros(2, 3, side, side, dtype=torch.uint8)).shape == (2, 10)
+    with pytest.raises(UserError, match="the last stage of a ResNet, which mobilenet_v2 is not; choose a resnet"):
+        network(section("mobilenet_v2"), (side, side))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.method={name: oltr}", "method oltr needs a network with a memory: set student.model.memory=true"),
+        ("student.model.memory=true", "method bkd needs a network without a memory: set student.model.memory=false"),
+        ("teacher.model.memory=true", "a teacher has no memory: leave out teacher.model.memory"),
+    ],
+)
+def test_a_memory_is_for_students_of_oltr(override, message):
+    with pytest.raises(UserError, match=message):
+        tiny.experiment(override)
+
+
+def test_a_memory_has_its_own_classifier():
+    with pytest.raises(UserError, match="has its own cosine classifier: leave out student.model.cosine_scale"):
+        tiny.experiment(*OLTR, "student.model.cosine_scale=16")
+
+
+@pytest.fixture(scope="module")
+def recipe(teacher_run):
+    """The method's recipe on the tiny teacher's backbone, which it learns from."""
+    experiment = tiny.experiment(*OLTR)
+    train, _ = datasets.load(experiment.data)
+    backbone = load_model(runs.open_run(teacher_run), "last", experiment, 10)
+    setting = Setting(
+        model=build_model(experiment.student.model, 10, experiment.data, 0, (8, 8)),
+        sample_id=train.sample_id,
+        label=train.label,
+        class_counts=train.class_counts,
+        targets=None,
+        epochs=2,
+        seed=0,
+        device=tiny.CPU,
+        images=open_images(train, experiment.views, tiny.CPU, 0),
+        backbone=backbone,
+    )
+    return build_method(experiment.student.method, setting), setting
+
+
+def test_the_memory_begins_with_what_the_backbone_knows(recipe, teacher_run):
+    model, setting = recipe[0].network.model, recipe[1]
+    backbone = load_model(runs.open_run(teacher_run), "last", tiny.experiment(), 10)
+    rows = np.arange(len(setting.label))
+    (batch,) = setting.images.batches(rows, None, len(rows))
+    with torch.no_grad():
+        features = backbone.network.shared(backbone.normalise(batch.images)).mean((2, 3)).numpy()
+    means = [features[setting.label == c].mean(0) for c in range(10)]
+    np.testing.assert_allclose(memory(model).centroids.detach(), means, rtol=1e-4, atol=1e-5)
+    assert torch.equal(memory(model).hallucinator.weight, backbone.network.fc.weight)
+    assert torch.equal(memory(model).hallucinator.bias, backbone.network.fc.bias)
+    counts = np.bincount(setting.label[recipe[0].rows(0)], minlength=10)
+    assert counts.min() > 0.6 * len(rows) / 10, "its samples are drawn class by class"
+
+
+def test_its_loss_is_cross_entropy_and_a_hundredth_of_the_memorys(recipe):
+    generator = np.random.default_rng(3)
+    logits, features, label = generator.normal(size=(8, 10)), generator.normal(size=(8, 16)), np.arange(8)
+    centroids = memory(recipe[0].network.model).centroids
+    batch = Batch(rows=None, views=None, label=torch.tensor(label), images=None)
+    found = recipe[0].loss((torch.tensor(logits), torch.tensor(features).float()), batch, 0)
+    ce = -log_softmax(logits, axis=1)[np.arange(8), label]
+    distance = losses.memory(torch.tensor(features), torch.tensor(label), centroids.double()).detach()
+    np.testing.assert_allclose(found["loss"].detach(), ce + 0.01 * distance.numpy(), rtol=1e-5)
+    assert found["correct"].tolist() == (logits.argmax(1) == label).tolist()
+    found["loss"].mean().backward()
+    assert centroids.grad.abs().sum() > 0, "which is what its centroids learn from"
+
+
+def test_it_learns_from_a_backbone_and_scores_as_it_was_saved(tmp_path, teacher_run):
+    experiment = tiny.experiment(*OLTR, "student.training.epochs=6")
+    train_student(experiment, None, str(tmp_path / "oltr"), tiny.CPU, backbone=str(teacher_run))
+    run = runs.open_run(tmp_path / "oltr")
+    summary, records = run.summary(), run.metrics()
+    assert summary["method"] == "oltr" and summary["image_size"] == [8, 8] and records[-1]["loss"] < records[0]["loss"]
+    assert evaluate_run(str(run.folder), "last", (), tiny.CPU) == {k: v for k, v in summary["last"].items() if k != "epoch"}
+    before, after = (runs.Run(folder).load_tensors("last")[0] for folder in (teacher_run, tmp_path / "oltr"))
+    assert not torch.equal(before["network.conv1.weight"], after["network.conv1.weight"]), "all of the backbone learns"
+    assert after["network.blocks.3.mask.weight"].abs().sum() > 0
+    with pytest.raises(UserError, match="method oltr learns from a backbone; name one with --backbone"):
+        train_student(experiment, None, str(tmp_path / "none"), tiny.CPU)
+    with pytest.raises(UserError, match="is another network than student.model; give the same model"):  # it would lose parts
+        crt = tiny.experiment("student.method={name: crt}")
+        train_student(crt, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(tmp_path / "oltr"))
+
+
+def test_a_backbone_with_a_cosine_classifier_gives_the_memory_its_features_alone(tmp_path):
+    cosine = tiny.experiment(*OLTR, "teacher.model.cosine_scale=16", "student.training.epochs=1")
+    train_teacher(cosine, str(tmp_path / "teacher"), tiny.CPU)
+    train_student(cosine, None, str(tmp_path / "oltr"), tiny.CPU, backbone=str(tmp_path / "teacher"))
+    assert runs.open_run(tmp_path / "oltr").summary()["last"]["epoch"] == 1
+
+
+class Stop(Exception):
+    pass
+
+
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, monkeypatch):
+    experiment = tiny.experiment(*OLTR, "student.training.epochs=3")
+    train_student(experiment, None, str(tmp_path / "whole"), tiny.CPU, backbone=str(teacher_run))
+    append = runs.Run.append_metrics
+
+    def stop(run, record):
+        if record["epoch"] == 2:
+            raise Stop
+        append(run, record)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(runs.Run, "append_metrics", stop)
+        train_student(experiment, None, str(tmp_path / "cut"), tiny.CPU, backbone=str(teacher_run))
+    train_student(experiment, None, str(tmp_path / "cut"), tiny.CPU, resume=True, backbone=str(teacher_run))
+    whole, cut = (runs.Run(tmp_path / name).load_tensors("last")[0] for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def test_a_bfloat16_forward_trains_too(tmp_path, teacher_run):
+    experiment = tiny.experiment(*OLTR, "student.training.precision=bfloat16", "student.training.epochs=1")
+    train_student(experiment, None, str(tmp_path / "oltr"), tiny.CPU, backbone=str(teacher_run))
+    assert all(
+        value.dtype in (torch.float32, torch.int64) for value in runs.Run(tmp_path / "oltr").load_tensors("last")[0].values()
+    )
