@@ -91,6 +91,17 @@ def experiment(command):
     return run
 
 
+def parse_seeds(text: str | None) -> tuple[int, ...]:
+    """Of "0,1,2": each once."""
+    try:
+        seeds = tuple(dict.fromkeys(int(seed) for seed in text.split(","))) if text else ()
+    except ValueError:
+        seeds = (-1,)
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise UserError(f"--seeds {text}: seeds are whole numbers with commas between, such as 0,1,2")
+    return seeds
+
+
 def choose_device(name: str):
     import torch
 
@@ -156,17 +167,20 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
 @click.option("--cache", metavar="STORE.zarr", help="A complete cache of this experiment, for methods that learn from one.")
 @click.option("--backbone", metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+@click.option("--seeds", metavar="0,1,2", help="A student of each, all at once, in the folders OUT-0, OUT-1, OUT-2.")
 @experiment
-def train_student(config, device, cache, backbone, out, resume, dry_run):
+def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
     """Example: python cli.py train-student --config configs/digits.yaml --cache runs/cache.zarr --out runs/student
 
     Stage two: train a student from the cache. No teacher is loaded.
     """
     from pipeline import plan, student
 
+    if seeds and (dry_run or click.get_current_context().params["seed"] is not None):
+        raise UserError("--seeds stands for several runs, --seed and --dry-run for one; leave out the one or the other")
     if dry_run:
         return plan.show_plan(config, device, "student", cache)
-    student.train_student(config, cache, out, device, resume, backbone)
+    student.train_student(config, cache, out, device, resume, backbone, parse_seeds(seeds))
 
 
 @main.command(short_help="Score a run's checkpoint again.")
@@ -291,12 +305,8 @@ def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
 
     from pipeline import reproduce
 
-    try:
-        seeds = tuple(dict.fromkeys(int(seed) for seed in seeds.split(","))) if seeds else ()
-    except ValueError:
-        raise UserError(f"--seeds {seeds}: seeds are whole numbers with commas between, such as 0,1,2")
     whole = reproduce.load_table(table)
-    part, device = reproduce.select(whole, rows, columns, seeds, quick), choose_device(device)
+    part, device = reproduce.select(whole, rows, columns, parse_seeds(seeds), quick), choose_device(device)
     if dry_run:
         commands, _ = reproduce.plan(whole, part, Path(out), device, quick)
         for job in commands:

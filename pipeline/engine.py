@@ -1,12 +1,15 @@
 """The only training loop: stochastic gradient descent over numbered views, resumable to the same bits.
 
 What differs between methods comes in as two functions: which rows an epoch visits, and the loss of a batch.
+Training is a generator that pauses after every step, so that several networks can be trained in turns (`in_turns`).
 Left out: data (data/), losses (losses.py), what a run writes (runs.py).
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,8 +61,62 @@ def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
     return base * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
 
 
-def train(task: Task, run: runs.Run, about: dict) -> None:
-    """Trains to the last epoch, from the run's state if it has one, and writes the run's summary.
+def finish(work: Generator):
+    """Runs `work` to its end without a pause; what it returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value
+
+
+def in_turns(trainings: list[Generator], device: torch.device) -> None:
+    """Runs all `trainings` to their ends, a step of each in turn, each as if it were alone: the same bits on the CPU.
+
+    On a GPU each has a stream of its own. One that diverges leaves the others to their ends; then its NotFinite is raised.
+    """
+    waiting = deque((training, _Turn(device)) for training in trainings)
+    diverged = None
+    while waiting:
+        training, turn = waiting.popleft()
+        try:
+            with turn:
+                next(training)
+        except StopIteration:
+            continue
+        except NotFinite as error:
+            diverged = diverged or error
+            continue
+        waiting.append((training, turn))
+    if diverged:
+        raise diverged
+
+
+class _Turn:
+    """A context in which one of several networks is trained: its own random numbers and, on a GPU, its own stream."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        if self.cuda:
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # what they share has been put there
+        self.state = None
+
+    def __enter__(self) -> None:
+        if self.state is not None:
+            torch.set_rng_state(self.state[0])
+            if self.cuda:
+                torch.cuda.set_rng_state(self.state[1], self.stream.device)
+        self.entered = torch.cuda.stream(self.stream) if self.cuda else nullcontext()
+        self.entered.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.entered.__exit__(*error)
+        self.state = torch.get_rng_state(), torch.cuda.get_rng_state(self.stream.device) if self.cuda else None
+
+
+def training(task: Task, run: runs.Run, about: dict) -> Generator[None, None, None]:
+    """Trains to the last epoch, from the run's state if it has one, and writes the run's summary; pauses after every step.
 
     After every epoch the weights and the optimiser's state are on disk. Raises NotFinite with step, learning rate and
     sample ids; the last epoch's files stay. `about` (method, classes, class_counts, …) goes into the summary.
@@ -67,25 +124,26 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
     if run.has("summary.json"):
         run.log(f"the run in {run.folder} is complete")
         return
-    training, model = task.training, task.model
+    recipe, model = task.training, task.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     classes = sum(count > 0 for count in about["class_counts"])
     run.log(
         f"{about['method']}: {parameters:,} parameters, {len(task.sample_id):,} samples of {classes} classes, "
         f"{runs.device_name(task.images.device)}"
     )
-    optimiser = build_optimiser(model, training)
+    optimiser = build_optimiser(model, recipe)
     best = {"epoch": None, "top1": -1.0}
     first = 0
     if run.has("state.safetensors"):
         first, best = _load_state(run, task.network, optimiser)
-        run.log(f"resumed after epoch {first} of {training.epochs}")
+        run.log(f"resumed after epoch {first} of {recipe.epochs}")
     run.rewind_metrics(first)
-    forward = torch.compile(task.network) if training.compile else task.network
-    with Progress("training", training.epochs, first, "epochs") as progress:
-        for epoch in range(first, training.epochs):
-            record = {"epoch": epoch + 1, **run_epoch(task, forward, optimiser, epoch)}
-            if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
+    mode = "reduce-overhead" if recipe.compile == "cuda_graphs" else "default"
+    forward = torch.compile(task.network, mode=mode) if recipe.compile else task.network
+    with Progress("training", recipe.epochs, first, "epochs") as progress:
+        for epoch in range(first, recipe.epochs):
+            record = {"epoch": epoch + 1, **(yield from run_epoch(task, forward, optimiser, epoch))}
+            if (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs:
                 start = time.perf_counter()
                 scores = task.evaluate(model)
                 record |= {"test": scores, "evaluation_seconds": time.perf_counter() - start}
@@ -96,14 +154,14 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
             run.save_tensors("last", model.state_dict(), epoch=epoch + 1)
             _save_state(run, task.network, optimiser, epoch + 1, best)
             progress.advance(record["images_per_second"], "images/s")
-            run.log(_line(record, training.epochs))
+            run.log(_line(record, recipe.epochs))
     records = run.metrics()
     run.write_summary(
         {
             **about,
             "seed": task.seed,
             "parameters": parameters,
-            "last": {"epoch": training.epochs, **records[-1]["test"]},
+            "last": {"epoch": recipe.epochs, **records[-1]["test"]},
             "best": best,
             "seconds": sum(record["seconds"] + record.get("evaluation_seconds", 0) for record in records),
             "data_share": float(np.mean([record["data_share"] for record in records])),
@@ -125,10 +183,15 @@ def build_optimiser(model: torch.nn.Module, training: Training) -> torch.optim.O
     )
 
 
-def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, epoch: int) -> dict:
-    """One pass over the rows of `epoch`. The host waits for the device only every CHECK_EVERY steps."""
+def run_epoch(
+    task: Task, forward: Callable, optimiser: torch.optim.Optimizer, epoch: int
+) -> Generator[None, None, dict[str, float]]:
+    """One pass over the rows of `epoch`, with a pause after every step; returns what is recorded of it.
+
+    The host waits for the device only every CHECK_EVERY steps.
+    """
     training, device = task.training, task.images.device
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), 0.0  # without the pauses
     # what a network draws itself (dropout, stochastic depth) follows from seed and epoch too
     torch.manual_seed(int(philox.draw(task.seed, philox.DROPOUT, epoch)[:2].astype(np.int64) @ [1 << 31, 1]))
     rows, views = _draw(task, epoch)
@@ -155,9 +218,12 @@ def run_epoch(task: Task, forward: Callable, optimiser: torch.optim.Optimizer, e
             first_bad = torch.where(loss.isfinite() | (first_bad < step), first_bad, step)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
             _check(task, int(first_bad), rows, epoch, steps)
+        spent += time.perf_counter() - start
+        yield
+        start = time.perf_counter()
     if not all(bool(parameter.isfinite().all()) for parameter in task.model.parameters()):
         _check(task, steps - 1, rows, epoch, steps)  # the last step's loss was finite, what it did was not
-    seconds = time.perf_counter() - start
+    seconds = spent + time.perf_counter() - start
     correct = float(sums.pop("correct"))
     return {
         **{name: float(value) / len(rows) for name, value in sums.items()},

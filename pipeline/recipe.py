@@ -1,7 +1,9 @@
 """What training a teacher and training a student have in common: from a configuration to a complete run."""
 
 import copy
+from collections.abc import Generator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +13,7 @@ from pipeline.config import Experiment
 from pipeline.data import datasets
 from pipeline.data.color_jitter import ColorJitter
 from pipeline.data.images import open_images
-from pipeline.engine import Task, train
+from pipeline.engine import Task, training
 from pipeline.evaluate import evaluate, load_model
 from pipeline.methods import Setting, build_method
 from pipeline.models import build_model, classifier_name, new_parts
@@ -19,31 +21,54 @@ from pipeline.report import draw_run
 from pipeline.targets import Targets
 
 
+class Data(NamedTuple):
+    """What networks that are trained at once can share."""
+
+    training_set: datasets.Dataset
+    test_set: datasets.Dataset
+    images: object  # sources of pipeline.data.images
+    test_images: object
+    cache: Cache | None  # a complete one for the training set, where the method learns from one
+    targets: Targets | None
+
+
+def open_data(
+    config: Experiment,
+    sets: tuple[datasets.Dataset, datasets.Dataset],
+    device: torch.device,
+    cache: Cache | None = None,
+    features: bool = False,
+) -> Data:
+    """The training and the test part, and what `cache` holds for the first: its probabilities or its features."""
+    images = (open_images(part, config.views, device, config.data.workers) for part in sets)
+    return Data(*sets, *images, cache, cache and Targets(cache, device, features))
+
+
 def train_network(
     config: Experiment,
     stage: str,
     method,
-    sets: tuple[datasets.Dataset, datasets.Dataset],
-    cache: Cache | None,
+    data: Data,
     out: str,
     device: torch.device,
     resume: bool,
     backbone: runs.Run | None = None,
-) -> None:
+    label: str = "",
+) -> Generator[None, None, None]:
     """Trains the network of `stage` ("teacher" or "student") by `method` into the folder `out`, and draws its pictures.
 
-    `sets`: the training and the test part. `cache`: a complete one for them, `backbone`: a complete run, where the method
-    learns from one.
+    Pauses after every step. `backbone`: a complete run, where the method learns from one. `label` goes before what is
+    printed.
     """
-    training_set, test_set = sets
+    training_set, test_set, images, test_images, cache, targets = data
     section = getattr(config, stage)
-    images, test_images = (open_images(part, config.views, device, config.data.workers) for part in sets)
+    if section.training.compile == "cuda_graphs" and device.type != "cuda":
+        raise UserError(f"{stage}.training.compile: cuda_graphs needs a CUDA device, found {device.type}; set true or false")
     expert = config.expert(stage)
     members = torch.from_numpy(training_set.class_counts > 0) if expert else None
     classes = len(training_set.classes)
     model = build_model(section.model, classes, config.data, config.seed, images.crop_size, members).to(device)
     trained = backbone and _take_backbone(model, backbone, training_set).to(device)
-    targets = cache and Targets(cache, device, features=method.learns_from == "features")
     setting = Setting(
         model=model,
         sample_id=training_set.sample_id,
@@ -61,7 +86,7 @@ def train_network(
         network = ColorJitter(network)
     _refuse_unfit(network, images, len(rows(0)), section.training.batch_size)
     learns_from = cache.digest if cache else backbone and backbone.summary()["digest"]
-    with runs.start_run(out, config, stage, device, resume, learns_from) as run:
+    with runs.start_run(out, config, stage, device, resume, learns_from, label) as run:
         task = Task(
             model=model,
             network=network,
@@ -90,7 +115,7 @@ def train_network(
             "teacher": cache and cache.identity.teacher,
             "backbone": backbone and runs.experiment_of(backbone),
         }
-        train(task, run, about)
+        yield from training(task, run, about)
         draw_run(run)
 
 

@@ -43,12 +43,12 @@ PACKAGES = ("torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "s
 class Run:
     """An open run folder."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, label: str = ""):
+        self.folder, self.label = folder, label
 
     def log(self, line: str) -> None:
-        """Prints `line` and keeps it in log.txt with the time."""
-        print(line, flush=True)
+        """Prints `line`, after the run's label, and keeps it in log.txt with the time."""
+        print(f"{self.label}{line}", flush=True)
         with open(self.folder / "log.txt", "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
@@ -137,6 +137,7 @@ def start_run(
     device: torch.device,
     resume: bool,
     learns_from: str | None = None,
+    label: str = "",
 ) -> Iterator[Run]:
     """A folder for `stage` ("teacher" or "student") of `config`: new, or the same run's with `resume`.
 
@@ -157,7 +158,7 @@ def start_run(
         except BlockingIOError:
             raise UserError(f"another command is writing into {folder}; wait for it, or name another folder")
         refuse_taken(folder, resume)
-        run, record = Run(folder), environment(stage, device) | {"learns_from": learns_from}
+        run, record = Run(folder, label), environment(stage, device) | {"learns_from": learns_from}
         if _begun(folder):
             _refuse_other(run, config, record)
         else:  # config.yaml comes last: a folder that was left before it holds no run

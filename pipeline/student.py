@@ -1,4 +1,6 @@
-"""Recipe: train a student from a cache, with no teacher; or by a method that needs none, or another run's backbone."""
+"""Recipe: train students from a cache, with no teacher; or by a method that needs none, or another run's backbone."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -7,7 +9,8 @@ from pipeline import UserError, runs
 from pipeline.config import Experiment
 from pipeline.data import datasets
 from pipeline.dump import refuse_other
-from pipeline.recipe import train_network
+from pipeline.engine import finish, in_turns
+from pipeline.recipe import open_data, train_network
 
 
 def train_student(
@@ -17,12 +20,18 @@ def train_student(
     device: torch.device,
     resume: bool = False,
     backbone: str | None = None,
+    seeds: Sequence[int] = (),
 ) -> None:
     """Trains the student of `config` into the folder `out`, from the cache at `cache_path` or the run in `backbone`.
 
+    With `seeds` a student of each is trained, all at once, into the folders `out`-<seed>: each as it would be alone, from
+    one copy of images and targets.
+
     Raises CacheError before anything is written if the cache is for other data, views or classes, or is not complete.
     """
-    runs.refuse_taken(out, resume)
+    students = {f"{out}-{seed}": config.model_copy(update={"seed": seed}) for seed in seeds}
+    for folder in students or (out,):
+        runs.refuse_taken(folder, resume)
     method = config.student.method
     for given, option, wanted in (
         (cache_path, "--cache", method.learns_from not in (None, "backbone")),
@@ -34,7 +43,16 @@ def train_student(
             raise UserError(f"method {method.name} learns from no {option[2:]}; leave out {option}")
     sets = datasets.load(config.data)
     cache = cache_path and open_matching_cache(cache_path, config, sets[0])
-    train_network(config, "student", method, sets, cache, out, device, resume, backbone and runs.open_run(backbone))
+    data = open_data(config, sets, device, cache, features=method.learns_from == "features")
+    trained = backbone and runs.open_run(backbone)
+    if not seeds:
+        return finish(train_network(config, "student", method, data, out, device, resume, trained))
+    trainings = []
+    for folder, one in students.items():
+        own = data._replace(targets=data.targets and data.targets.beside())
+        label = f"seed {one.seed}: "
+        trainings.append(train_network(one, "student", method, own, folder, device, resume, trained, label))
+    in_turns(trainings, device)
 
 
 def open_matching_cache(path: str, config: Experiment, training_set: datasets.Dataset) -> Cache:

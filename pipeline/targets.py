@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cache import Cache
+from cache import Cache, CropFlip
 from cache.planes import Planes, row_format
 
 ROOM = 0.5  # of the memory there is, for planes
@@ -32,6 +32,13 @@ class Targets:
         self.reader = ThreadPoolExecutor(1)
         self.held = np.empty(0, np.int64)
         self.coming: tuple[np.ndarray, Future] | None = None
+        if isinstance(cache.views, CropFlip):  # any epoch draws from all of them
+            everything = np.arange(cache.views.count)
+            self.prepare(everything, everything)
+
+    def beside(self) -> "Targets":
+        """What one more network uses at the same time: these, if they hold every view, or else planes of its own."""
+        return self if len(self.held) == self.cache.views.count else Targets(self.cache, self.device, self.features)
 
     def prepare(self, views: np.ndarray, later: np.ndarray) -> None:
         """Holds the planes of `views`, and begins to read those of `later`, which will be asked for next."""

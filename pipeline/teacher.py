@@ -5,7 +5,8 @@ import torch
 from pipeline import runs
 from pipeline.config import CE, Experiment
 from pipeline.data import datasets
-from pipeline.recipe import train_network
+from pipeline.engine import finish
+from pipeline.recipe import open_data, train_network
 
 
 def train_teacher(config: Experiment, out: str, device: torch.device, resume: bool = False) -> None:
@@ -14,5 +15,5 @@ def train_teacher(config: Experiment, out: str, device: torch.device, resume: bo
     An expert (LFME) sees, and is judged on, the images of its own classes alone, among which it answers.
     """
     runs.refuse_taken(out, resume)
-    sets = datasets.load(config.data, config.teacher.expert)
-    train_network(config, "teacher", CE(name="ce"), sets, None, out, device, resume)
+    data = open_data(config, datasets.load(config.data, config.teacher.expert), device)
+    finish(train_network(config, "teacher", CE(name="ce"), data, out, device, resume))

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from pipeline import engine, runs
+from pipeline import UserError, engine, runs
 from pipeline.config import Cosine, OneCycle, Training
 from pipeline.data.images import ResidentImages
 from pipeline.samplers import instance_balanced
@@ -218,21 +218,27 @@ def test_momentum_may_be_zero(tmp_path):
     assert runs.open_run(tmp_path / "run").summary()["last"]["epoch"] == 2
 
 
-def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, monkeypatch):
-    from pipeline import losses
+class Dropping(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
 
-    class Dropping(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
+    def forward(self, images):
+        return torch.nn.functional.dropout(self.inner(images), 0.3, self.training)
 
-        def forward(self, images):
-            return torch.nn.functional.dropout(self.inner(images), 0.3, self.training)
 
+@pytest.fixture
+def dropping(monkeypatch):
+    """Networks that draw random numbers themselves."""
     from pipeline import recipe
 
     build = recipe.build_model
     monkeypatch.setattr(recipe, "build_model", lambda *arguments: Dropping(build(*arguments)))
+
+
+def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, dropping, monkeypatch):
+    from pipeline import losses
+
     config = tiny.experiment("teacher.training.epochs=3")
     train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
     cross_entropy, calls = losses.cross_entropy, []
@@ -249,6 +255,48 @@ def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, monkeyp
     torch.rand(3)
     train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_students_trained_at_once_are_those_trained_alone_even_after_an_interruption(tmp_path, cache, dropping, monkeypatch):
+    for seed in (0, 1, 2):
+        train_student(tiny.experiment(seed=seed), str(cache), str(tmp_path / f"alone-{seed}"), tiny.CPU)
+    written, write = [], runs.write_whole
+
+    def stop_before(path, data):
+        written.append(path.name)
+        if written.count("last.safetensors") == 2:
+            raise Stop
+        write(path, data)
+
+    at_once = tiny.experiment(), str(cache), str(tmp_path / "at-once"), tiny.CPU
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(runs, "write_whole", stop_before)
+        train_student(*at_once, seeds=(0, 1, 2))
+    train_student(*at_once, seeds=(0, 1, 2), resume=True)
+    assert all(equal_runs(tmp_path / f"alone-{seed}", tmp_path / f"at-once-{seed}") for seed in (0, 1, 2))
+
+
+def test_a_run_that_diverges_leaves_those_beside_it_to_their_ends():
+    done = []
+
+    def training(name, steps):
+        for step in range(steps):
+            done.append((name, step))
+            yield
+        if name == "bad":
+            raise engine.NotFinite(name)
+
+    with pytest.raises(engine.NotFinite, match="bad"):
+        engine.in_turns([training("bad", 1), training("good", 3)], tiny.CPU)
+    assert done == [("bad", 0), ("good", 0), ("good", 1), ("good", 2)]
+
+
+@pytest.mark.cuda
+def test_students_trained_at_once_on_a_cuda_device_follow_those_trained_alone(tmp_path, cache):
+    train_student(tiny.experiment(seed=1), str(cache), str(tmp_path / "alone"), torch.device("cuda"))
+    train_student(tiny.experiment(), str(cache), str(tmp_path / "at-once"), torch.device("cuda"), seeds=(0, 1))
+    alone, beside = (runs.Run(tmp_path / name).metrics() for name in ("alone", "at-once-1"))
+    assert beside[0]["loss"] == pytest.approx(alone[0]["loss"], rel=0.02)
 
 
 @pytest.mark.cuda
@@ -274,11 +322,18 @@ def test_the_share_of_time_spent_waiting_for_data_is_reported(tmp_path, monkeypa
     assert fast["peak_memory"] > 1e8, "bytes"
 
 
+def test_cuda_graphs_are_refused_where_there_is_no_cuda(tmp_path):
+    with pytest.raises(UserError, match="teacher.training.compile: cuda_graphs needs a CUDA device, found cpu"):
+        train_teacher(tiny.experiment("teacher.training.compile=cuda_graphs"), str(tmp_path / "t"), tiny.CPU)
+    assert not (tmp_path / "t").exists()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler; there is none here")
-def test_a_compiled_network_learns_as_the_plain_one(tmp_path):
-    options = ("teacher.training.epochs=1", "teacher.training.learning_rate=0.01")
-    train_teacher(tiny.experiment(*options), str(tmp_path / "plain"), tiny.CPU)
-    train_teacher(tiny.experiment(*options, "teacher.training.compile=true"), str(tmp_path / "compiled"), tiny.CPU)
+@pytest.mark.parametrize("device, how", [("cpu", "true"), pytest.param("cuda", "cuda_graphs", marks=pytest.mark.cuda)])
+def test_a_compiled_network_learns_as_the_plain_one(tmp_path, device, how):
+    options, device = ("teacher.training.epochs=1", "teacher.training.learning_rate=0.01"), torch.device(device)
+    train_teacher(tiny.experiment(*options), str(tmp_path / "plain"), device)
+    train_teacher(tiny.experiment(*options, f"teacher.training.compile={how}"), str(tmp_path / "compiled"), device)
     (plain,), (compiled,) = (runs.Run(tmp_path / name).metrics() for name in ("plain", "compiled"))
     assert plain["learning_rate"] == compiled["learning_rate"]
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4), "the same crops, the last partial batch too"

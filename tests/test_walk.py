@@ -201,6 +201,9 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
     dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "cache.zarr"), tiny.CPU)
     train_student(config, str(tmp_path / "cache.zarr"), str(tmp_path / "student"), tiny.CPU)
     assert len(runs.open_run(tmp_path / "student").metrics()) == 4
+    train_student(config, str(tmp_path / "cache.zarr"), str(tmp_path / "student"), tiny.CPU, seeds=(1, 0))
+    beside = runs.open_run(tmp_path / "student-0").summary()["digest"]
+    assert beside == runs.open_run(tmp_path / "student").summary()["digest"], "each has planes of its own"
     cache = open_cache(tmp_path / "cache.zarr")
     read, stored_plane = [], cache.stored_plane
     cache.stored_plane = lambda view, out=None: read.append(view) or stored_plane(view, out)
