@@ -2,8 +2,9 @@
 
     python benchmarks/train.py --out results
 
-All is measured in one run, in turns; figures are medians and ratios of medians. Images come from
-$OFFLINE_BKD_DATA/cifar100-lt where that is set; otherwise they are random pixels, which take as long.
+ResNet-20 on CIFAR-100-LT, ResNet-32 on CIFAR-10-LT, and ResNet-50 on JPEG files that worker processes decode. All is
+measured in one run, in turns; figures are medians and ratios of medians. CIFAR comes from $OFFLINE_BKD_DATA where that is
+set; otherwise it is random pixels, which take as long. The files are made, of noise.
 """
 
 import json
@@ -12,21 +13,23 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from PIL import Image
 from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cache.views import CropFlip  # noqa: E402
+from cache.views import CropFlip, RandomResizedCrop  # noqa: E402
 from pipeline import config, engine, losses, runs  # noqa: E402
 from pipeline.data import datasets  # noqa: E402
-from pipeline.data.images import ResidentImages  # noqa: E402
+from pipeline.data.images import DecodedImages, ResidentImages  # noqa: E402
 from pipeline.methods import Setting, build_method  # noqa: E402
 from pipeline.models import build_model  # noqa: E402
 
@@ -52,34 +55,46 @@ class SimulatedTargets:
         return stored if self.basis is None else torch.softmax(torch.addmm(self.mean, stored, self.basis), 1)
 
 
-def load(root: str | None) -> tuple[datasets.Dataset, datasets.Dataset, config.Experiment]:
-    experiment = config.load_config(ROOT / "configs" / "cifar100-lt-quick.yaml")
+def load(name: str, root: str | None) -> tuple[datasets.Dataset, datasets.Dataset, config.Experiment]:
+    experiment = config.load_config(ROOT / "configs" / f"{name}-quick.yaml")
     if root:
         return *datasets.load(experiment.data), experiment
-    counts = datasets.long_tailed_counts(100, 500, 100)
-    label = np.repeat(np.arange(100), counts)
+    classes, largest = (100, 500) if name == "cifar100-lt" else (10, 5000)
+    label = np.repeat(np.arange(classes), datasets.long_tailed_counts(classes, largest, 100))
     pixels = np.random.default_rng(0).integers(0, 256, (len(label), 32, 32, 3), dtype=np.uint8)
-    names = tuple(str(c) for c in range(100))
+    names = tuple(str(c) for c in range(classes))
     whole = datasets.Dataset(name="random", classes=names, sample_id=np.arange(len(label)), label=label, images=pixels)
     return whole, whole.take(np.arange(10_000)), experiment
 
 
-def ours(experiment, method, precision, train, images, targets, steps):
+def image_files(folder: Path, count: int) -> datasets.Dataset:
+    """`count` JPEG files of 10 classes, 500 by 375 pixels like ImageNet's, in `folder`."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        for part in ("train", "test"):
+            path = folder / part / str(number % 10) / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    return datasets.load(config.ImageFolder(name="imagefolder", root=str(folder)))[0]
+
+
+def ours(network, method, precision, train, images, targets, steps, batch=BATCH):
     """A function that runs `steps` steps of the engine and returns seconds a step."""
     device = images.device
-    rows = np.random.default_rng(0).permutation(len(train))[: steps * BATCH]
-    model = build_model(experiment.student.model, len(train.classes), experiment.data, 0).to(device)
+    rows = np.random.default_rng(0).permutation(len(train))[: steps * batch]
+    model = build_model(network, len(train.classes), config.Digits(name="digits"), 0).to(device)
     task = engine.Task(
         model=model,
         network=model,
         images=images,
         sample_id=train.sample_id,
-        views=VIEWS,
+        views=images.views,
         rows=lambda epoch: rows,
         loss=loss_of(method, targets, train.class_counts, device),
         prepare=lambda views, later: None,
         evaluate=None,
-        training=experiment.student.training.model_copy(update={"precision": precision, "batch_size": BATCH}),
+        training=config.Training(precision=precision, batch_size=batch),
         seed=0,
     )
     optimiser = engine.build_optimiser(task.model, task.training)
@@ -211,21 +226,36 @@ def growth(experiment, device, repeats) -> list[dict]:
 @click.option("--repeats", default=5, show_default=True, help="Turns that count.")
 def main(out, steps, repeats):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, test, experiment = load(os.environ.get("OFFLINE_BKD_DATA"))
-    images = ResidentImages(train, VIEWS, device)
+    root = os.environ.get("OFFLINE_BKD_DATA")
+    train, test, experiment = load("cifar100-lt", root)
+    images, network = ResidentImages(train, VIEWS, device), experiment.student.model
     coded = SimulatedTargets(162, len(train), 100, 40, device)
     probability = SimulatedTargets(162, len(train), 100, None, device)
     ce, bkd = config.CE(name="ce"), experiment.student.method
     step, over_test = live(experiment, train, test, device, steps)
     work = {"live": step, "live teacher over the test set": over_test}
     for precision in ("float32", "bfloat16"):
-        work[f"ce {precision}"] = ours(experiment, ce, precision, train, images, probability, steps)
-        work[f"bkd probability {precision}"] = ours(experiment, bkd, precision, train, images, probability, steps)
-        work[f"bkd klt {precision}"] = ours(experiment, bkd, precision, train, images, coded, steps)
-    medians = in_turns(work, repeats)
+        work[f"ce {precision}"] = ours(network, ce, precision, train, images, probability, steps)
+        work[f"bkd probability {precision}"] = ours(network, bkd, precision, train, images, probability, steps)
+        work[f"bkd klt {precision}"] = ours(network, bkd, precision, train, images, coded, steps)
+    others = {}
+    ten, _, _ = load("cifar10-lt", root)
+    deeper = config.CifarResNet(name="cifar_resnet", depth=32)
+    others["ResNet-32, CIFAR-10-LT"] = deeper, ten, ResidentImages(ten, VIEWS, device), steps, BATCH
+    with tempfile.TemporaryDirectory() as folder:
+        few, batch = (steps, 256) if device.type == "cuda" else (2, 16)
+        files = image_files(Path(folder), few * batch)
+        decoded = DecodedImages(files, RandomResizedCrop(size=224, count=30), device, workers=os.cpu_count())
+        large = config.TorchvisionModel(name="torchvision", architecture="resnet50")
+        others["ResNet-50, image files"] = large, files, decoded, few, batch
+        for name, (model, some, source, count, size) in others.items():
+            targets = SimulatedTargets(1, len(some), len(some.classes), None, device)
+            for label, method in ("ce", ce), ("bkd", bkd):
+                work[f"{label}, {name}"] = ours(model, method, "float32", some, source, targets, count, size)
+        medians = in_turns(work, repeats)
     steps_an_epoch = -(-len(train) // BATCH)
     live_epoch = steps_an_epoch * medians["live"] + medians["live teacher over the test set"]
-    ratios = {}
+    ratios = {f"bkd / ce, {name}": medians[f"bkd, {name}"] / medians[f"ce, {name}"] for name in others}
     for precision in ("float32", "bfloat16"):
         for encoding in ("probability", "klt"):
             epoch = steps_an_epoch * medians[f"bkd {encoding} {precision}"]
@@ -233,7 +263,7 @@ def main(out, steps, repeats):
             ratios[f"live / bkd {encoding}, {precision}"] = live_epoch / epoch
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": "python benchmarks/train.py",
+        "command": f"python benchmarks/train.py --steps {steps} --repeats {repeats}",
         "commit": commit,
         "device": runs.device_name(device),
         "machine": platform.machine(),

@@ -266,6 +266,10 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
             needs = [cell(row.backbone, column, seed)]
             options = [*options, "--backbone", str(needs[0].out)]
         elif learns_from:
+            kinds = [asked(name, column, one.seed, one.set, "data", "views", "teacher")[0].teacher for one in row.teachers]
+            if any((kind.expert is not None) != (learns_from == "experts") for kind in kinds):
+                wanted = "experts, so each of its teachers sets" if learns_from == "experts" else "no expert, so none sets"
+                raise UserError(f"row {name!r}: method {experiment.student.method.name} learns from {wanted} teacher.expert")
             needs = [cache(name, column)]
             options = [*options, "--cache", str(needs[0].out)]
         parts = experiment.data, experiment.views, experiment.cache, experiment.student

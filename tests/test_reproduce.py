@@ -84,6 +84,8 @@ def test_a_folder_is_for_one_experiment(table):
         ({"colums": {}}, "colums: unknown key; did you mean 'columns'"),
         ({"rows": {"A": {"published": {"digits": {"al": 1}}}}}, "rows.A.published.digits.al: unknown key; did you mean 'all'"),
         ({"rows": {"A": {"set": ["student.method.nam=kd"]}}}, "row 'A', column 'digits': .*unknown key; did you mean 'name'"),
+        ({"rows": {"A": {"set": ["student.method.name=lfme"]}}}, "row 'A': method lfme learns from experts, so each"),
+        ({"rows": {"A": {"set": ["teacher.expert=few"]}}}, "row 'A': method bkd learns from no expert, so none sets"),
         ({"rows": {"A": {"set": ["student.method.name=crt"]}}}, "row 'A' names no backbone, but is of method crt"),
         (
             {"rows": {"B": {"stage": "teacher"}, "A": {"backbone": "B"}}},
