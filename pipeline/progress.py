@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 PLAIN_SECONDS = 30  # between lines where there is no terminal
+SHORT_SECONDS = 2  # what is done sooner prints none there
 
 
 class Progress:
@@ -33,7 +34,8 @@ class Progress:
         self.done += units
         self.bar.update(self.task, advance=units, rate=f"{rate:,.0f} {rate_unit}")
         now = time.monotonic()
-        if self.plain and self.bar.disable and (now - self.last_line > PLAIN_SECONDS or self.done == self.total):
+        ended = self.done == self.total and now - self.start > SHORT_SECONDS
+        if self.plain and self.bar.disable and (now - self.last_line > PLAIN_SECONDS or ended):
             self.last_line = now
             left = (now - self.start) / max(self.done - self.first, 1) * (self.total - self.done)
             print(

@@ -9,12 +9,12 @@ import io
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, NotRequired
 
@@ -25,6 +25,7 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 
 from cache import philox
 from pipeline import UserError, config, metrics
+from pipeline.progress import Progress
 
 MOST_CLASSES = 100_000
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -75,8 +76,12 @@ class Dataset:
         def some(start: int) -> list:
             return [attempt(row) for row in range(start, min(start + ROWS_A_TASK, len(self)))]
 
-        with ThreadPoolExecutor() as threads:  # decoding and waiting for a disk release the interpreter's lock
-            found = list(chain.from_iterable(threads.map(some, range(0, len(self), ROWS_A_TASK))))
+        found, start = [], time.perf_counter()
+        # Decoding and waiting for a disk release the interpreter's lock.
+        with Progress(f"reading {self.name}", len(self), 0, "images", plain=True) as progress, ThreadPoolExecutor() as threads:
+            for part in threads.map(some, range(0, len(self), ROWS_A_TASK)):
+                found += part
+                progress.advance(len(found) / (time.perf_counter() - start), "images/s", len(part))
         if broken := [str(error) for error in found if isinstance(error, UserError)]:
             more = f" (and {len(broken) - 3} more)" if len(broken) > 3 else ""
             raise UserError("; ".join(broken[:3]) + f"{more}: {remedy}")
