@@ -1,9 +1,12 @@
 """A tiny experiment on real images: handwritten digits made long-tailed, a small network, two epochs."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
+from pipeline import runs
 from pipeline.config import Experiment, load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
@@ -26,3 +29,22 @@ def options(*overrides: str) -> list[str]:
     for override in (*SMALL, *overrides):
         found += ["-o", override]
     return found
+
+
+class Stop(Exception):
+    pass
+
+
+@contextmanager
+def interrupted_after(epochs: int):
+    """A context that training leaves when it would record the epoch after so many."""
+    append = runs.Run.append_metrics
+
+    def stop(run, record):
+        if record["epoch"] == epochs + 1:
+            raise Stop
+        append(run, record)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(runs.Run, "append_metrics", stop)
+        yield
