@@ -1,5 +1,6 @@
 """Recipe: write a teacher's tempered probabilities for every view of every training sample into a cache."""
 
+import functools
 import hashlib
 import os
 import time
@@ -77,6 +78,11 @@ def dump_logits(
         return [(by_view(found[:, k]), {name: named[name] for name in features[k]}) for k in range(len(names))]
 
     chosen = philox.permutation(0, philox.SUBSET, training_set.sample_id)[:FIT_SAMPLES]
+
+    @functools.cache  # all caches are fitted to the same
+    def fitting(*views: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        return answers(chosen, list(views))
+
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with ExitStack() as stack:
         writers = []
@@ -91,12 +97,13 @@ def dump_logits(
                 label=training_set.label,
                 image_size=images.image_size,
                 encoding=section.encoding.model_dump(),
-                fit=lambda views, number=number: answers(chosen, views)[number][0],
+                fit=lambda views, number=number: fitting(*views)[number][0],
                 features=features[number],
                 rank=rank,
                 world=world,
             )
             writers.append(stack.enter_context(writer))
+        fitting.cache_clear()
         write_pending(writers, answers, config.views.count, images.decodes)
     print(f"{', '.join(paths)}: {config.views.count} views of {len(training_set):,} samples", flush=True)
 
