@@ -115,7 +115,7 @@ class _Turn:
         self.state = torch.get_rng_state(), torch.cuda.get_rng_state(self.stream.device) if self.cuda else None
 
 
-def training(task: Task, run: runs.Run, about: dict) -> Generator[None, None, None]:
+def train_in_steps(task: Task, run: runs.Run, about: dict) -> Generator[None, None, None]:
     """Trains to the last epoch, from the run's state if it has one, and writes the run's summary; pauses after every step.
 
     After every epoch the weights and the optimiser's state are on disk. Raises NotFinite with step, learning rate and
@@ -124,26 +124,26 @@ def training(task: Task, run: runs.Run, about: dict) -> Generator[None, None, No
     if run.has("summary.json"):
         run.log(f"the run in {run.folder} is complete")
         return
-    recipe, model = task.training, task.model
+    training, model = task.training, task.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     classes = sum(count > 0 for count in about["class_counts"])
     run.log(
         f"{about['method']}: {parameters:,} parameters, {len(task.sample_id):,} samples of {classes} classes, "
         f"{runs.device_name(task.images.device)}"
     )
-    optimiser = build_optimiser(model, recipe)
+    optimiser = build_optimiser(model, training)
     best = {"epoch": None, "top1": -1.0}
     first = 0
     if run.has("state.safetensors"):
         first, best = _load_state(run, task.network, optimiser)
-        run.log(f"resumed after epoch {first} of {recipe.epochs}")
+        run.log(f"resumed after epoch {first} of {training.epochs}")
     run.rewind_metrics(first)
-    mode = "reduce-overhead" if recipe.compile == "cuda_graphs" else "default"
-    forward = torch.compile(task.network, mode=mode) if recipe.compile else task.network
-    with Progress("training", recipe.epochs, first, "epochs") as progress:
-        for epoch in range(first, recipe.epochs):
+    mode = "reduce-overhead" if training.compile == "cuda_graphs" else "default"
+    forward = torch.compile(task.network, mode=mode) if training.compile else task.network
+    with Progress("training", training.epochs, first, "epochs") as progress:
+        for epoch in range(first, training.epochs):
             record = {"epoch": epoch + 1, **(yield from run_epoch(task, forward, optimiser, epoch))}
-            if (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs:
+            if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
                 start = time.perf_counter()
                 scores = task.evaluate(model)
                 record |= {"test": scores, "evaluation_seconds": time.perf_counter() - start}
@@ -154,14 +154,14 @@ def training(task: Task, run: runs.Run, about: dict) -> Generator[None, None, No
             run.save_tensors("last", model.state_dict(), epoch=epoch + 1)
             _save_state(run, task.network, optimiser, epoch + 1, best)
             progress.advance(record["images_per_second"], "images/s")
-            run.log(_line(record, recipe.epochs))
+            run.log(_line(record, training.epochs))
     records = run.metrics()
     run.write_summary(
         {
             **about,
             "seed": task.seed,
             "parameters": parameters,
-            "last": {"epoch": recipe.epochs, **records[-1]["test"]},
+            "last": {"epoch": training.epochs, **records[-1]["test"]},
             "best": best,
             "seconds": sum(record["seconds"] + record.get("evaluation_seconds", 0) for record in records),
             "data_share": float(np.mean([record["data_share"] for record in records])),

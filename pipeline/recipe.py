@@ -13,7 +13,7 @@ from pipeline.config import Experiment
 from pipeline.data import datasets
 from pipeline.data.color_jitter import ColorJitter
 from pipeline.data.images import open_images
-from pipeline.engine import Task, training
+from pipeline.engine import Task, train_in_steps
 from pipeline.evaluate import evaluate, load_model
 from pipeline.methods import Setting, build_method
 from pipeline.models import build_model, classifier_name, new_parts
@@ -115,7 +115,7 @@ def train_network(
             "teacher": cache and cache.identity.teacher,
             "backbone": backbone and runs.experiment_of(backbone),
         }
-        yield from training(task, run, about)
+        yield from train_in_steps(task, run, about)
         draw_run(run)
 
 
