@@ -94,11 +94,11 @@ def experiment(command):
 def parse_seeds(text: str | None) -> tuple[int, ...]:
     """Of "0,1,2": each once."""
     try:
-        seeds = tuple(dict.fromkeys(int(seed) for seed in text.split(","))) if text else ()
+        seeds = () if text is None else tuple(dict.fromkeys(int(seed) for seed in text.split(",")))
     except ValueError:
         seeds = (-1,)
     if any(not 0 <= seed < 2**63 for seed in seeds):
-        raise UserError(f"--seeds {text}: seeds are whole numbers with commas between, such as 0,1,2")
+        raise UserError(f"--seeds {text!r}: seeds are whole numbers with commas between, such as 0,1,2")
     return seeds
 
 
@@ -176,7 +176,7 @@ def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
     """
     from pipeline import plan, student
 
-    if seeds and (dry_run or click.get_current_context().params["seed"] is not None):
+    if seeds is not None and (dry_run or click.get_current_context().params["seed"] is not None):
         raise UserError("--seeds stands for several runs, --seed and --dry-run for one; leave out the one or the other")
     if dry_run:
         return plan.show_plan(config, device, "student", cache)

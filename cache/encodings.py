@@ -409,14 +409,13 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     if not (logits.max(initial=0) < _SAFE and logits.min(initial=0) > -_SAFE):
         logits -= logits.max(-1, keepdims=True)
     np.exp(logits, out=logits)
-    logits *= (1 / (logits @ np.ones(logits.shape[-1], np.float32)))[..., None]
+    logits /= logits.sum(-1, keepdims=True)
     return logits
 
 
 def _decoded(codes, matrix, out=None):
     """softmax(codes @ basis + mean), float32 [B, C], of codes [B, R] and basis and mean below each other."""
     out = np.empty((len(codes), matrix.shape[1]), np.float32) if out is None else out
-    ones = np.ones(matrix.shape[1], np.float32)
 
     def decode(piece):
         factor = np.ones((len(out[piece]), len(matrix)), np.float32)
@@ -424,7 +423,7 @@ def _decoded(codes, matrix, out=None):
         probability = np.matmul(factor, matrix, out=out[piece])
         with np.errstate(over="ignore"):
             np.exp(probability, out=probability)
-        total = probability @ ones
+        total = probability.sum(1)  # row by row: in a matrix product a row's bits depend on how many there are
         if 1e-20 < total.min() and total.max() < 1e30:
             probability *= (1 / total)[:, None]
         else:  # beyond the range of float32, where no logarithm of a probability is

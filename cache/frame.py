@@ -32,6 +32,8 @@ def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False)
     probabilities at the store's temperature; shot (many: more than 100 training samples, few: fewer than 20, medium),
     correct. With `probabilities` also p_<class name> for each class.
 
+    Where experts share a row, what is said of it is of the expert of the sample's own class, among its classes.
+
     Raises CacheError for a view, id or class that the store does not have, or that is not dumped yet.
     """
     import pandas as pd
@@ -43,7 +45,7 @@ def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False)
 def export_parquet(cache, path, *, view=None, sample=None, label=None, probabilities=False) -> int:
     """Write the rows of `to_pandas` to the Parquet file `path`, holding one view's plane; returns their number.
 
-    The file appears whole or not at all. Raises CacheError where `path` exists.
+    The file appears whole or not at all. Raises CacheError where `path` exists, or its folder does not.
     """
     from pyarrow import parquet
 
@@ -51,6 +53,10 @@ def export_parquet(cache, path, *, view=None, sample=None, label=None, probabili
     if os.path.exists(path):
         raise CacheError(f"{path} exists; choose another file, or delete it")
     partial, rows, writer = f"{path}.partial", 0, None
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise CacheError(
+            f"{path} cannot be written: there is no folder {os.path.dirname(path)}; make it, or name another file"
+        )
     try:
         for batch in _batches(cache, view, sample, label, probabilities):
             writer = writer or parquet.ParquetWriter(partial, batch.schema)
@@ -82,7 +88,8 @@ def _batch(cache, view, positions, probability, probabilities):
 
     label, ids = cache.label[positions], cache.sample_id[positions]
     boxes = cache.views.boxes(ids, np.full(len(ids), view), cache.image_size[positions])
-    predicted = probability.argmax(1)
+    answer = _answer(cache, probability, label)
+    predicted = answer.argmax(1)
     names = pa.array(cache.classes)
     columns = {
         "sample_id": ids,
@@ -93,8 +100,8 @@ def _batch(cache, view, positions, probability, probabilities):
         "flip": boxes.flip.astype(bool),
         "predicted": predicted,
         "predicted_class": names.take(pa.array(predicted)),
-        "confidence": probability.max(1),
-        "entropy": entropy(probability),
+        "confidence": answer.max(1),
+        "entropy": entropy(answer),
         "shot": pa.array(SHOTS).take(pa.array(shot(cache.class_counts)[label])),
         "correct": predicted == label,
     }
@@ -102,6 +109,15 @@ def _batch(cache, view, positions, probability, probabilities):
         columns |= {f"p_{name}": np.ascontiguousarray(probability[:, c]) for c, name in enumerate(cache.classes)}
     arrays = [pa.array(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v for v in columns.values()]
     return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+def _answer(cache, probability, label):
+    """`probability` [B, C], or where experts share the rows that of each sample's own: the one of its class `label` [B]."""
+    if "experts" not in cache.identity.teacher:
+        return probability
+    group = shot(cache.class_counts)
+    own = np.where(group == group[label][:, None], probability, 0)
+    return own / own.sum(1, keepdims=True)
 
 
 def entropy(probability: np.ndarray) -> np.ndarray:
@@ -180,9 +196,10 @@ def _quality(cache, views):
         plane = cache.stored_plane(view)
         step = max(1, _BATCH_CELLS // len(cache.classes))
         for start in range(0, len(cache), step):
-            probability = cache.encoding.decode(plane[start : start + step])
-            confidence.append(probability.max(1))
-            correct.append(probability.argmax(1) == cache.label[start : start + step])
+            label = cache.label[start : start + step]
+            answer = _answer(cache, cache.encoding.decode(plane[start : start + step]), label)
+            confidence.append(answer.max(1))
+            correct.append(answer.argmax(1) == label)
     confidence, correct = np.concatenate(confidence).astype(np.float64), np.concatenate(correct)
     group = np.tile(shot(cache.class_counts)[cache.label], len(views))
     groups = {"all": np.ones(len(group), bool)} | {name: group == i for i, name in enumerate(SHOTS)}

@@ -2,10 +2,12 @@
 
 import functools
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from threadpoolctl import ThreadpoolController
 
+_BLAS = threading.Lock()
 _WORTHWHILE = 16  # pieces, below which beginning threads costs more than they bring
 
 
@@ -24,8 +26,8 @@ def on_all_cores(work, items: list) -> None:
         for item in items:
             work(item)
         return
-    # A matrix product's own threads would wait for each other.
-    with one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    # A matrix product's own threads would wait for each other. Their number is the process's: one caller at a time sets it.
+    with _BLAS, one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(work, items):
             pass
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from zarr.abc.store import Store
 
+from cache.format import CacheError
+
 PARTIAL = ".partial"
 
 
@@ -108,7 +110,10 @@ class RemoteStorage:
 
         self.url = url
         # Listings change under us while other processes dump, so they are never cached.
-        self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except (ValueError, ImportError) as error:  # a protocol that is unknown, or whose package is not installed
+            raise CacheError(f"{url} cannot be opened: {error}; install what it needs, or choose another place") from error
         self.root = self.root.rstrip("/")
 
     def __str__(self):

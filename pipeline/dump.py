@@ -246,6 +246,11 @@ def _refuse_unfit(members: Sequence[torch.nn.Module], identities: Sequence[dict]
                 f"every {shot}-shot class of {training_set.name} needs one expert that was trained on it; found experts of "
                 f"{named}; name one of each shot group (teacher.expert), trained on these data"
             )
+    for members, one in zip(experts, identities):
+        if one["dataset"] != training_set.take(np.flatnonzero(members[training_set.label])).fingerprint:
+            raise UserError(
+                f"the {one['expert']}-shot expert was trained on other images than {training_set.name} has; train it on these"
+            )
 
 
 def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.Module, dict]:

@@ -85,6 +85,7 @@ def in_turns(trainings: list[Generator], device: torch.device) -> None:
         except StopIteration:
             continue
         except NotFinite as error:
+            print(error, flush=True)  # the others may take long
             diverged = diverged or error
             continue
         waiting.append((training, turn))
@@ -140,9 +141,12 @@ def train_in_steps(task: Task, run: runs.Run, about: dict) -> Generator[None, No
     run.rewind_metrics(first)
     mode = "reduce-overhead" if training.compile == "cuda_graphs" else "default"
     forward = torch.compile(task.network, mode=mode) if training.compile else task.network
-    with Progress("training", training.epochs, first, "epochs") as progress:
+    with Progress(f"{run.label}training", training.epochs, first, "epochs") as progress:
         for epoch in range(first, training.epochs):
-            record = {"epoch": epoch + 1, **(yield from run_epoch(task, forward, optimiser, epoch))}
+            try:
+                record = {"epoch": epoch + 1, **(yield from run_epoch(task, forward, optimiser, epoch))}
+            except NotFinite as error:
+                raise NotFinite(f"{run.label}{error}") from None
             if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
                 start = time.perf_counter()
                 scores = task.evaluate(model)

@@ -10,6 +10,9 @@ PLAIN_SECONDS = 30  # between lines where there is no terminal
 SHORT_SECONDS = 2  # what is done sooner prints none there
 
 
+_open: list["Progress"] = []  # a terminal has room for one display, which those that are open at once share
+
+
 class Progress:
     """A context: `advance` after each unit of work."""
 
@@ -17,17 +20,18 @@ class Progress:
         """`plain`: print lines where there is no terminal (for work that prints none of its own)."""
         self.what, self.total, self.done, self.unit, self.plain = what, total, done, unit, plain
         self.start, self.first, self.last_line = time.monotonic(), done, time.monotonic()
-        console = Console()
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-        self.bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task(f"{what} ({unit})", total=total, completed=done, rate="")
 
     def __enter__(self) -> "Progress":
-        self.bar.start()
+        self.bar = _open[0].bar if _open else _display()
+        self.task = self.bar.add_task(f"{self.what} ({self.unit})", total=self.total, completed=self.done, rate="")
+        _open.append(self)
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.stop()
+        _open.remove(self)
+        self.bar.remove_task(self.task)
+        if not _open:
+            self.bar.stop()
 
     def advance(self, rate: float, rate_unit: str, units: int = 1) -> None:
         """`units` more are done, at `rate` in `rate_unit`."""
@@ -42,3 +46,11 @@ class Progress:
                 f"{self.what} {self.done}/{self.total} {self.unit}  {rate:,.0f} {rate_unit}  {left:.0f} s left",
                 flush=True,
             )
+
+
+def _display() -> Bar:
+    console = Console()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+    bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    bar.start()
+    return bar

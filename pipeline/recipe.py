@@ -57,8 +57,8 @@ def train_network(
 ) -> Generator[None, None, None]:
     """Trains the network of `stage` ("teacher" or "student") by `method` into the folder `out`, and draws its pictures.
 
-    Pauses after every step. `backbone`: a complete run, where the method learns from one. `label` goes before what is
-    printed.
+    Pauses when the folder is its own, and after every step. `backbone`: a complete run, where the method learns from one.
+    `label` goes before what is printed.
     """
     training_set, test_set, images, test_images, cache, targets = data
     section = getattr(config, stage)
@@ -87,6 +87,7 @@ def train_network(
     _refuse_unfit(network, images, len(rows(0)), section.training.batch_size)
     learns_from = cache.digest if cache else backbone and backbone.summary()["digest"]
     with runs.start_run(out, config, stage, device, resume, learns_from, label) as run:
+        yield
         task = Task(
             model=model,
             network=network,
@@ -124,6 +125,8 @@ def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets
 
     Raises UserError where they do not fit.
     """
+    if expert := run.config().expert(run.stage):
+        raise UserError(f"the run in {run.folder} is an expert of {expert}-shot classes; name one that knows all classes")
     if run.summary()["dataset"] != training_set.fingerprint or tuple(run.summary()["classes"]) != training_set.classes:
         raise UserError(
             f"the network in {run.folder} was trained on other data than this {training_set.name}; use the same data"

@@ -291,7 +291,10 @@ def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick:
     cores = len(os.sched_getaffinity(0))
     at_once = at_once or (min(4, cores) if device.type == "cuda" else cores)
     _run([job for job in jobs if not job.done], len(jobs), at_once, max(1, cores // at_once))
-    write_table(table, cells, folder, quick)
+    # What other commands have run in `out` stays in the table.
+    everything = select(whole, (), (), tuple(dict.fromkeys((*whole.seeds, *table.seeds))), quick)
+    _, cells = plan(whole, everything, folder, device, quick)
+    write_table(everything, cells, folder, quick, asked=table.cells)
     return [job for job in jobs if job.failed]
 
 
@@ -328,8 +331,11 @@ def _run(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
                 job.process.wait()
 
 
-def write_table(table: Table, cells: dict, folder: Path, quick: bool) -> list[list[str]]:
-    """Writes table.md, .csv, .json and .png from the runs that are complete, and prints the table. Returns its rows."""
+def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: list[tuple[str, str]]) -> list[list[str]]:
+    """Writes table.md, .csv, .json and .png from the runs that are complete, and prints the table. Returns its rows.
+
+    A (column, row) that is not `asked` for has a line where there is a run of it.
+    """
     title = table.title
     if quick:
         title += " — quick: a small recipe, not the papers'; published numbers are of the full one"
@@ -340,6 +346,8 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool) -> list[li
         found = [
             runs.open_run(cells[name, column, seed].out).summary() for seed in table.seeds if cells[name, column, seed].done
         ]
+        if not found and (column, name) not in asked:
+            continue
         published = row.published.get(column)
         overall = published and published.all
         ours = [summary[table.published]["top1"] for summary in found]
@@ -386,10 +394,11 @@ def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    names = list(table.rows)
-    figure = Figure(figsize=(2 + 3.2 * len(table.columns), 1.6 + 0.3 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(table.columns), sharey=True, squeeze=False)
-    for axes, column in zip(panels[0], table.columns):
+    present = {cell["row"] for cell in values}
+    names, columns = [name for name in table.rows if name in present], list(dict.fromkeys(cell["column"] for cell in values))
+    figure = Figure(figsize=(2 + 3.2 * len(columns), 1.6 + 0.3 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)
+    for axes, column in zip(panels[0], columns):
         for cell in [value for value in values if value["column"] == column]:
             place = names.index(cell["row"])
             ours = cell["last"]["all"] if table.published == "last" else cell["best"]

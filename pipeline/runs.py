@@ -122,7 +122,7 @@ def refuse_taken(folder: str | Path, resume: bool) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
-    if _begun(folder):
+    if begun(folder):
         if not resume:
             raise UserError(f"--out {folder} is not empty; add --resume to go on with the run in it, or name another folder")
         if not (folder / "config.yaml").exists():
@@ -159,7 +159,7 @@ def start_run(
             raise UserError(f"another command is writing into {folder}; wait for it, or name another folder")
         refuse_taken(folder, resume)
         run, record = Run(folder, label), environment(stage, device) | {"learns_from": learns_from}
-        if _begun(folder):
+        if begun(folder):
             _refuse_other(run, config, record)
         else:  # config.yaml comes last: a folder that was left before it holds no run
             write_whole(folder / "environment.json", (json.dumps(record, indent=1) + "\n").encode())
@@ -235,7 +235,7 @@ def write_whole(path: Path, data: bytes) -> None:
     LocalStorage(path.parent).write(path.name, data)
 
 
-def _begun(folder: Path) -> bool:
+def begun(folder: Path) -> bool:
     """Whether there is anything in `folder` but what a run writes before it has begun."""
     return folder.is_dir() and any(path.name != "environment.json" and path.suffix != ".partial" for path in folder.iterdir())
 

@@ -1,6 +1,7 @@
 """Recipe: train students from a cache, with no teacher; or by a method that needs none, or another run's backbone."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -29,7 +30,9 @@ def train_student(
 
     Raises CacheError before anything is written if the cache is for other data, views or classes, or is not complete.
     """
-    students = {f"{out}-{seed}": config.model_copy(update={"seed": seed}) for seed in seeds}
+    if seeds and not Path(out).name:
+        raise UserError(f"--out {out!r} is no name that seeds can be added to; name a folder")
+    students = {f"{Path(out)}-{seed}": config.model_copy(update={"seed": seed}) for seed in seeds}
     for folder in students or (out,):
         runs.refuse_taken(folder, resume)
     method = config.student.method
@@ -48,7 +51,8 @@ def train_student(
     if not seeds:
         return finish(train_network(config, "student", method, data, out, device, resume, trained))
     trainings = []
-    for folder, one in students.items():
+    # Those that were begun come first: what is refused of them is refused before others begin.
+    for folder, one in sorted(students.items(), key=lambda student: not runs.begun(Path(student[0]))):
         own = data._replace(targets=data.targets and data.targets.beside())
         label = f"seed {one.seed}: "
         trainings.append(train_network(one, "student", method, own, folder, device, resume, trained, label))

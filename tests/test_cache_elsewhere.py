@@ -239,6 +239,12 @@ def test_a_dropped_connection_is_an_error_and_the_dump_resumes(two_blocks):
     assert (cache.plane(0) == answers(0)).all()
 
 
+def test_an_address_of_no_known_protocol_is_refused():
+    pytest.importorskip("fsspec")
+    with pytest.raises(CacheError, match="nowhere://x cannot be opened: .*nowhere; install what it needs, or choose another"):
+        open_cache("nowhere://x")
+
+
 @pytest.mark.parametrize("operation, said", [("pipe_file", "written"), ("ls", "listed")])
 def test_a_bucket_that_may_not_be_used_is_refused_before_any_work(monkeypatch, operation, said):
     fsspec = pytest.importorskip("fsspec")

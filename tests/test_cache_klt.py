@@ -127,6 +127,29 @@ def test_no_code_is_the_fill_value(tmp_path):
     assert array.dtype == np.int8 and array.fill_value == -128 and array[...].min() >= -127
 
 
+def test_a_row_decodes_to_the_same_bits_whatever_is_beside_it():
+    generator, classes = np.random.default_rng(0), 1000
+    matrix = generator.normal(0, 0.1, (30, classes)).astype(np.float32)
+    codes = generator.integers(-40, 40, (6000, 29)).astype(np.int16)
+    whole = encodings._decoded(codes, matrix)
+    for rows in np.arange(50), generator.permutation(6000)[:3001], np.arange(5000, 5001):
+        assert (encodings._decoded(codes[rows], matrix) == whole[rows]).all()
+
+
+def test_decoding_in_several_threads_leaves_the_number_of_threads_as_it_was():
+    from concurrent.futures import ThreadPoolExecutor
+
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    matrix, codes, before = np.zeros((9, 1000), np.float32), np.zeros((6000, 8), np.int16), threads()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: encodings._decoded(codes, matrix), range(12)))
+    assert threads() == before
+
+
 def test_codes_beyond_eight_bits_have_a_second_column(tmp_path):
     probability = teacher(scale=30)
     cache = dump(tmp_path / "s", probability, encoding={"name": "klt", "max_error": 0.002})

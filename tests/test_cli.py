@@ -57,7 +57,8 @@ def test_the_three_commands_make_a_student(tmp_path):
     assert result.returncode == 0 and "seed 3: epoch 2/2" in result.stdout, result.stderr
     assert json.loads((tmp_path / "s-0" / "summary.json").read_text())["digest"] == summary["digest"]
     assert "s-0 is not empty; add --resume" in refused(*several)
-    assert "--seeds 0,x: seeds are whole numbers" in refused(*several[:-1], "0,x")
+    assert "--seeds '0,x': seeds are whole numbers" in refused(*several[:-1], "0,x")
+    assert "seeds are whole numbers" in refused(*several[:-1], "")
     assert "leave out the one or the other" in refused(*several, "--seed", 1)
     complete = run("train-student", *tiny.options(), "--cache", cache, "--out", student, "--resume")
     assert complete.returncode == 0 and "is complete" in complete.stdout

@@ -276,6 +276,15 @@ def test_students_trained_at_once_are_those_trained_alone_even_after_an_interrup
     assert all(equal_runs(tmp_path / f"alone-{seed}", tmp_path / f"at-once-{seed}") for seed in (0, 1, 2))
 
 
+def test_of_several_students_none_begins_where_one_is_refused(tmp_path, cache):
+    train_student(tiny.experiment("student.training.epochs=1"), str(cache), str(tmp_path / "s"), tiny.CPU, seeds=(1,))
+    with pytest.raises(UserError, match="s-1: student.training.epochs was 1 and is now 2"):
+        train_student(tiny.experiment(), str(cache), str(tmp_path / "s"), tiny.CPU, seeds=(0, 1), resume=True)
+    assert not (tmp_path / "s-0").exists()
+    with pytest.raises(UserError, match="--out '' is no name that seeds can be added to"):
+        train_student(tiny.experiment(), str(cache), "", tiny.CPU, seeds=(0, 1))
+
+
 def test_a_run_that_diverges_leaves_those_beside_it_to_their_ends():
     done = []
 

@@ -155,6 +155,23 @@ def test_a_row_of_the_cache_holds_every_experts_answer(experts, experts_cache):
     assert verify_cache(str(experts_cache), [str(one) for one in experts], 1, None, (), tiny.CPU)["passed"]
 
 
+def test_what_is_told_of_an_experts_cache_is_of_the_expert_of_each_samples_class(experts_cache):
+    cache = open_cache(experts_cache)
+    frame = cache.to_pandas(view=5, probabilities=True)
+    found = frame.filter(like="p_").to_numpy()
+    for shot, members in metrics.shot_groups(cache.class_counts).items():
+        rows = (frame["shot"] == shot).to_numpy()
+        own = found[rows][:, members] / found[rows][:, members].sum(1, keepdims=True)
+        np.testing.assert_allclose(frame["confidence"][rows], own.max(1), rtol=1e-5)
+        right = np.flatnonzero(members)[own.argmax(1)] == frame["label"][rows]
+        assert frame["correct"][rows].tolist() == right.tolist()
+        quality = cache.summary(planes=cache.views.count)["teacher"]
+        every = cache.to_pandas()
+        every = every[every["shot"] == shot]
+        assert quality[shot]["accuracy"] == pytest.approx(every["correct"].mean())
+        assert quality[shot]["confidence"] == pytest.approx(every["confidence"].mean(), rel=1e-6)
+
+
 def test_experts_that_do_not_have_every_class_once_are_refused(tmp_path, experts, teacher_run):
     many, medium, few = map(str, experts)
 
@@ -172,6 +189,11 @@ def test_experts_that_do_not_have_every_class_once_are_refused(tmp_path, experts
     rarer = tiny.experiment("teacher.expert=few", "data.max_per_class=60")
     train_teacher(rarer, str(tmp_path / "rarer"), tiny.CPU)
     refused("trained on these data", many, medium, str(tmp_path / "rarer"))
+    other = tiny.experiment("teacher.expert=few", "data.seed=1")  # the same classes
+    train_teacher(other, str(tmp_path / "other"), tiny.CPU)
+    refused("the few-shot expert was trained on other images than digits has", many, medium, str(tmp_path / "other"))
+    with pytest.raises(UserError, match="is an expert of few-shot classes; name one that knows all classes"):
+        train_student(tiny.experiment("student.method.name=crt"), None, str(tmp_path / "s"), tiny.CPU, backbone=few)
 
 
 def test_a_group_without_classes_has_no_expert(tmp_path):
