@@ -243,7 +243,7 @@ def main(out, steps, repeats):
     deeper = config.CifarResNet(name="cifar_resnet", depth=32)
     others["ResNet-32, CIFAR-10-LT"] = deeper, ten, ResidentImages(ten, VIEWS, device), steps, BATCH
     with tempfile.TemporaryDirectory() as folder:
-        few, batch = (steps, 256) if device.type == "cuda" else (2, 16)
+        few, batch = (steps, 256) if device.type == "cuda" else (4, 16)
         files = image_files(Path(folder), few * batch)
         decoded = DecodedImages(files, RandomResizedCrop(size=224, count=30), device, workers=os.cpu_count())
         large = config.TorchvisionModel(name="torchvision", architecture="resnet50")
