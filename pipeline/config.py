@@ -6,6 +6,7 @@ Unknown keys, wrong types and impossible values are all reported at once, each w
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -383,18 +384,14 @@ class Experiment(Section):
 def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | None = None) -> Experiment:
     """The experiment in the YAML file `path`, with `overrides` ("student.training.epochs=5") and `seed` applied.
 
-    Raises UserError with every error in it, one a line.
+    A file may name another as its `base`, by a path from its own folder, and then holds only what differs from that; an
+    override "base=FILE" names another. Raises UserError with every error in it, one a line.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no mapping of keys to values; see configs/ for examples")
+    bases = [override.removeprefix("base=") for override in overrides if override.startswith("base=")]
+    values = _read(Path(path), bases[-1] if bases else None)
     for override in overrides:
-        _override(values, override)
+        if not override.startswith("base="):
+            _override(values, override)
     if seed is not None:
         values["seed"] = seed
     try:
@@ -416,6 +413,37 @@ def expand(path: str) -> Path:
     return Path(expanded).resolve()
 
 
+def _read(path: Path, base: str | None = None, above: tuple[Path, ...] = ()) -> dict:
+    """The values in the file `path` over those of its base, or of the file `base`. `above`: the files that it is a base of."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of keys to values; see configs/ for examples")
+    own = values.pop("base", None)
+    if own is not None and not isinstance(own, str):
+        raise UserError(f"{path}: base: names a file; found {own!r}")
+    if own is None and base is None:
+        return values
+    below = path.parent / own if base is None else Path(base)
+    if below.resolve() in (files := (*above, path.resolve())):
+        raise UserError(f"{path}: base: {below} leads back to itself; name a file that is complete without it")
+    return _over(_read(below, above=files), values)
+
+
+def _over(below: dict, above: dict) -> dict:
+    """`below` with what `above` says otherwise; a section of another name, or without one, replaces the whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        same = isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
+        merged[key] = _over(old, value) if same else value
+    return merged
+
+
 def _override(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -435,11 +463,12 @@ def _override(values: dict, override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"-o {override}: the value is not YAML; quote it")
+    if last == "name" and parents:  # another kind of section takes over only what it knows and has the same default for
+        was, now = (_place((*parents, kind), Experiment)[1] for kind in (values.get("name"), value))
+        for key in [key for key in values if "name" in now and key != "name"]:
+            if key not in now or now[key].get("default") != was.get(key, {}).get("default"):
+                del values[key]
     values[last] = value
-    if last == "name" and parents:  # another kind of section knows other keys
-        _, known = _place((*parents, value), Experiment)
-        for unknown in [key for key in values if "name" in known and key not in known]:
-            del values[unknown]
 
 
 def _default(section, key: str):
@@ -474,10 +503,10 @@ def _line(error: dict, schema: type[BaseModel]) -> str:
     )
 
 
-def _place(loc: tuple, kind: type[BaseModel]) -> tuple[str, list[str]]:
-    """(the dotted key, the names known there) of a place in pydantic's terms, which also holds the tags of unions."""
+def _place(loc: tuple, kind: type[BaseModel]) -> tuple[str, dict[str, dict]]:
+    """(the dotted key, what is known there by its name) of a place in pydantic's terms, which also holds the tags of unions."""
     schema = kind.model_json_schema()
-    section, keys, known = schema, [], list(schema["properties"])
+    section, keys, known = schema, [], schema["properties"]
     for part in loc:
         properties, tags = section.get("properties", {}), section.get("discriminator", {}).get("mapping", {})
         if part in tags:
@@ -487,10 +516,10 @@ def _place(loc: tuple, kind: type[BaseModel]) -> tuple[str, list[str]]:
             section = properties.get(part, section.get("additionalProperties") or {})
         if "$ref" in section:
             section = schema["$defs"][section["$ref"].rpartition("/")[2]]
-        known = list(section.get("properties", section.get("discriminator", {}).get("mapping", known)))
+        known = section.get("properties", section.get("discriminator", {}).get("mapping", known))
     return ".".join(keys), known
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(word), known, 1, 0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

@@ -1,8 +1,8 @@
 """Published tables by one command: every run of a table, resumed or new, and ours beside the published numbers.
 
-A table is a YAML file: columns are experiments, rows are what is changed in them. Each run is a process of its own with
-its own folder, so that whatever interrupts the command, the same command goes on. Teachers and caches are shared by all
-rows that ask for the same ones.
+A table is a YAML file: columns are experiments, rows are what is changed in them, each by a file that has a base or by
+overrides. Each run is a process of its own with its own folder, so that whatever interrupts the command, the same command
+goes on. Teachers and caches are shared by all rows that ask for the same ones.
 
     OUT/<column>/teacher-<key>-<seed>   cache-<key>.zarr   <row>-<key>-<seed>   and a .log beside each
     OUT/table.md  table.csv  table.json  table.png
@@ -11,6 +11,7 @@ A key is a digest of all that goes in, so a folder never holds another experimen
 """
 
 import csv
+import fcntl
 import functools
 import hashlib
 import io
@@ -83,6 +84,7 @@ class Published(Section):
 class Row(Section):
     """What is changed in every column's experiment."""
 
+    config: str | None = None  # a file from the table's own folder, read over the column's in place of its own base
     columns: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_different)] | None = None  # null: in all
     set: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()  # further overrides at the small scale
@@ -129,19 +131,25 @@ class Job:
         except CacheError:
             return False  # not begun, or what dump-logits will say
 
-    def begin(self, threads: int) -> None:
+    def begin(self, threads: int) -> bool:
+        """Starts the command; False while another `reproduce` has it running."""
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             log = open(f"{self.out}.log", "a")
         except OSError as error:
             raise UserError(f"{self.out.parent} cannot be written: {error.strerror}; name another --out")
         with log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process has it from here, to its end
+            except BlockingIOError:
+                return False
             self.process = Popen(
                 [sys.executable, str(ROOT / "cli.py"), *self.arguments, "--out", str(self.out), "--resume"],
                 stdout=log,
                 stderr=STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             )
+        return True
 
 
 def load_table(name: str) -> Table:
@@ -162,17 +170,15 @@ def load_table(name: str) -> Table:
         table = Table.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"{path}: {line}" for line in explain(error, Table))) from None
-    columns = {
-        name: column.model_copy(
-            update={
-                key: str((path.parent / file).resolve())
-                for key, file in (("config", column.config), ("quick", column.quick))
-                if file
-            }
-        )
-        for name, column in table.columns.items()
-    }
-    table = table.model_copy(update={"columns": columns})
+
+    def placed(section, *keys: str):
+        files = {key: getattr(section, key) for key in keys}
+        return section.model_copy(update={key: str((path.parent / file).resolve()) for key, file in files.items() if file})
+
+    columns = {name: placed(column, "config", "quick") for name, column in table.columns.items()}
+    table = table.model_copy(
+        update={"columns": columns, "rows": {name: placed(row, "config") for name, row in table.rows.items()}}
+    )
     for row, section in table.rows.items():
         if section.backbone and section.backbone not in table.rows:
             raise UserError(f"{path}: rows.{row}.backbone: there is no row {section.backbone!r}")
@@ -227,6 +233,8 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
         small = whole.quick if quick else ()
         overrides = (*section.set, *small, *row.set, *(row.quick if quick else ()), *extra)
         overrides = tuple(item for item in overrides if item.split(".")[0].split("=")[0] in sections)
+        if row.config:
+            path, overrides = row.config, (f"base={path}", *overrides)
         try:
             experiment = _load(path, overrides, seed)
         except UserError as error:
@@ -235,19 +243,13 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
 
     def teacher(name: str, column: str, member: Member) -> Job:
         experiment, options = asked(name, column, member.seed, member.set, "data", "views", "teacher")
-        key = _key(Path(options[1]).name, experiment.data, experiment.views, experiment.teacher)
+        key = _key(experiment.data, experiment.views, experiment.teacher)
         return add(out / _slug(column) / f"teacher-{key}-{member.seed}", "train-teacher", *options)
 
     def cache(name: str, column: str) -> Job:
         members = [teacher(name, column, member) for member in whole.rows[name].teachers]
         experiment, options = asked(name, column, whole.rows[name].teachers[0].seed, (), "data", "views", "cache")
-        key = _key(
-            Path(options[1]).name,
-            experiment.data,
-            experiment.views,
-            experiment.cache,
-            *[member.out.name for member in members],
-        )
+        key = _key(experiment.data, experiment.views, experiment.cache, *[member.out.name for member in members])
         named = [part for member in members for part in ("--teacher", str(member.out))]
         return add(out / _slug(column) / f"cache-{key}.zarr", "dump-logits", *options, *named, needs=members)
 
@@ -273,7 +275,7 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
             needs = [cache(name, column)]
             options = [*options, "--cache", str(needs[0].out)]
         parts = experiment.data, experiment.views, experiment.cache, experiment.student
-        key = _key(Path(options[1]).name, *parts, *[need.out.name for need in needs])
+        key = _key(*parts, *[need.out.name for need in needs])
         return add(out / _slug(column) / f"{_slug(name)}-{key}-{seed}", "train-student", *options, needs=needs)
 
     cells = {(row, column, seed): cell(row, column, seed) for column, row in table.cells for seed in table.seeds}
@@ -311,10 +313,10 @@ def _run(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
                         waiting.remove(job)
                         print(f"{job.out}: left out, what it needs failed", flush=True)
                 ready = [job for job in waiting if all(need not in waiting and need not in running for need in job.needs)]
-                for job in ready[: at_once - len(running)]:
-                    job.begin(threads)
-                    waiting.remove(job)
-                    running.append(job)
+                for job in ready:
+                    if len(running) < at_once and job.begin(threads):
+                        waiting.remove(job)
+                        running.append(job)
                 time.sleep(0.2)
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)

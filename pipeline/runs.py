@@ -244,7 +244,10 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     found = run.environment()
     if found["stage"] != record["stage"]:
         raise UserError(f"--out {run.folder} holds a {found['stage']}'s run, not a {record['stage']}'s; name another folder")
-    old, new = run.config().model_dump(mode="json"), config.model_dump(mode="json")
+    # what other stages alone look at makes no other run, and what the cache is stands in learns_from
+    old, new = (
+        one.model_dump(mode="json", include={"seed", "data", "views", record["stage"]}) for one in (run.config(), config)
+    )
     if difference := _difference(old, new):
         raise UserError(f"cannot resume {run.folder}: {difference}; use the same configuration or another folder")
     if found["learns_from"] != record["learns_from"]:

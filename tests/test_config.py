@@ -8,13 +8,14 @@ import tiny
 from pipeline import UserError
 from pipeline.config import dump_config, load_config
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_every_shipped_configuration_loads_and_opens_with_its_command(path):
     load_config(path)
-    assert f"--config configs/{path.name}" in "".join(path.read_text().splitlines()[:3])
+    assert f"--config configs/{path.relative_to(FOLDER)} " in "".join(path.read_text().splitlines()[:3])
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_every_shipped_configuration_loads_and_opens_with_its_command(path):
     ],
 )
 def test_the_recipes_for_large_sets_are_the_papers(name, architecture, weights, batch_size):
-    config = load_config(CONFIGS[0].parent / f"{name}.yaml")
+    config = load_config(FOLDER / f"{name}.yaml")
     assert config.student.training == config.teacher.training and config.student.model == config.teacher.model
     training, model = config.student.training, config.student.model
     assert (model.architecture, model.weights, training.batch_size) == (architecture, weights, batch_size)
@@ -94,9 +95,12 @@ def test_an_override_reaches_only_the_section_it_names_though_the_file_shares_it
     assert (config.teacher.training.epochs, config.student.training.epochs) == (2, 7)
 
 
-def test_another_kind_of_section_keeps_the_keys_that_both_know():
+def test_another_kind_of_section_keeps_what_both_know_and_mean_alike():
     config = tiny.experiment("student.method={name: bkd, alpha: 3, beta: 0.9}", "student.method.name=kd")
     assert config.student.method.alpha == 3
+    start = "student.model.cosine_scale=20", "student.method={name: bkd, alpha: 1, beta: 0.9}"
+    changed = tiny.experiment(*start, "student.method.name=cbd").student
+    assert (changed.method.alpha, changed.method.beta) == (0.4, 100), "BKD's are other quantities"
     config = tiny.experiment("teacher.training.schedule={name: step, gamma: 0.5}", "teacher.training.schedule.name=cosine")
     assert config.teacher.training.schedule.name == "cosine"
     config = tiny.experiment("cache.encoding.name=klt")
@@ -114,3 +118,56 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A function that writes {name: text} into a folder and returns the path of the first."""
+
+    def write(**texts):
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+        return tmp_path / f"{next(iter(texts))}.yaml"
+
+    return write
+
+
+WHOLE = dump_config(tiny.experiment("student.method.alpha=3"))
+
+
+def test_a_file_over_its_base_holds_what_differs(files):
+    path = files(own="base: whole.yaml\nseed: 5\nstudent: {model: {width: 6}, training: {epochs: 9}}", whole=WHOLE)
+    expected = tiny.experiment("student.method.alpha=3", "student.model.width=6", "student.training.epochs=9", seed=5)
+    assert load_config(path) == expected
+    assert load_config(files(top="base: own.yaml\nseed: 6")) == expected.model_copy(update={"seed": 6})
+    assert load_config(path, ("student.training.epochs=2",)).student.training.epochs == 2
+
+
+def test_a_section_of_another_name_replaces_its_base_s(files):
+    path = files(own="base: whole.yaml\nstudent: {method: {name: kd}}", whole=WHOLE)
+    assert load_config(path).student.method.alpha == 1
+    path = files(own="base: whole.yaml\nstudent: {method: {name: bkd, beta: 0.9}}")
+    assert (load_config(path).student.method.alpha, load_config(path).student.method.beta) == (3, 0.9)
+
+
+def test_another_base_can_be_named_from_the_folder_of_the_command(files, monkeypatch):
+    path = files(own="base: missing.yaml\nstudent: {method: {name: ce}}", whole=WHOLE)
+    monkeypatch.chdir(path.parent)
+    config = load_config(path, ("student.training.epochs=4", "base=whole.yaml"))
+    assert (config.student.method.name, config.student.training.epochs, config.data.name) == ("ce", 4, "digits")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: no.yaml", "cannot read the configuration .*no.yaml"),
+        ("base: 3", "base: names a file; found 3"),
+        ("base: own.yaml", "base: .*own.yaml leads back to itself; name a file that is complete without it"),
+        ("base: other.yaml", "base: .*own.yaml leads back to itself"),
+        ("base: whole.yaml\nstudent: {method: {alpa: 1}}", r"student\.method\.alpa: unknown key; did you mean 'alpha'"),
+        ("base: whole.yaml\nstudent: 3", r"student: .*; found 3"),
+    ],
+)
+def test_what_is_wrong_with_a_base_is_named(files, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(files(own=text, other="base: own.yaml", whole=WHOLE))

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import cli
 from pipeline import UserError, reproduce, runs
-from pipeline.config import dump_config
+from pipeline.config import dump_config, load_config
 
 ROOT = Path(__file__).parent.parent
 TABLES = sorted((ROOT / "configs" / "tables").glob("*.yaml"))
@@ -108,6 +108,30 @@ def test_what_is_wrong_in_a_table_is_named_before_anything_runs(table, change, m
     table.write_text(yaml.safe_dump(yaml.safe_load(table.read_text()) | change))
     with pytest.raises(UserError, match=message):
         jobs_of(table)
+
+
+def test_a_row_s_file_is_read_over_each_column_s(table, tmp_path):
+    content = yaml.safe_load(table.read_text())
+    other = tiny.experiment("teacher.training.epochs=3", "student.training.epochs=3")
+    (tmp_path / "other.yaml").write_text(dump_config(other))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "kd.yaml").write_text("base: ../tiny.yaml\nstudent: {model: {width: 6}, method: {name: kd}}")
+    content["columns"]["other digits"] = {"config": "other.yaml"}
+    content["rows"] = {"BKD": {}, "KD": {"config": "rows/kd.yaml", "set": ["student.training.batch_size=16"]}}
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    jobs, cells = jobs_of(table, seeds=(0,))
+    kinds = [job.arguments[0] for job in jobs]
+    assert kinds.count("train-teacher") == kinds.count("dump-logits") == 2, "rows share them, in each column"
+    for column, epochs in (("digits", 1), ("other digits", 3)):
+        student = configured(cells["KD", column, 0]).student
+        assert (student.method.name, student.model.width, student.training.batch_size) == ("kd", 6, 16)
+        assert student.training.epochs == epochs
+
+
+def configured(job):
+    """The experiment of a job's own command."""
+    options = cli.train_student.make_context("", [*job.arguments[1:], "--out", "out"]).params
+    return load_config(options["config_file"], options["overrides"], options["seed"])
 
 
 def test_a_row_stands_in_its_columns_alone(table, tmp_path):
@@ -252,6 +276,15 @@ def test_a_run_that_fails_is_named_and_leaves_out_what_needs_it(table, tmp_path,
     assert found.output.count("left out, what it needs failed") == 1
     rows = {row[1]: row for row in csv.reader((tmp_path / "out" / "table.csv").read_text().splitlines())}
     assert [rows[name][2] for name in ("CE", "KD", "BKD, two teachers", "BKD+cRT")] == ["0", "1", "0", "0"]
+
+
+def test_two_commands_share_a_folder(table, tmp_path):
+    """Each waits for what the other has running, and neither counts it as failed."""
+    command = [sys.executable, str(ROOT / "cli.py"), "reproduce", "--table", str(table), "--device", "cpu", "--seeds", "0"]
+    command += ["--out", str(tmp_path / "out"), "--row", "KD", "--jobs", "1"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
 
 
 def test_interrupted_it_goes_on_where_it_was(table, tmp_path, monkeypatch):
