@@ -95,6 +95,29 @@ def test_two_branches_learn(tmp_path):
     assert runs.open_run(tmp_path / "bbn").summary()["last"]["top1"] > 20
 
 
+def test_two_branches_of_torchvisions_resnet_learn_resume_and_score_as_they_were_saved(tmp_path):
+    config = tiny.experiment(
+        "student.model={name: torchvision, architecture: resnet10, branches: 2}",
+        "student.method={name: bbn}",
+        "views={name: random_resized_crop, size: 32, count: 2, scale: [0.8, 1]}",
+        "data.max_per_class=40",
+        "student.training.learning_rate=0.003",
+        "student.training.batch_size=32",
+        "student.training.epochs=3",
+    )
+    train_student(config, None, str(tmp_path / "whole"), tiny.CPU)
+    first, *_, last = runs.Run(tmp_path / "whole").metrics()
+    assert last["train_top1"] > 1.2 * first["train_top1"]
+    with tiny.interrupted_after(1):
+        train_student(config, None, str(tmp_path / "cut"), tiny.CPU)
+    train_student(config, None, str(tmp_path / "cut"), tiny.CPU, resume=True)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    scores = runs.open_run(tmp_path / "cut").summary()["last"]
+    assert scores["top1"] > 15 and scores.pop("epoch") == 3
+    assert evaluate_run(str(tmp_path / "cut"), "last", (), tiny.CPU) == scores
+
+
 @pytest.mark.parametrize("method", ["crt", "cbd", "bbn", "jittered"])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensemble, method):
     settings = {
@@ -229,6 +252,7 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
     ]
 
 
-def test_a_teacher_has_one_branch():
+@pytest.mark.parametrize("network", ["name: cifar_resnet", "name: torchvision, architecture: resnet10"])
+def test_a_teacher_has_one_branch(network):
     with pytest.raises(UserError, match="a teacher has one branch: leave out teacher.model.branches"):
-        tiny.experiment("teacher.model.branches=2")
+        tiny.experiment(f"teacher.model={{{network}, branches: 2}}")
