@@ -310,6 +310,18 @@ def test_two_branches_of_torchvisions_resnet_are_its_last_block_twice(batch):
     np.testing.assert_allclose(model.eval()(images).detach(), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("network", [{}, {"name": "torchvision", "architecture": "resnet10"}])
+def test_two_branches_may_share_a_projection(batch, network):
+    recipe = recipe_of("bbn", model={**network, "branches": 2, "projection": 24})
+    images = torch.randint(0, 256, (32, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    output = common, _ = recipe.network.eval()(images)
+    first, _, last = copy.deepcopy(recipe.network.model.network.fc).double()
+    mixed = torch.cat([2 * common, 0 * common], dim=1).double()
+    log_p = log_softmax(last(first(mixed).relu()).detach(), axis=1)
+    found = recipe.loss(output, Batch(rows=None, views=None, label=torch.tensor(batch[2]), images=None), 0)
+    np.testing.assert_allclose(found["loss"].detach()[0::2], -log_p[np.arange(16), batch[2][0::2]], rtol=1e-4)
+
+
 def test_a_frozen_backbone_neither_learns_nor_counts_batches():
     recipe = recipe_of("crt")
     before = {name: value.clone() for name, value in recipe.network.model.state_dict().items()}
