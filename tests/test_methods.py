@@ -10,7 +10,7 @@ import torch
 
 from cache import Cache, CacheError, open_cache
 from cache.planes import Planes
-from pipeline import UserError, runs
+from pipeline import UserError, plan, runs
 from pipeline.data.color_jitter import ColorJitter, adjust
 from pipeline.dump import dump_logits
 from pipeline.evaluate import evaluate_run
@@ -21,6 +21,7 @@ from pipeline.targets import Targets
 from pipeline.teacher import train_teacher
 from pipeline.verify import verify_cache
 
+BBN = ("student.method={name: bbn}", "student.model.branches=2")
 CBD = ("student.method={name: cbd}", "student.model.cosine_scale=20", "cache.features=true")
 
 
@@ -86,9 +87,7 @@ def test_targets_are_the_teachers_features_side_by_side(ensemble):
 
 
 def test_two_branches_learn(tmp_path):
-    config = tiny.experiment(
-        "student.method={name: bbn}", "student.model.branches=2", "student.training.epochs=4", "student.training.batch_size=64"
-    )
+    config = tiny.experiment(*BBN, "student.training.epochs=4", "student.training.batch_size=64")
     train_student(config, None, str(tmp_path / "bbn"), tiny.CPU)
     first, *_, last = runs.Run(tmp_path / "bbn").metrics()
     assert last["loss"] < first["loss"]
@@ -123,7 +122,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensembl
     settings = {
         "crt": ("student.method={name: crt}",),
         "cbd": (*CBD, "student.model.projection=32"),
-        "bbn": ("student.method={name: bbn}", "student.model.branches=2"),
+        "bbn": BBN,
         "jittered": ("teacher.color_jitter=true",),
     }
     config = tiny.experiment(*settings[method], "student.training.epochs=3", "teacher.training.epochs=3")
@@ -250,6 +249,14 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
         ["BKD student (bkd)", "1"],
         ["BKD student (warm)", "1"],
     ]
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(64, 15), (800, 2)])  # of 464 samples, twice an epoch
+def test_a_dry_run_counts_the_samples_of_both_branches(monkeypatch, capsys, batch_size, steps):
+    monkeypatch.setattr(plan, "_time", lambda work, device: work() is None)  # a second for a step, none for a test
+    config = tiny.experiment(*BBN, f"student.training.batch_size={batch_size}")
+    plan.show_plan(config, tiny.CPU, "student")
+    assert f"about {2 * steps:,} s on cpu" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("network", ["name: cifar_resnet", "name: torchvision, architecture: resnet10"])
