@@ -277,7 +277,7 @@ def test_two_branches_of_torchvisions_resnet_are_its_last_block_twice(batch):
     parts = copy.deepcopy(model).double()
     shared, branches, fc = parts.network.shared, parts.network.branches, parts.network.fc
     assert [len(blocks) for blocks in (shared.layer4, branches)] == [1, 2], "of layer4's two blocks one is shared"
-    images = torch.randint(0, 256, (16, 3, 32, 32), generator=generator).byte()
+    images = torch.randint(0, 256, (16, 3, 64, 64), generator=generator).byte()  # 2 x 2 positions to pool
     label, pairs = batch[2][:16], np.arange(8)
 
     def residual(x, block):
