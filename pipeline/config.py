@@ -97,11 +97,12 @@ class INaturalist(Data):
 
 
 class Network(Section):
-    """What every network may have after its pooled features."""
+    """What every network may have at its end."""
 
     projection: Positive | None = None  # a layer (linear, ReLU) of this width before the classifier
     cosine_scale: Annotated[float, Field(gt=0)] | None = None  # null: a linear classifier; a number: s of a cosine classifier
     memory: bool = False  # OLTR's modulated attention before pooling and memory of class centroids after it
+    branches: Literal[1, 2] = 1  # 2: a ResNet's last block exists twice, for method bbn
 
 
 class CifarResNet(Network):
@@ -110,7 +111,6 @@ class CifarResNet(Network):
     name: Literal["cifar_resnet"]
     depth: Positive = 32
     width: Annotated[int, Strict(), Field(ge=2, multiple_of=2)] = 16  # channels of the first stage
-    branches: Literal[1, 2] = 1  # 2: the last block exists twice, for method bbn
 
     @model_validator(mode="after")
     def _depth(self):
@@ -285,7 +285,7 @@ class OLTR(Method):
 class BBN(Method):
     """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
 
-    Half of every batch goes to each branch, so a batch is twice as large as theirs. Needs a cifar_resnet of two branches.
+    Half of every batch goes to each branch, so a batch is twice as large as theirs. Needs a ResNet of model.branches 2.
     """
 
     name: Literal["bbn"]
@@ -326,7 +326,7 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _plain(self):
-        if getattr(self.model, "branches", 1) != 1:
+        if self.model.branches != 1:
             raise ValueError("a teacher has one branch: leave out teacher.model.branches; two are for students of method bbn")
         if self.model.memory:
             raise ValueError("a teacher has no memory: leave out teacher.model.memory; it is for students of method oltr")
@@ -354,11 +354,10 @@ class Student(Section):
             )
         if model.memory and model.cosine_scale is not None:
             raise ValueError("a memory has its own cosine classifier: leave out student.model.cosine_scale")
-        branches = getattr(model, "branches", 1)
-        if (method == "bbn") != (branches == 2):
+        if (method == "bbn") != (model.branches == 2):
             raise ValueError(
                 f"method {method} needs a network of {'two branches' if method == 'bbn' else 'one branch'}: set "
-                f"student.model.branches={1 + (method == 'bbn')} of a cifar_resnet; found {branches}"
+                f"student.model.branches={2 if method == 'bbn' else 1}; found {model.branches}"
             )
         if method == "bbn" and self.training.batch_size % 2:
             raise ValueError(f"method bbn splits every batch in two: training.batch_size {self.training.batch_size} is odd")

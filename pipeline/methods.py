@@ -292,7 +292,7 @@ def _bbn(method, setting: Setting) -> Recipe:
     def loss(output, batch, epoch):
         common = 1 - (epoch / setting.epochs) ** 2  # the share of the uniform branch (BBN, section 4.3)
         features = torch.cat([2 * common * output[0], 2 * (1 - common) * output[1]], dim=1)
-        logits = classifier(setting.model)(features)
+        logits = setting.model.network.fc(features)  # with a projection, if there is one
         shares = [(common, batch.label[0::2]), (1 - common, batch.label[1::2])]
         total = sum(share * losses.cross_entropy(logits, label) for share, label in shares)
         correct = sum(share * (logits.argmax(1) == label) for share, label in shares)

@@ -56,14 +56,14 @@ def _row_bytes(config: Experiment, classes: int, cache: str | None) -> int | Non
 
 def _seconds(config: Experiment, model: torch.nn.Module, images: list, device: torch.device, stage: str) -> float:
     """Extrapolated from a few steps."""
-    training = config.student.training if stage == "student" else config.teacher.training
-    train, test = images
-    samples, tests = len(train.label), len(test.label)
+    section = config.student if stage == "student" else config.teacher
+    training, (train, test) = section.training, images
+    samples, tests = len(train.label) * section.model.branches, len(test.label)  # an epoch visits as many for each branch
     if stage == "dump":
         batch, precision = config.cache.batch_size, config.cache.precision
     else:
         batch, precision = training.batch_size, training.precision
-    rows = np.arange(min(batch, samples))
+    rows = np.arange(min(batch, samples)) % len(train.label)
     views = np.zeros(len(rows), np.int64)
     if stage == "dump":
         seconds = _time(lambda: infer(model, train, rows, views, batch, precision), device)

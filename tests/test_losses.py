@@ -1,5 +1,7 @@
 """The losses against the papers' formulas in float64, written here a second time, and against public oracles."""
 
+import copy
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from sklearn.metrics import log_loss
 from sklearn.metrics.pairwise import cosine_similarity
+from torch.nn import functional
 
 from pipeline import UserError, config, losses
 from pipeline.data.images import Batch
@@ -132,7 +135,8 @@ def test_ldam_takes_a_margin_from_the_labels_cosine(batch):
 
 
 def recipe_of(name, targets=None, model=(), **settings):
-    model = {"name": "cifar_resnet", "depth": 8, "width": 4, **dict(model)}
+    if "name" not in model:
+        model = {"name": "cifar_resnet", "depth": 8, "width": 4, **dict(model)}
     section = config.Student(model=model, method={"name": name, **settings})
     label = np.repeat(np.arange(6), COUNTS)
     setting = Setting(
@@ -174,8 +178,8 @@ def test_class_weights_have_mean_one_and_wait_for_their_epoch(batch):
     [
         ("ldam", {}, "ldam needs a cosine classifier: set student.model.cosine_scale, usually 30"),
         ("cbd", {}, "cbd needs a cosine classifier: set student.model.cosine_scale, usually 20"),
-        ("bbn", {}, "bbn needs a network of two branches: set student.model.branches=2 of a cifar_resnet; found 1"),
-        ("ce", {"branches": 2}, "ce needs a network of one branch: set student.model.branches=1 of a cifar_resnet; found 2"),
+        ("bbn", {}, "bbn needs a network of two branches: set student.model.branches=2; found 1"),
+        ("ce", {"branches": 2}, "ce needs a network of one branch: set student.model.branches=1; found 2"),
     ],
 )
 def test_a_method_is_refused_with_a_network_that_does_not_fit_it(method, model, message):
@@ -261,6 +265,61 @@ def test_two_branches_share_their_weight_as_the_epochs_go(batch):
     # one image's answer is that of both branches in equal shares
     whole = np.concatenate([common, rare], axis=1) @ weight.T + bias
     np.testing.assert_allclose(recipe.network.model(images).detach(), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_two_branches_of_torchvisions_resnet_are_its_last_block_twice(batch):
+    recipe = recipe_of("bbn", model={"name": "torchvision", "architecture": "resnet18", "branches": 2})
+    model, generator = recipe.network.model, torch.Generator().manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for value in (layer.weight.data, layer.bias.data, layer.running_mean, layer.running_var):
+                value.uniform_(0.5, 1.5, generator=generator)
+    parts = copy.deepcopy(model).double()
+    shared, branches, fc = parts.network.shared, parts.network.branches, parts.network.fc
+    assert [len(blocks) for blocks in (shared.layer4, branches)] == [1, 2], "of layer4's two blocks one is shared"
+    images = torch.randint(0, 256, (16, 3, 64, 64), generator=generator).byte()  # 2 x 2 positions to pool
+    label, pairs = batch[2][:16], np.arange(8)
+
+    def residual(x, block):
+        y = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+        return (y + (block.downsample(x) if block.downsample else x)).relu()
+
+    def trunk():
+        x = shared.bn1(shared.conv1((images - parts.mean) / parts.std)).relu()
+        blocks = [*shared.layer1, *shared.layer2, *shared.layer3, *shared.layer4]
+        return functools.reduce(residual, blocks, functional.max_pool2d(x, 3, 2, 1))
+
+    def logits(maps, share):
+        common, rare = (found.mean((2, 3)) for found in maps)
+        return fc(2 * torch.cat([share * common, (1 - share) * rare], dim=1)).detach().numpy()
+
+    x = trunk()
+    maps = residual(x[0::2], branches[0]), residual(x[1::2], branches[1])
+    passes = []
+    model.network.shared.register_forward_hook(lambda *_: passes.append(1))
+    output = recipe.network.train()(images)
+    assert len(passes) == 1
+    for epoch, share in (0, 1.0), (100, 0.75), (199, 1 - (199 / 200) ** 2):
+        log_p = log_softmax(logits(maps, share), axis=1)
+        expected = -share * log_p[pairs, label[0::2]] - (1 - share) * log_p[pairs, label[1::2]]
+        found = recipe.loss(output, Batch(rows=None, views=None, label=torch.tensor(label), images=None), epoch)
+        np.testing.assert_allclose(found["loss"].detach(), expected.repeat(2), rtol=1e-4)
+    parts.eval()
+    x = trunk()
+    whole = logits([residual(x, branch) for branch in branches], 0.5)  # the branches' answers in equal shares
+    np.testing.assert_allclose(model.eval()(images).detach(), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("network", [{}, {"name": "torchvision", "architecture": "resnet10"}])
+def test_two_branches_may_share_a_projection(batch, network):
+    recipe = recipe_of("bbn", model={**network, "branches": 2, "projection": 24})
+    images = torch.randint(0, 256, (32, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    output = common, _ = recipe.network.eval()(images)
+    first, _, last = copy.deepcopy(recipe.network.model.network.fc).double()
+    mixed = torch.cat([2 * common, 0 * common], dim=1).double()
+    log_p = log_softmax(last(first(mixed).relu()).detach(), axis=1)
+    found = recipe.loss(output, Batch(rows=None, views=None, label=torch.tensor(batch[2]), images=None), 0)
+    np.testing.assert_allclose(found["loss"].detach()[0::2], -log_p[np.arange(16), batch[2][0::2]], rtol=1e-4)
 
 
 def test_a_frozen_backbone_neither_learns_nor_counts_batches():

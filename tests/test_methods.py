@@ -10,7 +10,7 @@ import torch
 
 from cache import Cache, CacheError, open_cache
 from cache.planes import Planes
-from pipeline import UserError, runs
+from pipeline import UserError, plan, runs
 from pipeline.data.color_jitter import ColorJitter, adjust
 from pipeline.dump import dump_logits
 from pipeline.evaluate import evaluate_run
@@ -21,6 +21,7 @@ from pipeline.targets import Targets
 from pipeline.teacher import train_teacher
 from pipeline.verify import verify_cache
 
+BBN = ("student.method={name: bbn}", "student.model.branches=2")
 CBD = ("student.method={name: cbd}", "student.model.cosine_scale=20", "cache.features=true")
 
 
@@ -86,13 +87,35 @@ def test_targets_are_the_teachers_features_side_by_side(ensemble):
 
 
 def test_two_branches_learn(tmp_path):
-    config = tiny.experiment(
-        "student.method={name: bbn}", "student.model.branches=2", "student.training.epochs=4", "student.training.batch_size=64"
-    )
+    config = tiny.experiment(*BBN, "student.training.epochs=4", "student.training.batch_size=64")
     train_student(config, None, str(tmp_path / "bbn"), tiny.CPU)
     first, *_, last = runs.Run(tmp_path / "bbn").metrics()
     assert last["loss"] < first["loss"]
     assert runs.open_run(tmp_path / "bbn").summary()["last"]["top1"] > 20
+
+
+def test_two_branches_of_torchvisions_resnet_learn_resume_and_score_as_they_were_saved(tmp_path):
+    config = tiny.experiment(
+        "student.model={name: torchvision, architecture: resnet10, branches: 2}",
+        "student.method={name: bbn}",
+        "views={name: random_resized_crop, size: 32, count: 2, scale: [0.8, 1]}",
+        "data.max_per_class=40",
+        "student.training.learning_rate=0.003",
+        "student.training.batch_size=32",
+        "student.training.epochs=3",
+        seed=1,  # another than the one that a network is built from to be scored
+    )
+    train_student(config, None, str(tmp_path / "whole"), tiny.CPU)
+    first, *_, last = runs.Run(tmp_path / "whole").metrics()
+    assert last["train_top1"] > 1.2 * first["train_top1"]
+    with tiny.interrupted_after(1):
+        train_student(config, None, str(tmp_path / "cut"), tiny.CPU)
+    train_student(config, None, str(tmp_path / "cut"), tiny.CPU, resume=True)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    scores = runs.open_run(tmp_path / "cut").summary()["last"]
+    assert scores["top1"] > 15 and scores.pop("epoch") == 3
+    assert evaluate_run(str(tmp_path / "cut"), "last", (), tiny.CPU) == scores
 
 
 @pytest.mark.parametrize("method", ["crt", "cbd", "bbn", "jittered"])
@@ -100,7 +123,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensembl
     settings = {
         "crt": ("student.method={name: crt}",),
         "cbd": (*CBD, "student.model.projection=32"),
-        "bbn": ("student.method={name: bbn}", "student.model.branches=2"),
+        "bbn": BBN,
         "jittered": ("teacher.color_jitter=true",),
     }
     config = tiny.experiment(*settings[method], "student.training.epochs=3", "teacher.training.epochs=3")
@@ -229,6 +252,15 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
     ]
 
 
-def test_a_teacher_has_one_branch():
+@pytest.mark.parametrize(("batch_size", "steps"), [(64, 15), (800, 2)])  # of 464 samples, twice an epoch
+def test_a_dry_run_counts_the_samples_of_both_branches(monkeypatch, capsys, batch_size, steps):
+    monkeypatch.setattr(plan, "_time", lambda work, device: work() is None)  # a second for a step, none for a test
+    config = tiny.experiment(*BBN, f"student.training.batch_size={batch_size}")
+    plan.show_plan(config, tiny.CPU, "student")
+    assert f"about {2 * steps:,} s on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("network", ["name: cifar_resnet", "name: torchvision, architecture: resnet10"])
+def test_a_teacher_has_one_branch(network):
     with pytest.raises(UserError, match="a teacher has one branch: leave out teacher.model.branches"):
-        tiny.experiment("teacher.model.branches=2")
+        tiny.experiment(f"teacher.model={{{network}, branches: 2}}")

@@ -96,6 +96,35 @@ def test_resnet10_is_the_long_tailed_literatures():
         build_model(section.model_copy(update={"weights": "DEFAULT"}), classes, DATA, 0)
 
 
+def test_given_weights_begin_both_branches_and_drawn_ones_differ(tmp_path):
+    from torchvision.models import resnet18
+
+    whole = resnet18(num_classes=5)
+    source = whole.layer4[1].state_dict()
+    save_file(whole.state_dict(), tmp_path / "weights.safetensors")
+    network = torchvision_model(branches=2, weights=str(tmp_path / "weights.safetensors")).network
+    for branch in network.branches:
+        assert all(torch.equal(value, source[name]) for name, value in branch.state_dict().items())
+    assert torch.equal(network.shared.layer4[0].conv1.weight, whole.layer4[0].conv1.weight)
+    assert network.fc.in_features == 1024, "a classifier of both, so a new one"
+    first, second = network.branches
+    assert not {value.data_ptr() for value in first.parameters()} & {value.data_ptr() for value in second.parameters()}
+    drawn = torchvision_model(branches=2).network
+    for layer in ("conv1", "conv2"):
+        first, second = (branch.get_submodule(layer).weight for branch in drawn.branches)
+        assert not torch.equal(first, second) and second.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)
+
+
+def test_two_branches_are_a_resnets():
+    section = config.TorchvisionModel(name="torchvision", architecture="resnet10", branches=2)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert build_model(section, 7, DATA, 0)(images).shape == (2, 7), "whose last stage is one block"
+    for architecture in ("mobilenet_v2", "regnet_x_400mf"):
+        other = section.model_copy(update={"architecture": architecture})
+        with pytest.raises(UserError, match=f"ResNet twice, which {architecture} is not; choose a resnet, or leave .* bbn$"):
+            build_model(other, 5, DATA, 0)
+
+
 def test_an_unknown_architecture_and_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="torchvision has no classifier 'resnet19'; did you mean 'resnet1"):
         build_model(config.TorchvisionModel(name="torchvision", architecture="resnet19"), 5, DATA, 0)

@@ -1,7 +1,9 @@
 """Networks: uint8 images in, logits out, normalisation inside, so that a checkpoint is whole."""
 
+import copy
 import difflib
 import math
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -48,6 +50,29 @@ class CosineClassifier(nn.Module):
         return self.scale * functional.linear(functional.normalize(features), functional.normalize(self.weight))
 
 
+class BranchedResNet(nn.Module):
+    """A ResNet of torchvision whose last block exists twice (BBN): normalised images [B, 3, H, W] to logits [B, C].
+
+    `shared`, `branches` and `fc` are what they are in a CifarResNet of two branches. Both branches begin as the block that
+    `network` ends in, or, if it was `drawn`, the second with a draw of its own.
+    """
+
+    def __init__(self, network: nn.Module, classes: int, drawn: bool):
+        super().__init__()
+        first = network.layer4.pop(-1)
+        second = copy.deepcopy(first)
+        for layer in second.modules() if drawn else ():
+            if isinstance(layer, nn.Conv2d):  # as torchvision draws them; the rest begins constant
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        self.shared = nn.Sequential(OrderedDict(list(network.named_children())[:-2]))  # all before avgpool and fc
+        self.branches = nn.ModuleList([first, second])
+        self.fc = nn.Linear(2 * network.fc.in_features, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.shared(x)
+        return self.fc(torch.cat([branch(x).mean((2, 3)) for branch in self.branches], dim=1))
+
+
 def build_model(
     section: config.Model,
     classes: int,
@@ -67,6 +92,8 @@ def build_model(
             network = CifarResNet(section.depth, section.width, classes, section.branches)
         else:
             network = _torchvision(section, classes)
+            if section.branches == 2:
+                network = _branch(network, section, classes)
         if section.memory:
             _attend(network, section, image_size)
         _fit_head(network, section, classes)
@@ -95,6 +122,18 @@ def new_parts(model: nn.Module) -> list[str]:
 
 def _names(model: nn.Module, *kinds: type) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _branch(network: nn.Module, section: config.TorchvisionModel, classes: int) -> BranchedResNet:
+    """The same network with its last block twice."""
+    from torchvision.models import ResNet
+
+    if not isinstance(network, ResNet):
+        raise UserError(
+            f"two branches are the last block of a ResNet twice, which {section.architecture} is not; "
+            "choose a resnet, or leave out model.branches and method bbn"
+        )
+    return BranchedResNet(network, classes, drawn=section.weights is None)
 
 
 def _attend(network: nn.Module, section: config.Network, image_size: tuple[int, int]) -> None:
