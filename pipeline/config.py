@@ -503,7 +503,7 @@ def _line(error: dict, schema: type[BaseModel]) -> str:
 
 
 def _place(loc: tuple, kind: type[BaseModel]) -> tuple[str, dict[str, dict]]:
-    """(the dotted key, what is known there by its name) of a place in pydantic's terms, which also holds the tags of unions."""
+    """(the dotted key, what is known there by its name) of a place in pydantic's terms, which hold the tags of unions too."""
     schema = kind.model_json_schema()
     section, keys, known = schema, [], schema["properties"]
     for part in loc:

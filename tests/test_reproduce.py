@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -278,13 +279,21 @@ def test_a_run_that_fails_is_named_and_leaves_out_what_needs_it(table, tmp_path,
     assert [rows[name][2] for name in ("CE", "KD", "BKD, two teachers", "BKD+cRT")] == ["0", "1", "0", "0"]
 
 
-def test_two_commands_share_a_folder(table, tmp_path):
-    """Each waits for what the other has running, and neither counts it as failed."""
-    command = [sys.executable, str(ROOT / "cli.py"), "reproduce", "--table", str(table), "--device", "cpu", "--seeds", "0"]
-    command += ["--out", str(tmp_path / "out"), "--row", "KD", "--jobs", "1"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+def test_what_another_command_has_running_is_waited_for(tmp_path, monkeypatch):
+    def wait_for_a_line(command, **named):
+        return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, **named)
+
+    monkeypatch.setattr(reproduce, "Popen", wait_for_a_line)
+    theirs, ours = (reproduce.Job(tmp_path / "run", []) for _ in range(2))
+    assert theirs.begin(1)
+    monkeypatch.setattr(reproduce, "Popen", InThisProcess)
+    waiting = threading.Thread(target=reproduce._run, args=([ours], 1, 1, 1))
+    waiting.start()
+    waiting.join(timeout=1)
+    assert waiting.is_alive() and ours.process is None and not ours.failed
+    theirs.process.communicate(b"\n")
+    waiting.join(timeout=60)
+    assert not waiting.is_alive() and ours.process is not None
 
 
 def test_interrupted_it_goes_on_where_it_was(table, tmp_path, monkeypatch):
