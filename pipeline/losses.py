@@ -63,7 +63,7 @@ def retempered(probability: torch.Tensor, ratio: float) -> torch.Tensor:
 def distillation(logits: torch.Tensor, probability: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 KL(p || softmax(z / T)), summed over classes (Hinton et al., 2015; BKD, eq. 6)."""
     log_student = functional.log_softmax(logits / temperature, dim=1)
-    # p log p is 0 at 0, as in torch.xlogy, which takes five times as long on a CPU
+    # p log p is 0 at 0, as in torch.xlogy, which is several times slower on a CPU
     log_probability = probability.clamp_min(torch.finfo(probability.dtype).tiny).log()
     return -(temperature**2) * (probability * (log_student - log_probability)).sum(1)
 
