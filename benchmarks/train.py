@@ -47,12 +47,30 @@ class SimulatedTargets:
         else:
             plane = torch.randint(-300, 300, (samples, width), generator=generator, dtype=torch.int16)
         self.planes = plane.expand(planes, *plane.shape).contiguous().to(device)
-        self.basis = width and (torch.randn(width, classes, generator=generator) * 0.01).to(device)
+        self.basis = width and (torch.randn(width, classes, generator=generator) * 0.002).to(device)
         self.mean, self.temperature = torch.zeros(classes, device=device), T
 
     def gather(self, rows, views):
         stored = self.planes[views % len(self.planes), rows].float()
         return stored if self.basis is None else torch.softmax(torch.addmm(self.mean, stored, self.basis), 1)
+
+
+class SimulatedImages:
+    """N samples of C classes, as a data set and as a source of its images, which are one batch of noise throughout."""
+
+    def __init__(self, samples: int, classes: int, device: torch.device):
+        self.views, self.device, self.classes = VIEWS, device, range(classes)
+        self.sample_id, self.class_counts = np.arange(samples), np.full(classes, max(samples // classes, 1))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, (BATCH, 32, 32, 3), generator=generator, dtype=torch.uint8)
+        self.noise = noise.to(device).permute(0, 3, 1, 2)
+
+    def __len__(self):
+        return len(self.sample_id)
+
+    def batches(self, rows, views, batch_size):
+        for part in zip(*(torch.as_tensor(index).to(self.device).split(batch_size) for index in (rows, views))):
+            yield engine.Batch(*part, label=part[0] % len(self.classes), images=self.noise[: len(part[0])])
 
 
 def load(name: str, root: str | None) -> tuple[datasets.Dataset, datasets.Dataset, config.Experiment]:
@@ -79,11 +97,12 @@ def image_files(folder: Path, count: int) -> datasets.Dataset:
     return datasets.load(config.ImageFolder(name="imagefolder", root=str(folder)))[0]
 
 
-def ours(network, method, precision, train, images, targets, steps, batch=BATCH):
+def ours(network, method, training, train, images, targets, steps):
     """A function that runs `steps` steps of the engine and returns seconds a step."""
     device = images.device
-    rows = np.random.default_rng(0).permutation(len(train))[: steps * batch]
-    model = build_model(network, len(train.classes), config.Digits(name="digits"), 0).to(device)
+    rows = np.random.default_rng(0).permutation(len(train))[: steps * training.batch_size]
+    data = config.Digits(name="digits")
+    model = build_model(network, len(train.classes), data, 0, channels_last=training.channels_last).to(device)
     task = engine.Task(
         model=model,
         network=model,
@@ -94,7 +113,7 @@ def ours(network, method, precision, train, images, targets, steps, batch=BATCH)
         loss=loss_of(method, targets, train.class_counts, device),
         prepare=lambda views, later: None,
         evaluate=None,
-        training=config.Training(precision=precision, batch_size=batch),
+        training=training,
         seed=0,
     )
     optimiser = engine.build_optimiser(task.model, task.training)
@@ -186,17 +205,21 @@ def in_turns(work: dict, repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def growth(experiment, device, repeats) -> list[dict]:
-    """Seconds to gather a batch's targets and compute the BKD loss forward and backward, over N and C."""
-    work, sizes = {}, []
+def growth(experiment, device, steps, repeats) -> list[dict]:
+    """What BKD costs over N and C, with simulated planes: a batch's targets and loss alone, and a whole step beside CE's.
+
+    Cross-entropy and the classifier grow with C too; the ratio is of steps of the same network with C classes.
+    """
+    work, entries, training = {}, {}, config.Training(batch_size=BATCH)
+    ce, bkd, network = config.CE(name="ce"), experiment.student.method, experiment.student.model
     for samples, classes, width in (
-        (10_000, 100, None), (100_000, 100, None), (1_000_000, 100, None),
-        (100_000, 10, None), (100_000, 1000, None), (20_000, 8142, None),
-        (100_000, 10, 8), (100_000, 100, 40), (100_000, 1000, 60), (100_000, 8142, 60),
+        (100_000, 10, None), (100_000, 10, 8),
+        (10_000, 100, None), (100_000, 100, None), (1_000_000, 100, None), (100_000, 100, 40),
+        (100_000, 1000, None), (100_000, 1000, 60), (20_000, 8142, None), (100_000, 8142, 60),
     ):  # fmt: skip
         targets = SimulatedTargets(1, samples, classes, width, device)
-        counts = np.full(classes, max(samples // classes, 1))
-        loss = loss_of(experiment.student.method, targets, counts, device)
+        images = SimulatedImages(samples, classes, device)
+        loss = loss_of(bkd, targets, images.class_counts, device)
         logits = torch.randn(BATCH, classes, device=device, requires_grad=True)
         batch = engine.Batch(
             rows=torch.randint(samples, (BATCH,), device=device),
@@ -214,10 +237,22 @@ def growth(experiment, device, repeats) -> list[dict]:
             return (time.perf_counter() - start) / 20
 
         name = f"N {samples:,}, C {classes:,}, {'klt, R ' + str(width) if width else 'probability'}"
-        sizes.append(name)
         work[name] = once
+        if classes not in work:
+            work[classes] = ours(network, ce, training, images, images, targets, steps)
+        work["step", name] = ours(network, bkd, training, images, images, targets, steps)
+        entries[name] = classes, targets.planes[0, 0].nbytes
     medians = in_turns(work, repeats)
-    return [{"targets": name, "ms": 1e3 * medians[name]} for name in sizes]
+    return [
+        {
+            "targets": name,
+            "bytes a sample": size,
+            "ms": 1e3 * medians[name],
+            "ms a ce step": 1e3 * medians[classes],
+            "bkd step / ce step": medians["step", name] / medians[classes],
+        }
+        for name, (classes, size) in entries.items()
+    ]
 
 
 @click.command()
@@ -235,9 +270,14 @@ def main(out, steps, repeats):
     step, over_test = live(experiment, train, test, device, steps)
     work = {"live": step, "live teacher over the test set": over_test}
     for precision in ("float32", "bfloat16"):
-        work[f"ce {precision}"] = ours(network, ce, precision, train, images, probability, steps)
-        work[f"bkd probability {precision}"] = ours(network, bkd, precision, train, images, probability, steps)
-        work[f"bkd klt {precision}"] = ours(network, bkd, precision, train, images, coded, steps)
+        training = config.Training(precision=precision, batch_size=BATCH)
+        work[f"ce {precision}"] = ours(network, ce, training, train, images, probability, steps)
+        work[f"bkd probability {precision}"] = ours(network, bkd, training, train, images, probability, steps)
+        work[f"bkd klt {precision}"] = ours(network, bkd, training, train, images, coded, steps)
+    switches = ("channels_last", "fused")
+    for switch in switches:
+        training = config.Training(batch_size=BATCH, **{switch: False})
+        work[f"ce float32, {switch} off"] = ours(network, ce, training, train, images, probability, steps)
     others = {}
     ten, _, _ = load("cifar10-lt", root)
     deeper = config.CifarResNet(name="cifar_resnet", depth=32)
@@ -250,12 +290,15 @@ def main(out, steps, repeats):
         others["ResNet-50, image files"] = large, files, decoded, few, batch
         for name, (model, some, source, count, size) in others.items():
             targets = SimulatedTargets(1, len(some), len(some.classes), None, device)
+            training = config.Training(batch_size=size)
             for label, method in ("ce", ce), ("bkd", bkd):
-                work[f"{label}, {name}"] = ours(model, method, "float32", some, source, targets, count, size)
+                work[f"{label}, {name}"] = ours(model, method, training, some, source, targets, count)
         medians = in_turns(work, repeats)
     steps_an_epoch = -(-len(train) // BATCH)
     live_epoch = steps_an_epoch * medians["live"] + medians["live teacher over the test set"]
     ratios = {f"bkd / ce, {name}": medians[f"bkd, {name}"] / medians[f"ce, {name}"] for name in others}
+    for switch in switches:
+        ratios[f"ce, {switch} off / on"] = medians[f"ce float32, {switch} off"] / medians["ce float32"]
     for precision in ("float32", "bfloat16"):
         for encoding in ("probability", "klt"):
             epoch = steps_an_epoch * medians[f"bkd {encoding} {precision}"]
@@ -275,7 +318,7 @@ def main(out, steps, repeats):
         "live teacher over the test set, s": medians["live teacher over the test set"],
         "steps an epoch": steps_an_epoch,
         "ratios of epochs": ratios,
-        "growth": growth(experiment, device, repeats),
+        "growth": growth(experiment, device, steps, repeats),
     }
     path = Path(out) / f"train-{device.type}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -164,6 +164,8 @@ class Training(Section):
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights and losses stay float32
+    channels_last: bool = True  # the memory format of images, weights and activations; false: contiguous
+    fused: bool = True  # the optimiser steps all weights in one call; false: tensor by tensor
     # torch.compile: a start of about a minute for faster steps; cuda_graphs also launches each pass as one
     compile: Literal[False, True, "cuda_graphs"] = False
     evaluate_every: Positive = 1  # epochs between evaluations on the test set; the last epoch always is

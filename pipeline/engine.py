@@ -183,7 +183,7 @@ def build_optimiser(model: torch.nn.Module, training: Training) -> torch.optim.O
         momentum=training.momentum,
         nesterov=training.nesterov,
         weight_decay=training.weight_decay,
-        fused=True,
+        fused=training.fused,
     )
 
 

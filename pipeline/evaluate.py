@@ -32,11 +32,12 @@ def evaluate(model: torch.nn.Module, images, class_counts: np.ndarray, precision
 
 def load_model(run: runs.Run, checkpoint: str, experiment: config.Experiment, classes: int) -> torch.nn.Module:
     """The run's model at `checkpoint` ("last" or "best"), on the CPU."""
-    section = getattr(experiment, run.stage).model
+    section, training = getattr(experiment, run.stage).model, getattr(experiment, run.stage).training
     if section.name == "torchvision":
         section = section.model_copy(update={"weights": None})  # the checkpoint has them all
     members = torch.ones(classes, dtype=torch.bool) if experiment.expert(run.stage) else None  # which, the checkpoint says
-    model = build_model(section, classes, experiment.data, 0, run.summary().get("image_size"), members)
+    size = run.summary().get("image_size")
+    model = build_model(section, classes, experiment.data, 0, size, members, training.channels_last)
     tensors, _ = run.load_tensors(checkpoint)
     try:
         model.load_state_dict(tensors)

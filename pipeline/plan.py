@@ -24,7 +24,9 @@ def show_plan(config: Experiment, device: torch.device, stage: str, cache: str |
     samples, classes, views = len(training_set), len(training_set.classes), config.views.count
     images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
     section = config.student if stage == "student" else config.teacher
-    model = build_model(section.model, classes, config.data, config.seed, images[0].crop_size).to(device)
+    model = build_model(
+        section.model, classes, config.data, config.seed, images[0].crop_size, channels_last=section.training.channels_last
+    ).to(device)
     seconds = _seconds(config, model, images, device, stage)
     counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
     held = 0

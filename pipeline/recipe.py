@@ -67,7 +67,9 @@ def train_network(
     expert = config.expert(stage)
     members = torch.from_numpy(training_set.class_counts > 0) if expert else None
     classes = len(training_set.classes)
-    model = build_model(section.model, classes, config.data, config.seed, images.crop_size, members).to(device)
+    model = build_model(
+        section.model, classes, config.data, config.seed, images.crop_size, members, section.training.channels_last
+    ).to(device)
     trained = backbone and _take_backbone(model, backbone, training_set).to(device)
     setting = Setting(
         model=model,

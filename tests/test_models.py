@@ -51,6 +51,19 @@ def test_weights_are_kaiming_normal():
     assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_weights_and_activations_have_the_memory_format_that_was_asked_for(channels_last):
+    section = config.CifarResNet(name="cifar_resnet", depth=8)
+    network, seen = build_model(section, 10, DATA, 0, channels_last=channels_last), []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda layer, inputs, output: seen.extend([layer.weight, *inputs, output]))
+    pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    network(pixels), network(pixels.contiguous())
+    asked = torch.channels_last if channels_last else torch.contiguous_format
+    assert len(seen) == 2 * 7 * 3 and all(tensor.is_contiguous(memory_format=asked) for tensor in seen)
+
+
 def test_normalisation_is_part_of_the_model():
     network = build().eval()
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)

@@ -20,18 +20,22 @@ class Classifier(nn.Module):
 
     The mean and the standard deviation are buffers: the crop's zero padding is black before normalising,
     and two networks that see their pixels differently have different digests. So is, where an expert answers for some
-    classes alone, which ones: `members`, bool [C]; the logits of the others are -inf.
+    classes alone, which ones: `members`, bool [C]; the logits of the others are -inf. Weights, images and so activations have
+    one memory format: channels-last, or contiguous.
     """
 
-    def __init__(self, network: nn.Module, mean: tuple, std: tuple, members: torch.Tensor | None = None):
+    def __init__(
+        self, network: nn.Module, mean: tuple, std: tuple, members: torch.Tensor | None = None, channels_last: bool = True
+    ):
         super().__init__()
-        self.network = network
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=self.memory_format)
         self.register_buffer("members", members)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        return (images - self.mean) / self.std
+        return ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.network(self.normalise(images)).float()
@@ -80,11 +84,12 @@ def build_model(
     seed: int,
     image_size: tuple[int, int] | None = None,
     members: torch.Tensor | None = None,
+    channels_last: bool = True,
 ) -> Classifier:
-    """A network with `classes` outputs, its initial weights drawn from `seed` alone, in channels-last memory.
+    """A network with `classes` outputs, its initial weights drawn from `seed` alone.
 
     `image_size`: (height, width), which a network with a memory is made for. `members`: bool [C], the classes that an
-    expert answers for.
+    expert answers for. `channels_last`: the memory format.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,7 +102,7 @@ def build_model(
         if section.memory:
             _attend(network, section, image_size)
         _fit_head(network, section, classes)
-    return Classifier(network, data.mean, data.std, members).to(memory_format=torch.channels_last)
+    return Classifier(network, data.mean, data.std, members, channels_last)
 
 
 def classifier(model: nn.Module) -> nn.Module:
