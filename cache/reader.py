@@ -36,9 +36,14 @@ _DOCUMENT_BYTES = 64 << 20  # more than any real metadata document or marker
 def open_cache(url) -> "Cache":
     """Open the store `url`, a path or fsspec URL, for reading.
 
-    Raises CacheError where there is no store that this version reads, CorruptCacheError where one is damaged.
+    Raises CacheError where there is no store that this version reads, or the place cannot be reached; CorruptCacheError
+    where one is damaged.
     """
-    return Cache(open_storage(url))
+    try:
+        return Cache(open_storage(url))
+    except OSError as error:
+        reason = error.strerror or error
+        raise CacheError(f"{url} cannot be read: {reason}; check the address, the connection and what you may read") from error
 
 
 class Cache:
