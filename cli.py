@@ -186,7 +186,9 @@ def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
 @main.command(short_help="Score a run's checkpoint again.")
 @click.argument("run")
 @click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
-@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's config; repeatable.")
+@click.option(
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Other test images (data.test=…), or a precision; repeatable."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, with every class.")
 @guarded

@@ -1,12 +1,14 @@
 """Methods that need more than logits: trained from end to end on a tiny experiment, resumed, refused."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from cache import Cache, CacheError, open_cache
 from cache.planes import Planes
@@ -170,6 +172,50 @@ def test_a_sample_that_an_epoch_repeats_is_seen_under_several_views(tmp_path, en
     assert len(rows) == 464
     commonest = np.bincount(rows).argmax()
     assert len(set(views[rows == commonest])) > 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("views={name: random_resized_crop, size: 16, count: 2}", "views.count was None and is now 2"),
+        ("views.pad=2", "views.pad was 1 and is now 2"),
+        ("teacher.model.depth=14", "teacher.model.depth was 8 and is now 14"),
+        ("teacher.expert=few", "teacher.expert was None and is now 'few'"),
+        ("data.imbalance_ratio=5", "data.imbalance_ratio was 20.0 and is now 5.0"),
+        ("data.mean=[0, 0, 0]", "data.mean was [0.305, 0.305, 0.305] and is now [0.0, 0.0, 0.0]"),
+        ("seed=4", "seed was 0 and is now 4"),
+        ("student.training.precision=bfloat16", "student.training.precision was 'float32' and is now 'bfloat16'"),
+    ],
+)
+def test_scoring_again_refuses_what_is_another_network_or_has_no_effect(teacher_run, override, message):
+    with pytest.raises(UserError, match="is scored as it was trained, but " + re.escape(message)) as error:
+        evaluate_run(str(teacher_run), "last", (override,), tiny.CPU)
+    assert "-o may say where its test images are (data) and teacher.training.precision" in str(error.value)
+
+
+def test_other_test_images_are_scored_by_the_shot_groups_that_the_network_was_trained_on(tmp_path):
+    def part(name, counts, side, colours=range(3)):
+        for colour, count in zip(colours, counts):
+            (tmp_path / name / "rgb"[colour]).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = np.zeros((side, side, 3), np.uint8)
+                pixels[..., colour] = 150 + number % 100
+                Image.fromarray(pixels).save(tmp_path / name / "rgb"[colour] / f"{number}.png")
+
+    part("train", (101, 20, 5), 8), part("test", (2, 2, 2), 8), part("more", (3, 4, 5), 8), part("large", (2, 2, 2), 16)
+    part("fewer", (2, 2, 2), 8)
+    data = f"data={{name: imagefolder, root: {tmp_path}, train: train, test: test, workers: 0}}"
+    for expert in "null", "medium":
+        run = str(tmp_path / expert)
+        train_teacher(tiny.experiment(data, f"teacher.expert={expert}", "teacher.training.epochs=1"), run, tiny.CPU)
+        scores = evaluate_run(run, "last", ("data.train=fewer", "data.test=more", "data.workers=1"), tiny.CPU)
+        groups = [scores[shot] is not None for shot in ("many", "medium", "few")]
+        assert groups == ([True] * 3 if expert == "null" else [False, True, False]), "not those of data.train=fewer"
+        assert scores["per_class"][1] in {0, 25, 50, 75, 100}, "g has four images there"
+        with pytest.raises(UserError, match="trained on images of 8 x 8 pixels, found 16 x 16; score it on images that"):
+            evaluate_run(run, "last", ("data.test=large",), tiny.CPU)
+    with pytest.raises(UserError, match="digits"):
+        evaluate_run(run, "last", ("data={name: digits}",), tiny.CPU)
 
 
 def test_scoring_again_and_a_backbone_refuse_other_classes(tmp_path, teacher_run):
