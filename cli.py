@@ -135,7 +135,7 @@ def train_teacher(config, device, out, resume, dry_run):
     from pipeline import plan, teacher
 
     if dry_run:
-        return plan.show_plan(config, device, "teacher")
+        return plan.show_plan(config, device, "teacher", out, resume)
     teacher.train_teacher(config, out, device, resume)
 
 
@@ -159,7 +159,7 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
     from pipeline import dump, plan
 
     if dry_run:
-        return plan.show_plan(config, device, "dump")
+        return plan.show_plan(config, device, "dump", out, resume, teachers)
     dump.dump_logits(config, teachers, out, device, resume, apart)
 
 
@@ -179,7 +179,7 @@ def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
     if seeds is not None and (dry_run or click.get_current_context().params["seed"] is not None):
         raise UserError("--seeds stands for several runs, --seed and --dry-run for one; leave out the one or the other")
     if dry_run:
-        return plan.show_plan(config, device, "student", cache)
+        return plan.show_plan(config, device, "student", out, resume, cache=cache, backbone=backbone)
     student.train_student(config, cache, out, device, resume, backbone, parse_seeds(seeds))
 
 

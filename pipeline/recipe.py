@@ -9,7 +9,7 @@ import torch
 
 from cache import Cache
 from pipeline import UserError, runs
-from pipeline.config import Experiment
+from pipeline.config import Experiment, Training
 from pipeline.data import datasets
 from pipeline.data.color_jitter import ColorJitter
 from pipeline.data.images import open_images
@@ -62,13 +62,12 @@ def train_network(
     """
     training_set, test_set, images, test_images, cache, targets = data
     section = getattr(config, stage)
-    if section.training.compile == "cuda_graphs" and device.type != "cuda":
-        raise UserError(f"{stage}.training.compile: cuda_graphs needs a CUDA device, found {device.type}; set true or false")
+    refuse_device(section.training, stage, device)
     expert = config.expert(stage)
     members = torch.from_numpy(training_set.class_counts > 0) if expert else None
     classes = len(training_set.classes)
     model = build_model(section.model, classes, config.data, config.seed, images.crop_size, members).to(device)
-    trained = backbone and _take_backbone(model, backbone, training_set).to(device)
+    trained = backbone and take_backbone(model, backbone, training_set).to(device)
     setting = Setting(
         model=model,
         sample_id=training_set.sample_id,
@@ -84,7 +83,7 @@ def train_network(
     network, rows, loss = build_method(method, setting)
     if stage == "teacher" and section.color_jitter:
         network = ColorJitter(network)
-    _refuse_unfit(network, images, len(rows(0)), section.training.batch_size)
+    refuse_unfit(network, images, len(rows(0)), section.training.batch_size)
     learns_from = cache.digest if cache else backbone and backbone.summary()["digest"]
     with runs.start_run(out, config, stage, device, resume, learns_from, label) as run:
         yield
@@ -120,7 +119,7 @@ def train_network(
         draw_run(run)
 
 
-def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:
+def take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:
     """Gives `model` the last weights of `run`, all but the classifier's, and returns the network that they are of.
 
     Raises UserError where they do not fit.
@@ -142,7 +141,13 @@ def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets
     return trained
 
 
-def _refuse_unfit(network: torch.nn.Module, images, samples: int, batch_size: int) -> None:
+def refuse_device(training: Training, stage: str, device: torch.device) -> None:
+    """Raises UserError where the device cannot do what `training` asks for."""
+    if training.compile == "cuda_graphs" and device.type != "cuda":
+        raise UserError(f"{stage}.training.compile: cuda_graphs needs a CUDA device, found {device.type}; set true or false")
+
+
+def refuse_unfit(network: torch.nn.Module, images, samples: int, batch_size: int) -> None:
     """Raises UserError if `network` cannot take the first or the last, perhaps smaller, batch of an epoch of `samples`."""
     for size in {min(batch_size, samples), samples % batch_size or min(batch_size, samples)}:
         tried = copy.deepcopy(network).train()  # batch statistics move
