@@ -54,7 +54,7 @@ def show_plan(
         network = network.model_copy(update={"weights": None})  # no size or time depends on them
     model = build_model(network, classes, config.data, config.seed, images[0].crop_size).to(device)
     if backbone and _there(backbone):
-        take_backbone(model, runs.open_run(backbone), training_set)
+        take_backbone(model, section.model, runs.open_run(backbone), training_set)
     if stage != "dump":
         refuse_unfit(model, images[0], samples, section.training.batch_size)
     seconds = _seconds(config, model, images, device, stage)

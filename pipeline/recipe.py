@@ -9,7 +9,7 @@ import torch
 
 from cache import Cache
 from pipeline import UserError, runs
-from pipeline.config import Experiment, Training
+from pipeline.config import Experiment, Network, Training
 from pipeline.data import datasets
 from pipeline.data.color_jitter import ColorJitter
 from pipeline.data.images import open_images
@@ -67,7 +67,7 @@ def train_network(
     members = torch.from_numpy(training_set.class_counts > 0) if expert else None
     classes = len(training_set.classes)
     model = build_model(section.model, classes, config.data, config.seed, images.crop_size, members).to(device)
-    trained = backbone and take_backbone(model, backbone, training_set).to(device)
+    trained = backbone and take_backbone(model, section.model, backbone, training_set).to(device)
     setting = Setting(
         model=model,
         sample_id=training_set.sample_id,
@@ -87,6 +87,10 @@ def train_network(
     learns_from = cache.digest if cache else backbone and backbone.summary()["digest"]
     with runs.start_run(out, config, stage, device, resume, learns_from, label) as run:
         yield
+        if method.name == "cbd" and not run.has("log.txt") and (linear := _linear(cache)):
+            run.log(
+                f"note: the cache's teacher {linear} has a linear classifier; CBD's have a cosine one (model.cosine_scale)"
+            )
         task = Task(
             model=model,
             network=network,
@@ -119,8 +123,17 @@ def train_network(
         draw_run(run)
 
 
-def take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:
-    """Gives `model` the last weights of `run`, all but the classifier's, and returns the network that they are of.
+def _linear(cache: Cache) -> str:
+    """Names the teachers of `cache` whose classifier is a linear one."""
+    teacher = cache.identity.teacher
+    known = [one for one in teacher.get("average_of", [teacher]) if "model" in one]
+    return ", ".join(f"({one['model']['name']}, seed {one['seed']})" for one in known if not one["model"]["cosine_scale"])
+
+
+def take_backbone(model: torch.nn.Module, section: Network, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:
+    """Gives `model`, which `section` describes, the last weights of `run`, all but the classifier's.
+
+    Returns the network that they are of.
 
     Raises UserError where they do not fit.
     """
@@ -130,15 +143,26 @@ def take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.
         raise UserError(
             f"the network in {run.folder} was trained on other data than this {training_set.name}; use the same data"
         )
+    if (method := run.summary()["method"]) in ("oltr", "bbn"):
+        raise UserError(
+            f"the run in {run.folder} is of method {method}, whose network has parts that a backbone has not; "
+            "name one of another method, such as a teacher's"
+        )
     trained = load_model(run, "last", run.config(), len(training_set.classes))
     own, new = model.state_dict(), tuple(f"{name}." for name in new_parts(model))
     last = f"{classifier_name(trained)}."
     kept = {name: value for name, value in trained.state_dict().items() if not name.startswith(last)}
     wanted = {name for name in own if not name.startswith(new)}
     if kept.keys() != wanted or any(value.shape != own[name].shape for name, value in kept.items()):
-        raise UserError(f"the backbone in {run.folder} is another network than student.model; give the same model")
+        changed = runs.difference(_backbone(getattr(run.config(), run.stage).model), _backbone(section))
+        raise UserError(f"the backbone in {run.folder} is another network than student.model: {changed}; give the same model")
     model.load_state_dict({**own, **kept})
     return trained
+
+
+def _backbone(section: Network) -> dict:
+    """The settings of a network that say what its backbone is."""
+    return section.model_dump(exclude={"cosine_scale", "memory", "branches", "weights"})
 
 
 def refuse_device(training: Training, stage: str, device: torch.device) -> None:

@@ -53,7 +53,9 @@ def test_a_new_classifier_on_a_runs_backbone(tmp_path, teacher_run):
             tiny.experiment("student.method.name=ce"), None, str(tmp_path / "ce"), tiny.CPU, backbone=str(teacher_run)
         )
     wider = tiny.experiment("student.method={name: crt}", "student.model.width=6")
-    with pytest.raises(UserError, match="is another network than student.model; give the same model"):
+    with pytest.raises(
+        UserError, match="is another network than student.model: width was 4 and is now 6; give the same model"
+    ):
         train_student(wider, None, str(tmp_path / "wider"), tiny.CPU, backbone=str(teacher_run))
     assert not (tmp_path / "wider").exists()
 
@@ -149,6 +151,35 @@ def test_only_training_images_are_jittered_each_by_its_own_draw():
     assert same == pytest.approx(0.2 * 0.8, abs=0.06) and grey == pytest.approx(0.2, abs=0.06)
     assert seen.dtype == torch.uint8 and seen.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(network.eval()(images), images)
+
+
+def test_a_backbone_of_another_model_is_told_what_differs(tmp_path, teacher_run):
+    for override, said in (
+        ("student.model.depth=14", "depth was 8 and is now 14"),
+        ("student.model.projection=12", "projection was None and is now 12"),
+    ):
+        config = tiny.experiment("student.method={name: crt}", override)
+        with pytest.raises(UserError, match=f"teacher is another network than student.model: {said}.*; give the same model"):
+            train_student(config, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(teacher_run))
+    bbn = tiny.experiment("student.method={name: bbn}", "student.model.branches=2", "student.training.epochs=1")
+    train_student(bbn, None, str(tmp_path / "bbn"), tiny.CPU)
+    with pytest.raises(UserError, match="is of method bbn, whose network has parts that a backbone has not"):
+        crt = tiny.experiment("student.method={name: crt}")
+        train_student(crt, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(tmp_path / "bbn"))
+    assert not (tmp_path / "crt").exists()
+
+
+@pytest.mark.parametrize("scale, noted", [("null", True), ("20", False)])
+def test_cbd_notes_teachers_whose_classifier_is_linear(tmp_path, scale, noted):
+    config = tiny.experiment(*CBD, f"teacher.model.cosine_scale={scale}", "teacher.training.epochs=1")
+    train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
+    dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "c.zarr"), tiny.CPU)
+    with tiny.interrupted_after(1):
+        train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "cbd"), tiny.CPU)
+    train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "cbd"), tiny.CPU, resume=True)
+    notes = [line for line in (tmp_path / "cbd" / "log.txt").read_text().splitlines() if "note: " in line]
+    assert len(notes) == noted
+    assert all("the cache's teacher (cifar_resnet, seed 0) has a linear classifier" in line for line in notes)
 
 
 def test_the_new_classifier_starts_anew(tmp_path, teacher_run):
