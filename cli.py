@@ -158,6 +158,8 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
     """
     from pipeline import dump, plan
 
+    if out.startswith("memory://"):
+        raise UserError(f"{out}: nothing stays there when the command ends; name a folder, or an address on an object store")
     if dry_run:
         return plan.show_plan(config, device, "dump", out, resume, teachers)
     dump.dump_logits(config, teachers, out, device, resume, apart)

@@ -214,6 +214,10 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
         ),
         (["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x"], "nowhere is not a run's folder"),
         (["train-student", *tiny.options(), "--out", "x"], "method bkd learns from a cache; name one with --cache"),
+        (
+            ["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "memory://x"],
+            "memory://x: nothing stays there when the command ends; name a folder, or an address on an object store",
+        ),
         (["evaluate", "nowhere"], "nowhere is not a run's folder"),
         (["inspect", "nowhere.zarr"], "nowhere.zarr"),
         (["train-teacher", *tiny.options(), "--device", "cuda", "--out", "x"], "torch finds no CUDA device"),
