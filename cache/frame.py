@@ -47,7 +47,7 @@ def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False)
 def export_parquet(cache, path, *, view=None, sample=None, label=None, probabilities=False) -> int:
     """Write the rows of `to_pandas` to the Parquet file `path`, holding one view's plane; returns their number.
 
-    The file appears whole or not at all. Raises CacheError where `path` exists, or its folder does not.
+    The file appears whole or not at all. Raises CacheError where `path` exists or cannot be written.
     """
     from pyarrow import parquet
 
@@ -59,6 +59,10 @@ def export_parquet(cache, path, *, view=None, sample=None, label=None, probabili
         raise CacheError(
             f"{path} cannot be written: there is no folder {os.path.dirname(path)}; make it, or name another file"
         )
+    try:
+        open(partial, "wb").close()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be written: {error.strerror}; name another file") from error
     try:
         for batch in _batches(cache, view, sample, label, probabilities):
             writer = writer or parquet.ParquetWriter(partial, batch.schema)

@@ -143,6 +143,13 @@ def test_export_reads_in_duckdb(cache, tmp_path):
     assert found == {shot: (len(group), pytest.approx(group.correct.mean())) for shot, group in table.groupby("shot")}
 
 
+def test_a_file_that_cannot_be_written_is_refused(cache, tmp_path):
+    (tmp_path / "t.parquet.partial").mkdir()
+    with pytest.raises(CacheError, match="t.parquet cannot be written: Is a directory; name another file"):
+        cache.export_parquet(tmp_path / "t.parquet", view=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.parquet.partial"]
+
+
 def test_a_failed_export_leaves_nothing(tmp_path):
     with create_cache(tmp_path / "s", **arguments()) as writer:
         fill(writer, [(0, 0)])
