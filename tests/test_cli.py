@@ -229,6 +229,31 @@ def test_what_a_user_gets_wrong_ends_with_2_and_one_line(arguments, message, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["train-student", *tiny.options(), "--cache", "", "--out", "x"], "--cache"),
+        (["train-student", *tiny.options("student.method.name=crt"), "--backbone", "", "--out", "x"], "--backbone"),
+        (["train-teacher", *tiny.options(), "--out", ""], "--out"),
+        (["train-teacher", "--config", "", "--out", "x"], "--config"),
+        (["dump-logits", *tiny.options(), "--teacher", "", "--out", "x"], "--teacher"),
+        (["evaluate", ""], "RUN"),
+        (["inspect", ""], "STORE"),
+        (["report", "", "--out", "x"], "RUN"),
+        (["reproduce", "--table", "cifar", "--out", "", "--dry-run"], "--out"),
+    ],
+)
+def test_an_empty_name_is_not_the_folder_one_stands_in(capsys, monkeypatch, tmp_path, command, named):
+    import cli
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and named in said and "it is empty; is a variable of the shell's not set?" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path):
     result = run("evaluate", tmp_path, "--debug")
     assert result.returncode == 2 and "Traceback" in result.stderr
