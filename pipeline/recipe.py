@@ -88,9 +88,7 @@ def train_network(
     with runs.start_run(out, config, stage, device, resume, learns_from, label) as run:
         yield
         if method.name == "cbd" and not run.has("log.txt") and (linear := _linear(cache)):
-            run.log(
-                f"note: the cache's teacher {linear} has a linear classifier; CBD's have a cosine one (model.cosine_scale)"
-            )
+            run.log(f"note: CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}")
         task = Task(
             model=model,
             network=network,
@@ -127,7 +125,9 @@ def _linear(cache: Cache) -> str:
     """Names the teachers of `cache` whose classifier is a linear one."""
     teacher = cache.identity.teacher
     known = [one for one in teacher.get("average_of", [teacher]) if "model" in one]
-    return ", ".join(f"({one['model']['name']}, seed {one['seed']})" for one in known if not one["model"]["cosine_scale"])
+    return ", ".join(
+        f"the cache's {one['model']['name']} of seed {one['seed']}" for one in known if not one["model"]["cosine_scale"]
+    )
 
 
 def take_backbone(model: torch.nn.Module, section: Network, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:

@@ -179,7 +179,7 @@ def test_cbd_notes_teachers_whose_classifier_is_linear(tmp_path, scale, noted):
     train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "cbd"), tiny.CPU, resume=True)
     notes = [line for line in (tmp_path / "cbd" / "log.txt").read_text().splitlines() if "note: " in line]
     assert len(notes) == noted
-    assert all("the cache's teacher (cifar_resnet, seed 0) has a linear classifier" in line for line in notes)
+    assert all("(model.cosine_scale); linear is that of the cache's cifar_resnet of seed 0" in line for line in notes)
 
 
 def test_the_new_classifier_starts_anew(tmp_path, teacher_run):
