@@ -181,7 +181,7 @@ def refuse_unfit(network: torch.nn.Module, images, samples: int, batch_size: int
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 output = tried(batch.images)
-        except (RuntimeError, ValueError, AttributeError) as error:
+        except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
             raise UserError(
                 f"the network cannot train on {size} images of {tuple(batch.images.shape[2:])} pixels "
                 f"({str(error).splitlines()[0]}); choose another model, views or batch_size"

@@ -167,8 +167,8 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     refuses("another network than student.model", "train-student", "--backbone", teacher_run, overrides=wider)
     refuses("is not a run's folder", "train-student", "--backbone", tmp_path, overrides=[crt])
     refuses("knows other classes", "dump-logits", "--teacher", teacher_run, overrides=[two_classes(tmp_path)])
-    inception = "teacher.model={name: torchvision, architecture: alexnet}"
-    refuses("the network cannot train on 64 images of (8, 8) pixels", "train-teacher", overrides=[inception])
+    transformer = "teacher.model={name: torchvision, architecture: vit_b_32}"
+    refuses("cannot train on 64 images of (8, 8) pixels (Wrong image height!", "train-teacher", overrides=[transformer])
 
 
 def two_classes(folder) -> str:
