@@ -41,6 +41,18 @@ class Commands(click.Group):
         return command
 
 
+class Place(click.ParamType):
+    """A file, a folder or an address. An empty one would be the folder that the command stands in."""
+
+    name = "place"
+
+    def convert(self, value, param, ctx):
+        return value or self.fail("it is empty; is a variable of the shell's not set?", param, ctx)
+
+
+PLACE = Place()
+
+
 def fail(message: str, code: int):
     for line in message.splitlines():
         click.echo(f"error: {line}", err=True)
@@ -73,7 +85,9 @@ def guarded(command):
 def experiment(command):
     """The options that say which experiment is meant."""
 
-    @click.option("--config", "config_file", required=True, metavar="FILE", help="The experiment, a YAML file; see configs/.")
+    @click.option(
+        "--config", "config_file", required=True, type=PLACE, metavar="FILE", help="The experiment, a YAML file; see configs/."
+    )
     @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of it; repeatable.")
     @click.option("--seed", type=int, help="Of initial weights, sample order and views; overrides the file's.")
     @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -125,7 +139,7 @@ def main():
 
 
 @main.command("train-teacher", short_help="Train the teacher (stage one, first half).")
-@click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+@click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
 @experiment
 def train_teacher(config, device, out, resume, dry_run):
     """Example: python cli.py train-teacher --config configs/digits.yaml --out runs/teacher
@@ -135,7 +149,7 @@ def train_teacher(config, device, out, resume, dry_run):
     from pipeline import plan, teacher
 
     if dry_run:
-        return plan.show_plan(config, device, "teacher")
+        return plan.show_plan(config, device, "teacher", out, resume)
     teacher.train_teacher(config, out, device, resume)
 
 
@@ -145,10 +159,11 @@ def train_teacher(config, device, out, resume, dry_run):
     "teachers",
     required=True,
     multiple=True,
+    type=PLACE,
     metavar="RUN",
     help="A complete train-teacher run; several are averaged, experts (teacher.expert) share a cache.",
 )
-@click.option("--out", required=True, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
+@click.option("--out", required=True, type=PLACE, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
 @click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")
 @experiment
 def dump_logits(config, device, teachers, out, apart, resume, dry_run):
@@ -158,15 +173,19 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
     """
     from pipeline import dump, plan
 
+    if out.startswith("memory://"):
+        raise UserError(f"{out}: nothing stays there when the command ends; name a folder, or an address on an object store")
     if dry_run:
-        return plan.show_plan(config, device, "dump")
+        return plan.show_plan(config, device, "dump", out, resume, teachers)
     dump.dump_logits(config, teachers, out, device, resume, apart)
 
 
 @main.command("train-student", short_help="Train a student from a cache (stage two).")
-@click.option("--cache", metavar="STORE.zarr", help="A complete cache of this experiment, for methods that learn from one.")
-@click.option("--backbone", metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
-@click.option("--out", required=True, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+@click.option(
+    "--cache", type=PLACE, metavar="STORE.zarr", help="A complete cache of this experiment, for methods that learn from one."
+)
+@click.option("--backbone", type=PLACE, metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
+@click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
 @click.option("--seeds", metavar="0,1,2", help="A student of each, all at once, in the folders OUT-0, OUT-1, OUT-2.")
 @experiment
 def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
@@ -179,14 +198,16 @@ def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
     if seeds is not None and (dry_run or click.get_current_context().params["seed"] is not None):
         raise UserError("--seeds stands for several runs, --seed and --dry-run for one; leave out the one or the other")
     if dry_run:
-        return plan.show_plan(config, device, "student", cache)
+        return plan.show_plan(config, device, "student", out, resume, cache=cache, backbone=backbone)
     student.train_student(config, cache, out, device, resume, backbone, parse_seeds(seeds))
 
 
 @main.command(short_help="Score a run's checkpoint again.")
-@click.argument("run")
+@click.argument("run", type=PLACE)
 @click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
-@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's config; repeatable.")
+@click.option(
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Other test images (data.test=…), or a precision; repeatable."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, with every class.")
 @guarded
@@ -202,7 +223,7 @@ def evaluate(run, checkpoint, overrides, device, as_json):
 
 
 @main.command(short_help="Tell what a cache is.")
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @guarded
 def inspect(store, as_json):
@@ -218,8 +239,10 @@ def inspect(store, as_json):
 
 
 @main.command(short_help="Compare a cache with its teacher's answers.")
-@click.argument("store")
-@click.option("--teacher", "teachers", multiple=True, metavar="RUN", help="The run, or runs, whose answers the cache holds.")
+@click.argument("store", type=PLACE)
+@click.option(
+    "--teacher", "teachers", multiple=True, type=PLACE, metavar="RUN", help="The run, or runs, whose answers the cache holds."
+)
 @click.option("--views", type=click.IntRange(min=1), default=2, show_default=True, help="How many views to compute again.")
 @click.option("--tolerance", type=float, help="Largest mean total variation to accept; default: what the encoding promises.")
 @click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
@@ -252,8 +275,8 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
 
 
 @main.command(short_help="Write a cache as Parquet.")
-@click.argument("store")
-@click.option("--out", required=True, metavar="FILE.parquet", help="The file to write; must not exist.")
+@click.argument("store", type=PLACE)
+@click.option("--out", required=True, type=PLACE, metavar="FILE.parquet", help="The file to write; must not exist.")
 @click.option("--view", "views", multiple=True, type=int, help="Only this view; repeatable.")
 @click.option("--label", "labels", multiple=True, help="Only samples of this class, by name; repeatable.")
 @click.option("--probabilities", is_flag=True, help="Add a column for each class.")
@@ -272,8 +295,8 @@ def export(store, out, views, labels, probabilities):
 
 
 @main.command(short_help="Compare runs: a table and pictures.")
-@click.argument("run", nargs=-1, required=True)
-@click.option("--out", required=True, metavar="FOLDER", help="Where the table and the figures go.")
+@click.argument("run", type=PLACE, nargs=-1, required=True)
+@click.option("--out", required=True, type=PLACE, metavar="FOLDER", help="Where the table and the figures go.")
 @guarded
 def report(run, out):
     """Example: python cli.py report runs/teacher runs/kd runs/bkd --out runs/report
@@ -287,7 +310,13 @@ def report(run, out):
 
 @main.command(short_help="Run a published table's experiments and compare.")
 @click.option("--table", required=True, metavar="NAME", help="A table of configs/tables, or a YAML file like those.")
-@click.option("--out", required=True, metavar="FOLDER", help="Where runs, table and figure go; given again, it goes on there.")
+@click.option(
+    "--out",
+    required=True,
+    type=PLACE,
+    metavar="FOLDER",
+    help="Where runs, table and figure go; given again, it goes on there.",
+)
 @click.option("--quick", is_flag=True, help="The same at a small scale, for a CPU.")
 @click.option("--row", "rows", multiple=True, help="Only this row; repeatable.")
 @click.option("--column", "columns", multiple=True, help="Only this column; repeatable.")

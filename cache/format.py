@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -259,6 +260,21 @@ def marker(files: dict[str, dict], **values) -> bytes:
     """A marker: `files` says size and checksum by key. It carries its own checksum."""
     body = {**values, "files": files}
     return to_bytes({**body, "checksum": digest(to_bytes(body))}, indent=None)
+
+
+def whole_numbers(values, what: str, count: int | None = None) -> np.ndarray:
+    """One number or several, int64 [K], in [0, count) if that is given. `what` one of them is: a view, a sample.
+
+    Raises CacheError for others. A float is none, nor is a bool: a mask would be taken for numbers.
+    """
+    found = np.asarray(values).reshape(-1)
+    if found.size and not np.issubdtype(found.dtype, np.integer):
+        raise CacheError(f"a {what} is a whole number, found {reprlib.repr(values)}; give one or several such")
+    found = found.astype(np.int64)
+    if count is not None and found.size and not (found.min() >= 0 and found.max() < count):
+        wrong = found[(found < 0) | (found >= count)][0]
+        raise CacheError(f"there is no {what} {wrong}: the store has {what}s 0 to {count - 1}")
+    return found
 
 
 def read_marker(data, what: str) -> dict:

@@ -5,10 +5,12 @@ pandas and pyarrow are imported where they are used, so that opening a store cos
 
 import difflib
 import os
+from collections.abc import Iterable
 
 import numpy as np
 
-from cache.format import CacheError
+from cache.format import CacheError, whole_numbers
+from cache.planes import row_format
 
 MANY, FEW = 100, 20  # training samples: many-shot has more than MANY, few-shot fewer than FEW
 SHOTS = "many", "medium", "few"
@@ -45,7 +47,7 @@ def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False)
 def export_parquet(cache, path, *, view=None, sample=None, label=None, probabilities=False) -> int:
     """Write the rows of `to_pandas` to the Parquet file `path`, holding one view's plane; returns their number.
 
-    The file appears whole or not at all. Raises CacheError where `path` exists, or its folder does not.
+    The file appears whole or not at all. Raises CacheError where `path` exists or cannot be written.
     """
     from pyarrow import parquet
 
@@ -57,6 +59,10 @@ def export_parquet(cache, path, *, view=None, sample=None, label=None, probabili
         raise CacheError(
             f"{path} cannot be written: there is no folder {os.path.dirname(path)}; make it, or name another file"
         )
+    try:
+        open(partial, "wb").close()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be written: {error.strerror}; name another file") from error
     try:
         for batch in _batches(cache, view, sample, label, probabilities):
             writer = writer or parquet.ParquetWriter(partial, batch.schema)
@@ -75,10 +81,14 @@ def export_parquet(cache, path, *, view=None, sample=None, label=None, probabili
 def _batches(cache, view, sample, label, probabilities):
     """The rows as Arrow record batches, at least one."""
     views, positions = _views(cache, view), _positions(cache, sample, label)
+    if not views or not len(positions):
+        width, dtype = row_format(cache, features=False)
+        yield _batch(cache, 0, positions[:0], cache.encoding.decode(np.empty((0, width), dtype)), probabilities)
+        return
     step = max(1, _BATCH_CELLS // len(cache.classes))
     for number in views:
         plane = cache.stored_plane(number)
-        for start in range(0, max(1, len(positions)), step):
+        for start in range(0, len(positions), step):
             chosen = positions[start : start + step]
             yield _batch(cache, number, chosen, cache.encoding.decode(plane[chosen]), probabilities)
 
@@ -126,24 +136,21 @@ def entropy(probability: np.ndarray) -> np.ndarray:
 
 
 def _views(cache, view):
-    views = range(cache.views.count) if view is None else np.atleast_1d(np.asarray(view, np.int64)).tolist()
-    for number in views:
-        if not 0 <= number < cache.views.count:
-            raise CacheError(f"there is no view {number}: the store has views 0 to {cache.views.count - 1}")
-    return views
+    count = cache.views.count
+    return whole_numbers(range(count) if view is None else view, "view", count).tolist()
 
 
 def _positions(cache, sample, label):
     chosen = np.ones(len(cache), bool)
     if sample is not None:
-        ids = np.atleast_1d(np.asarray(sample, np.int64))
+        ids = whole_numbers(sample, "sample")
         unknown = ids[~np.isin(ids, cache.sample_id)]
         if len(unknown):
             low, high = cache.sample_id.min(), cache.sample_id.max()
             raise CacheError(f"there is no sample {unknown[0]}: the store has ids from {low} to {high}")
         chosen &= np.isin(cache.sample_id, ids)
     if label is not None:
-        labels = [label] if isinstance(label, (str, int, np.integer)) else label
+        labels = label if isinstance(label, Iterable) and not isinstance(label, str) else [label]
         chosen &= np.isin(cache.label, [_class(cache, name) for name in labels])
     return np.flatnonzero(chosen)
 
@@ -151,7 +158,7 @@ def _positions(cache, sample, label):
 def _class(cache, name):
     if isinstance(name, str) and name in cache.classes:
         return cache.classes.index(name)
-    if isinstance(name, (int, np.integer)) and 0 <= name < len(cache.classes):
+    if isinstance(name, (int, np.integer)) and not isinstance(name, bool) and 0 <= name < len(cache.classes):
         return int(name)
     near = difflib.get_close_matches(str(name), cache.classes, 1)
     advice = f"did you mean {near[0]!r}?" if near else f"use 0 to {len(cache.classes) - 1} or a name"

@@ -8,7 +8,7 @@ import tempfile
 import numpy as np
 
 from cache import features as feature_codes
-from cache.format import CacheError
+from cache.format import CacheError, whole_numbers
 
 
 class Planes:
@@ -25,7 +25,7 @@ class Planes:
         if features and not cache.features:
             raise CacheError("the cache holds no features; dump them too (cache.features)")
         self._encoding, self._widths = cache.encoding, list(cache.features.values()) if features else None
-        views = np.arange(cache.views.count) if views is None else np.asarray(views, np.int64)
+        views = whole_numbers(range(cache.views.count) if views is None else views, "view", cache.views.count)
         width, dtype = row_format(cache, features)
         shape = len(views), len(cache), width
         if scratch is None:
@@ -45,12 +45,13 @@ class Planes:
     def rows(self, samples, views) -> np.ndarray:
         """Of B pairs: probabilities, float32 [B, C], or features, each teacher's of length one, float32 [B, D].
 
-        `samples` are positions. Raises KeyError for other views.
+        `samples` are positions. Raises KeyError for views that are not held, CacheError for what the store does not have.
         """
-        place = self._place[np.asarray(views)]
+        views = whole_numbers(views, "view", len(self._place))
+        place = self._place[views]
         if (place < 0).any():
-            raise KeyError(f"view {np.asarray(views)[place < 0][0]} is not held")
-        codes = self.codes[place, np.asarray(samples)]
+            raise KeyError(f"view {views[place < 0][0]} is not held")
+        codes = self.codes[place, whole_numbers(samples, "sample", self.codes.shape[1])]
         if self._widths is None:
             return self._encoding.decode(codes)
         parts = np.split(codes, np.cumsum(self._widths)[:-1], axis=1)

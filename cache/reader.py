@@ -23,6 +23,7 @@ from cache.format import (
     digest,
     from_bytes,
     read_marker,
+    whole_numbers,
 )
 from cache.storage import open_storage
 
@@ -36,9 +37,14 @@ _DOCUMENT_BYTES = 64 << 20  # more than any real metadata document or marker
 def open_cache(url) -> "Cache":
     """Open the store `url`, a path or fsspec URL, for reading.
 
-    Raises CacheError where there is no store that this version reads, CorruptCacheError where one is damaged.
+    Raises CacheError where there is no store that this version reads, or the place cannot be reached; CorruptCacheError
+    where one is damaged.
     """
-    return Cache(open_storage(url))
+    try:
+        return Cache(open_storage(url))
+    except OSError as error:
+        reason = error.strerror or error
+        raise CacheError(f"{url} cannot be read: {reason}; check the address, the connection and what you may read") from error
 
 
 class Cache:
@@ -157,7 +163,7 @@ class Cache:
         where one is damaged.
         """
         layout = self.layout
-        self._check_view(view)
+        view = self._view(view)
         out = self._room(layout.samples, out)
         for block in range(layout.blocks):
             self.stored_block(view, block, out[layout.rows(block)])
@@ -169,7 +175,7 @@ class Cache:
         Raises what `stored_plane` raises, and CacheError where the store has no such features.
         """
         layout, width = self.layout, self._width(name)
-        self._check_view(view)
+        view = self._view(view)
         out = _room((layout.samples, width), "int8", out)
         for block in range(layout.blocks):
             self._read_plain(f"feature/{name}", view, block, out[layout.rows(block)])
@@ -181,12 +187,12 @@ class Cache:
             raise CacheError(f"{self._storage} has no features {name!r}: {found}")
         return self.features[name]
 
-    def _check_view(self, view):
-        if not 0 <= view < self.layout.views:
-            raise CacheError(f"there is no view {view}: the store has views 0 to {self.layout.views - 1}")
+    def _view(self, view) -> int:
+        return whole_numbers(view, "view", self.layout.views).item()
 
     def stored_block(self, view: int, block: int, out=None) -> np.ndarray:
         """The rows of one block of `stored_plane`. Raises what it raises."""
+        view, block = self._view(view), whole_numbers(block, "block", self.layout.blocks).item()
         rows, encoding = self.layout.rows(block), self.encoding
         out = self._room(_length(rows), out)
         if encoding.reference is None:  # what is stored is what is asked for
@@ -291,7 +297,9 @@ class Cache:
 
         Reads each view's whole plane; a training loop keeps planes instead.
         """
-        samples, views = np.broadcast_arrays(np.asarray(samples, np.int64), np.asarray(views, np.int64))
+        samples, views = np.broadcast_arrays(
+            whole_numbers(samples, "sample", len(self)), whole_numbers(views, "view", self.layout.views)
+        )
         out = np.empty((len(samples), len(self.classes)), np.float32)
         for view in np.unique(views):
             chosen = views == view

@@ -4,6 +4,7 @@ A local write is durable and whole: a partial file, fsync, rename, fsync of the 
 """
 
 import asyncio
+import errno
 import fcntl
 import io
 import os
@@ -126,7 +127,7 @@ class RemoteStorage:
         except OSError:
             raise
         except Exception as error:
-            raise OSError(f"{self.url}: {error}") from error
+            raise OSError(errno.EIO, str(error), self.url) from error
 
     def read(self, key: str):
         """The bytes at `key`, uint8 [size], or None if there is no such object."""

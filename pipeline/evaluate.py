@@ -49,15 +49,39 @@ def load_model(run: runs.Run, checkpoint: str, experiment: config.Experiment, cl
 
 
 def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: torch.device) -> dict:
-    """Scores of a complete run's checkpoint on its test set, computed again."""
+    """Scores of a complete run's checkpoint on its test set, or another that `overrides` name, computed again.
+
+    Shot groups, and an expert's classes, are those of the training set that the network was trained on.
+    """
     run = runs.open_run(folder)
-    experiment = run.config(overrides)
-    training_set, test_set = datasets.load(experiment.data, experiment.expert(run.stage))
-    if tuple(run.summary()["classes"]) != training_set.classes:
+    experiment, summary = run.config(overrides), run.summary()
+    if changed := runs.difference(_trained_as(run.config(), run.stage), _trained_as(experiment, run.stage)):
         raise UserError(
-            f"the network in {folder} knows other classes than {training_set.name}; use the data it was trained on"
+            f"the network in {folder} is scored as it was trained, but {changed}; "
+            f"-o may say where its test images are (data) and {run.stage}.training.precision"
         )
-    model = load_model(run, checkpoint, experiment, len(training_set.classes)).to(device)
+    _, test_set = datasets.load(experiment.data)
+    if tuple(summary["classes"]) != test_set.classes:
+        raise UserError(f"the network in {folder} knows other classes than {test_set.name}; use the data it was trained on")
+    class_counts = np.array(summary["class_counts"])
+    test_set = test_set.take(np.flatnonzero(class_counts[test_set.label]))  # an expert is asked about its own classes
+    if not len(test_set):
+        raise UserError(f"{test_set.name} has no test image of a class that the expert in {folder} knows; name others")
+    model = load_model(run, checkpoint, experiment, len(test_set.classes)).to(device)
     images = open_images(test_set, experiment.views, device, experiment.data.workers)
+    trained, found = (" x ".join(map(str, size)) for size in (summary.get("image_size", images.crop_size), images.crop_size))
+    if trained != found:
+        raise UserError(
+            f"the network in {folder} was trained on images of {trained} pixels, found {found}; score it on images that large"
+        )
     precision = getattr(experiment, run.stage).training.precision
-    return evaluate(model, images, training_set.class_counts, precision)
+    return evaluate(model, images, class_counts, precision)
+
+
+def _trained_as(experiment: config.Experiment, stage: str) -> dict:
+    """What made the network of `stage` what it is: all but where images lie and the precision it runs in."""
+    values = experiment.model_dump(mode="json")
+    del values[stage]["training"]["precision"]
+    # of the data, what was drawn of them and how the network sees their pixels
+    values["data"] = {key: values["data"][key] for key in ("imbalance_ratio", "max_per_class", "seed", "mean", "std")}
+    return values

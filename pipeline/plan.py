@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,50 @@ from pipeline import engine, losses, runs, show
 from pipeline.config import Experiment, dump_config
 from pipeline.data import datasets
 from pipeline.data.images import open_images
+from pipeline.dump import load_teachers
 from pipeline.evaluate import infer
 from pipeline.models import build_model
+from pipeline.recipe import refuse_device, refuse_unfit, take_backbone
+from pipeline.student import open_matching_cache, refuse_sources
 
 
-def show_plan(config: Experiment, device: torch.device, stage: str, cache: str | None = None) -> None:
-    """Prints the resolved configuration, and what `stage` ("teacher", "dump" or "student") would need."""
-    training_set, test_set = datasets.load(config.data, config.expert(stage))
+def show_plan(
+    config: Experiment,
+    device: torch.device,
+    stage: str,
+    out: str,
+    resume: bool = False,
+    teachers: Sequence[str] = (),
+    cache: str | None = None,
+    backbone: str | None = None,
+) -> None:
+    """Prints the resolved configuration, and what `stage` ("teacher", "dump" or "student") would need.
+
+    Downloads nothing. Refuses what the command would, but for teachers, a cache or a backbone that are yet to be made.
+    """
+    section = config.student if stage == "student" else config.teacher
+    if stage != "dump":
+        runs.refuse_taken(out, resume)
+        refuse_device(section.training, stage, device)
+    if stage == "student":
+        refuse_sources(section.method, cache, backbone)
+    training_set, test_set = datasets.load(config.data, config.expert(stage), download=False)
+    if teachers and all(map(_there, teachers)):
+        load_teachers(teachers, training_set)
+    if cache := cache if cache and _there(cache) else None:
+        open_matching_cache(cache, config, training_set)
     samples, classes, views = len(training_set), len(training_set.classes), config.views.count
     images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
-    section = config.student if stage == "student" else config.teacher
+    network = section.model
+    if network.name == "torchvision" and (stage == "dump" or network.weights == "DEFAULT"):
+        network = network.model_copy(update={"weights": None})  # no size or time depends on them
     model = build_model(
-        section.model, classes, config.data, config.seed, images[0].crop_size, channels_last=section.training.channels_last
+        network, classes, config.data, config.seed, images[0].crop_size, channels_last=section.training.channels_last
     ).to(device)
+    if backbone and _there(backbone):
+        take_backbone(model, section.model, runs.open_run(backbone), training_set)
+    if stage != "dump":
+        refuse_unfit(model, images[0], samples, section.training.batch_size)
     seconds = _seconds(config, model, images, device, stage)
     counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
     held = 0
@@ -46,10 +78,15 @@ def show_plan(config: Experiment, device: torch.device, stage: str, cache: str |
     show.facts(facts, f"{config.name}: {stage}, nothing written")
 
 
+def _there(place: str) -> bool:
+    """Whether there is something at a path; of an address elsewhere only opening it tells."""
+    return "://" in place or Path(place).exists()
+
+
 def _row_bytes(config: Experiment, classes: int, cache: str | None) -> int | None:
     """Bytes that one sample's answer to one view takes in memory; None where only the teacher's answers can say."""
     features = config.student.method.learns_from == "features"
-    if cache and Path(cache).exists():
+    if cache:
         width, dtype = row_format(open_cache(cache), features)
         return width * dtype.itemsize
     encoding = config.cache.encoding

@@ -9,7 +9,7 @@ import torch
 
 from cache import Cache
 from pipeline import UserError, runs
-from pipeline.config import Experiment
+from pipeline.config import Experiment, Network, Training
 from pipeline.data import datasets
 from pipeline.data.color_jitter import ColorJitter
 from pipeline.data.images import open_images
@@ -62,15 +62,14 @@ def train_network(
     """
     training_set, test_set, images, test_images, cache, targets = data
     section = getattr(config, stage)
-    if section.training.compile == "cuda_graphs" and device.type != "cuda":
-        raise UserError(f"{stage}.training.compile: cuda_graphs needs a CUDA device, found {device.type}; set true or false")
+    refuse_device(section.training, stage, device)
     expert = config.expert(stage)
     members = torch.from_numpy(training_set.class_counts > 0) if expert else None
     classes = len(training_set.classes)
     model = build_model(
         section.model, classes, config.data, config.seed, images.crop_size, members, section.training.channels_last
     ).to(device)
-    trained = backbone and _take_backbone(model, backbone, training_set).to(device)
+    trained = backbone and take_backbone(model, section.model, backbone, training_set).to(device)
     setting = Setting(
         model=model,
         sample_id=training_set.sample_id,
@@ -86,10 +85,12 @@ def train_network(
     network, rows, loss = build_method(method, setting)
     if stage == "teacher" and section.color_jitter:
         network = ColorJitter(network)
-    _refuse_unfit(network, images, len(rows(0)), section.training.batch_size)
+    refuse_unfit(network, images, len(rows(0)), section.training.batch_size)
     learns_from = cache.digest if cache else backbone and backbone.summary()["digest"]
     with runs.start_run(out, config, stage, device, resume, learns_from, label) as run:
         yield
+        if method.name == "cbd" and not run.has("log.txt") and (linear := _linear(cache)):
+            run.log(f"note: CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}")
         task = Task(
             model=model,
             network=network,
@@ -122,8 +123,19 @@ def train_network(
         draw_run(run)
 
 
-def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:
-    """Gives `model` the last weights of `run`, all but the classifier's, and returns the network that they are of.
+def _linear(cache: Cache) -> str:
+    """Names the teachers of `cache` whose classifier is a linear one."""
+    teacher = cache.identity.teacher
+    known = [one for one in teacher.get("average_of", [teacher]) if "model" in one]
+    return ", ".join(
+        f"the cache's {one['model']['name']} of seed {one['seed']}" for one in known if not one["model"]["cosine_scale"]
+    )
+
+
+def take_backbone(model: torch.nn.Module, section: Network, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:
+    """Gives `model`, which `section` describes, the last weights of `run`, all but the classifier's.
+
+    Returns the network that they are of.
 
     Raises UserError where they do not fit.
     """
@@ -133,18 +145,35 @@ def _take_backbone(model: torch.nn.Module, run: runs.Run, training_set: datasets
         raise UserError(
             f"the network in {run.folder} was trained on other data than this {training_set.name}; use the same data"
         )
+    if (method := run.summary()["method"]) in ("oltr", "bbn"):
+        raise UserError(
+            f"the run in {run.folder} is of method {method}, whose network has parts that a backbone has not; "
+            "name one of another method, such as a teacher's"
+        )
     trained = load_model(run, "last", run.config(), len(training_set.classes))
     own, new = model.state_dict(), tuple(f"{name}." for name in new_parts(model))
     last = f"{classifier_name(trained)}."
     kept = {name: value for name, value in trained.state_dict().items() if not name.startswith(last)}
     wanted = {name for name in own if not name.startswith(new)}
     if kept.keys() != wanted or any(value.shape != own[name].shape for name, value in kept.items()):
-        raise UserError(f"the backbone in {run.folder} is another network than student.model; give the same model")
+        changed = runs.difference(_backbone(getattr(run.config(), run.stage).model), _backbone(section))
+        raise UserError(f"the backbone in {run.folder} is another network than student.model: {changed}; give the same model")
     model.load_state_dict({**own, **kept})
     return trained
 
 
-def _refuse_unfit(network: torch.nn.Module, images, samples: int, batch_size: int) -> None:
+def _backbone(section: Network) -> dict:
+    """The settings of a network that say what its backbone is."""
+    return section.model_dump(exclude={"cosine_scale", "memory", "branches", "weights"})
+
+
+def refuse_device(training: Training, stage: str, device: torch.device) -> None:
+    """Raises UserError where the device cannot do what `training` asks for."""
+    if training.compile == "cuda_graphs" and device.type != "cuda":
+        raise UserError(f"{stage}.training.compile: cuda_graphs needs a CUDA device, found {device.type}; set true or false")
+
+
+def refuse_unfit(network: torch.nn.Module, images, samples: int, batch_size: int) -> None:
     """Raises UserError if `network` cannot take the first or the last, perhaps smaller, batch of an epoch of `samples`."""
     for size in {min(batch_size, samples), samples % batch_size or min(batch_size, samples)}:
         tried = copy.deepcopy(network).train()  # batch statistics move
@@ -154,7 +183,7 @@ def _refuse_unfit(network: torch.nn.Module, images, samples: int, batch_size: in
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 output = tried(batch.images)
-        except (RuntimeError, ValueError, AttributeError) as error:
+        except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
             raise UserError(
                 f"the network cannot train on {size} images of {tuple(batch.images.shape[2:])} pixels "
                 f"({str(error).splitlines()[0]}); choose another model, views or batch_size"

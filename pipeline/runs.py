@@ -108,7 +108,7 @@ class Run:
         (self.folder / "state.safetensors").unlink(missing_ok=True)
 
     def summary(self) -> dict:
-        return self._json("summary.json", "classes", "digest", "last", "best")
+        return self._json("summary.json", "classes", "class_counts", "digest", "last", "best")
 
     def environment(self) -> dict:
         return self._json("environment.json", "stage", "device", "packages", "threads", "learns_from")
@@ -248,8 +248,8 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     old, new = (
         one.model_dump(mode="json", include={"seed", "data", "views", record["stage"]}) for one in (run.config(), config)
     )
-    if difference := _difference(old, new):
-        raise UserError(f"cannot resume {run.folder}: {difference}; use the same configuration or another folder")
+    if changed := difference(old, new):
+        raise UserError(f"cannot resume {run.folder}: {changed}; use the same configuration or another folder")
     if found["learns_from"] != record["learns_from"]:
         raise UserError(f"cannot resume {run.folder}: it began with another cache or backbone; name that, or another folder")
     if found["device"] != record["device"]:
@@ -265,10 +265,11 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
             run.log(f"note: the run began with {name} {old} and goes on with {new}; results may differ in the last bits")
 
 
-def _difference(old, new, key: str = "") -> str | None:
+def difference(old, new, key: str = "") -> str | None:
+    """The first difference between two nested dictionaries in words, or None."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}):
-            if found := _difference(old.get(name), new.get(name), f"{key}.{name}" if key else name):
+            if found := difference(old.get(name), new.get(name), f"{key}.{name}" if key else name):
                 return found
         return None
     return None if old == new else f"{key} was {old!r} and is now {new!r}"

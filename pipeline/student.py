@@ -7,7 +7,7 @@ import torch
 
 from cache import Cache, CacheError, open_cache
 from pipeline import UserError, runs
-from pipeline.config import Experiment
+from pipeline.config import Experiment, Method
 from pipeline.data import datasets
 from pipeline.dump import refuse_other
 from pipeline.engine import finish, in_turns
@@ -36,14 +36,7 @@ def train_student(
     for folder in students or (out,):
         runs.refuse_taken(folder, resume)
     method = config.student.method
-    for given, option, wanted in (
-        (cache_path, "--cache", method.learns_from not in (None, "backbone")),
-        (backbone, "--backbone", method.learns_from == "backbone"),
-    ):
-        if wanted and given is None:
-            raise UserError(f"method {method.name} learns from a {option[2:]}; name one with {option}")
-        if given is not None and not wanted:
-            raise UserError(f"method {method.name} learns from no {option[2:]}; leave out {option}")
+    refuse_sources(method, cache_path, backbone)
     sets = datasets.load(config.data)
     cache = cache_path and open_matching_cache(cache_path, config, sets[0])
     data = open_data(config, sets, device, cache, features=method.learns_from == "features")
@@ -57,6 +50,18 @@ def train_student(
         label = f"seed {one.seed}: "
         trainings.append(train_network(one, "student", method, own, folder, device, resume, trained, label))
     in_turns(trainings, device)
+
+
+def refuse_sources(method: Method, cache_path: str | None, backbone: str | None) -> None:
+    """Raises UserError where what `method` learns from is not given, or something else is."""
+    for given, option, wanted in (
+        (cache_path, "--cache", method.learns_from not in (None, "backbone")),
+        (backbone, "--backbone", method.learns_from == "backbone"),
+    ):
+        if wanted and given is None:
+            raise UserError(f"method {method.name} learns from a {option[2:]}; name one with {option}")
+        if given is not None and not wanted:
+            raise UserError(f"method {method.name} learns from no {option[2:]}; leave out {option}")
 
 
 def open_matching_cache(path: str, config: Experiment, training_set: datasets.Dataset) -> Cache:

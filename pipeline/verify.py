@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cache import CacheError, encodings, open_cache, philox
+from cache import Cache, CacheError, encodings, open_cache, philox
 from cache.features import MAX_ERROR
 from pipeline import UserError, metrics, runs
 from pipeline.data import datasets
@@ -30,6 +30,7 @@ def verify_cache(
     config = runs.open_run(teachers[0]).config(overrides)
     training_set, _ = datasets.load(config.data)
     cache = open_cache(path)
+    teachers = _as_dumped(cache, teachers)
     teacher, identities = load_teachers(teachers, training_set, features=bool(cache.features))
     names = [Path(folder).resolve().name for folder in teachers]
     if cache.features and set(names) != set(cache.features):
@@ -73,3 +74,11 @@ def verify_cache(
         },
         "classes": dict(zip(cache.classes, by_class.tolist())),
     }
+
+
+def _as_dumped(cache: Cache, teachers: Sequence[str]) -> list[str]:
+    """The folders `teachers` in the order in which the cache was dumped from them, which its digest depends on."""
+    kept = cache.identity.teacher
+    order = [one["digest"] for one in kept.get("experts", kept.get("average_of", []))]
+    place = {folder: runs.open_run(folder).summary()["digest"] for folder in teachers}
+    return sorted(teachers, key=lambda folder: order.index(place[folder]) if place[folder] in order else len(order))

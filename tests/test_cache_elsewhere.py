@@ -7,6 +7,7 @@ import uuid
 
 import numpy as np
 import pytest
+import tiny
 from cache_store import CLASSES, answers, arguments, dump, fill, identity
 
 from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
@@ -186,7 +187,7 @@ def test_a_connection_that_drops_is_one_line_and_what_is_committed_stays(bucket,
         proxy.broken = True
         with pytest.raises(OSError):
             fill(writer, [(1, 0)])
-        with pytest.raises(OSError):
+        with pytest.raises(CacheError, match="cannot be read"):
             open_cache(url)
         assert proxy.cut > 0
         proxy.broken = False
@@ -196,6 +197,42 @@ def test_a_connection_that_drops_is_one_line_and_what_is_committed_stays(bucket,
     assert cache.complete and cache.verify_checksums() == []
     proxy.socket.close()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def unreachable(bucket, monkeypatch):
+    """An address on an object store that nothing answers for."""
+    import s3fs
+
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield "s3://answers/cache.zarr"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "export", "train-student"])
+def test_an_address_that_cannot_be_reached_is_refused_in_one_line(unreachable, teacher_run, tmp_path, capsys, command):
+    import cli
+
+    run = {
+        "inspect": [unreachable],
+        "verify": [unreachable, "--teacher", str(teacher_run)],
+        "export": [unreachable, "--out", str(tmp_path / "t.parquet")],
+        "train-student": [*tiny.options(), "--cache", unreachable, "--out", str(tmp_path / "s")],
+    }[command]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, *run])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith(f"error: {unreachable} cannot be read: Could not connect")
+    assert said.count("\n") == 1 and said.count(unreachable) == 1 and "check the address" in said
+    with pytest.raises(CacheError, match=f"^{unreachable} cannot be listed: Could not connect .*choose another place"):
+        create_cache(unreachable, **arguments())
+    assert not list(tmp_path.iterdir())
 
 
 class Dropping:

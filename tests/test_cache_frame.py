@@ -1,5 +1,7 @@
 """A store is a table: one row a (view, sample)."""
 
+import re
+
 import numpy as np
 import pytest
 from cache_store import CLASSES, answers, arguments, dump, fill, identity
@@ -64,6 +66,25 @@ def test_a_choice_of_nothing_is_a_table_of_no_rows(cache):
     assert len(table) == 0 and "confidence" in table.columns
 
 
+@pytest.mark.parametrize("nothing", [{"view": []}, {"view": 1, "sample": []}, {"label": []}, {"view": [], "label": "bear"}])
+@pytest.mark.parametrize("kind", ["probability", "klt"])
+def test_a_choice_of_no_view_sample_or_class_has_the_same_columns(tmp_path, kind, nothing):
+    fit = {"fit": lambda views: np.stack([answers(view) for view in views])}
+    cache = dump(tmp_path / "s", encoding={"name": kind}, **fit)
+    table = cache.to_pandas(**nothing, probabilities=True)
+    assert len(table) == 0 and table.dtypes.equals(cache.to_pandas(view=1, probabilities=True).dtypes)
+    assert cache.export_parquet(tmp_path / "t.parquet", **nothing) == 0
+
+
+def test_numbers_may_be_numpys(cache):
+    expected = cache.to_pandas(view=[2, 0], sample=[10, 17])
+    for kind in np.int32, np.uint8:
+        found = cache.to_pandas(view=np.array([2, 0], kind), sample=[kind(10), kind(17)])
+        assert found.equals(expected)
+    assert cache.to_pandas(view=np.int64(2), label=np.int16(3)).equals(cache.to_pandas(view=2, label="bear"))
+    assert cache.to_pandas(view=range(2), label={3}).equals(cache.to_pandas(view=[0, 1], label=3))
+
+
 def test_probabilities_come_as_a_column_a_class(cache):
     table = cache.to_pandas(view=5, label="beaver", probabilities=True)
     chosen = arguments()["label"] == 4
@@ -77,10 +98,23 @@ def test_probabilities_come_as_a_column_a_class(cache):
         ({"sample": 4}, "there is no sample 4: the store has ids from 3 to 2516"),
         ({"label": "aple"}, "there is no class 'aple'; did you mean 'apple'?"),
         ({"label": 5}, "there is no class 5; use 0 to 4 or a name"),
+        ({"label": -1}, "there is no class -1; use 0 to 4 or a name"),
+        ({"label": 1.0}, "there is no class 1.0; use 0 to 4 or a name"),
+        ({"label": True}, "there is no class True; use 0 to 4 or a name"),
+        ({"label": [np.True_]}, "there is no class np.True_; use 0 to 4 or a name"),
+        ({"view": -1}, "there is no view -1: the store has views 0 to 17"),
+        ({"view": 1.5}, "a view is a whole number, found 1.5; give one or several such"),
+        ({"view": [0, 2.0]}, "a view is a whole number, found [0, 2.0]; give one or several such"),
+        ({"view": True}, "a view is a whole number, found True"),
+        ({"view": np.arange(18) == 3}, "a view is a whole number, found array([False"),
+        ({"view": "3"}, "a view is a whole number, found '3'"),
+        ({"sample": 10.0}, "a sample is a whole number, found 10.0"),
+        ({"sample": [False]}, "a sample is a whole number, found [False]"),
+        ({"sample": -4}, "there is no sample -4: the store has ids from 3 to 2516"),
     ],
 )
 def test_a_choice_that_is_not_there_is_refused(cache, choice, message):
-    with pytest.raises(CacheError, match=message.replace("?", "[?]")):
+    with pytest.raises(CacheError, match=re.escape(message)):
         cache.to_pandas(**choice)
 
 
@@ -107,6 +141,13 @@ def test_export_reads_in_duckdb(cache, tmp_path):
     found = {shot: (rows, accuracy) for shot, rows, accuracy in duckdb.sql(query).fetchall()}
     table = cache.to_pandas()
     assert found == {shot: (len(group), pytest.approx(group.correct.mean())) for shot, group in table.groupby("shot")}
+
+
+def test_a_file_that_cannot_be_written_is_refused(cache, tmp_path):
+    (tmp_path / "t.parquet.partial").mkdir()
+    with pytest.raises(CacheError, match="t.parquet cannot be written: Is a directory; name another file"):
+        cache.export_parquet(tmp_path / "t.parquet", view=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.parquet.partial"]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):

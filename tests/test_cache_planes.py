@@ -1,10 +1,12 @@
 """Planes are held where no step touches the store."""
 
+import re
+
 import numpy as np
 import pytest
 from cache_store import answers, dump, identity
 
-from cache import CropFlip
+from cache import CacheError, CropFlip
 from cache.planes import Planes
 
 
@@ -30,3 +32,31 @@ def test_some_views_can_be_held(cache):
     assert (planes.rows([1, 2], [2, 5]) == np.stack([answers(2)[1], answers(5)[2]])).all()
     with pytest.raises(KeyError, match="view 3 is not held"):
         planes.rows([0, 0], [2, 3])
+
+
+@pytest.mark.parametrize(
+    "ask, message",
+    [
+        (lambda cache: cache.plane(1.5), "a view is a whole number, found 1.5"),
+        (lambda cache: cache.plane(True), "a view is a whole number, found True"),
+        (lambda cache: cache.plane(-1), "there is no view -1: the store has views 0 to 17"),
+        (lambda cache: cache.stored_block(0, 1), "there is no block 1: the store has blocks 0 to 0"),
+        (lambda cache: cache.stored_block(0, -1), "there is no block -1: the store has blocks 0 to 0"),
+        (lambda cache: cache.rows([0.5], [0]), "a sample is a whole number, found [0.5]"),
+        (lambda cache: cache.rows([0, -1], 0), "there is no sample -1: the store has samples 0 to 359"),
+        (lambda cache: cache.rows([360], [0]), "there is no sample 360: the store has samples 0 to 359"),
+        (lambda cache: cache.rows([0], [True]), "a view is a whole number, found [True]"),
+        (lambda cache: Planes(cache, views=[0.0]), "a view is a whole number, found [0.0]"),
+        (lambda cache: Planes(cache, views=[18]), "there is no view 18: the store has views 0 to 17"),
+        (lambda cache: Planes(cache, views=[0]).rows([0], [-18]), "there is no view -18: the store has views 0 to 17"),
+        (lambda cache: Planes(cache, views=[0]).rows([-1], [0]), "there is no sample -1: the store has samples 0 to 359"),
+    ],
+)
+def test_numbers_that_are_no_views_or_samples_are_refused(cache, ask, message):
+    with pytest.raises(CacheError, match=re.escape(message)):
+        ask(cache)
+
+
+def test_one_row_and_none_may_be_asked_for(cache):
+    assert (cache.rows(np.int32(7), np.uint8(2)) == answers(2)[[7]]).all()
+    assert cache.rows([], []).shape == (0, 5) and Planes(cache, views=[]).codes.shape == (0, 360, 5)

@@ -121,6 +121,66 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, command):
     assert not list(tmp_path.iterdir())
 
 
+def dry(command, *extra, out="nowhere", overrides=()):
+    import cli
+
+    cli.main([command, *tiny.options(*overrides), *map(str, extra), "--out", str(out), "--dry-run"])
+
+
+@pytest.mark.parametrize("section", ["teacher", "student"])
+def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, capsys, section):
+    from torchvision import datasets, models
+
+    def online(*_, **__):
+        raise AssertionError("a download")
+
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", online)
+    monkeypatch.setattr(datasets.CIFAR10, "download", online)
+    pretrained = f"{section}.model={{name: torchvision, architecture: resnet18, weights: DEFAULT}}"
+    command = [f"train-{section}", *([] if section == "teacher" else ["--cache", "nowhere"])]
+    with pytest.raises(SystemExit) as stop:
+        dry(*command, overrides=[pretrained])
+    assert stop.value.code == 0 and "weights: DEFAULT" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        dry(*command, overrides=[f"data={{name: cifar10, root: {tmp_path}}}"])
+    assert stop.value.code == 2 and "cifar10 is not in" in (said := capsys.readouterr().err)
+    assert "a dry run downloads nothing; leave out --dry-run" in said
+
+
+def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache, capsys):
+    def refuses(message, command, *extra, overrides=(), out="nowhere"):
+        with pytest.raises(SystemExit) as stop:
+            dry(command, *extra, overrides=overrides, out=out)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and message in said
+
+    graphs = "cuda_graphs needs a CUDA device, found cpu; set true or false"
+    refuses(f"teacher.training.compile: {graphs}", "train-teacher", overrides=["teacher.training.compile=cuda_graphs"])
+    student = "train-student", "--cache", "nowhere"
+    refuses(f"student.training.compile: {graphs}", *student, overrides=["student.training.compile=cuda_graphs"])
+    refuses("is not empty; add --resume", "train-teacher", out=teacher_run)
+    refuses("method bkd learns from a cache; name one with --cache", "train-student")
+    refuses("method bkd learns from no backbone; leave out --backbone", *student, "--backbone", teacher_run)
+    refuses("is not for this run: temperature", "train-student", "--cache", cache, overrides=["cache.temperature=3"])
+    crt = "student.method={name: crt}"
+    wider = [crt, "student.model.width=8"]
+    refuses("another network than student.model", "train-student", "--backbone", teacher_run, overrides=wider)
+    refuses("is not a run's folder", "train-student", "--backbone", tmp_path, overrides=[crt])
+    refuses("knows other classes", "dump-logits", "--teacher", teacher_run, overrides=[two_classes(tmp_path)])
+    transformer = "teacher.model={name: torchvision, architecture: vit_b_32}"
+    refuses("cannot train on 64 images of (8, 8) pixels (Wrong image height!", "train-teacher", overrides=[transformer])
+
+
+def two_classes(folder) -> str:
+    """An override for a data set of two classes, which it makes."""
+    from PIL import Image
+
+    for name in "ab":
+        (folder / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "train" / name / "0.png")
+    return f"data={{name: imagefolder, root: {folder}, train: train, test: train, workers: 0}}"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_begins_with_an_example(command):
     result = run(command, "--help")
@@ -154,6 +214,10 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
         ),
         (["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x"], "nowhere is not a run's folder"),
         (["train-student", *tiny.options(), "--out", "x"], "method bkd learns from a cache; name one with --cache"),
+        (
+            ["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "memory://x"],
+            "memory://x: nothing stays there when the command ends; name a folder, or an address on an object store",
+        ),
         (["evaluate", "nowhere"], "nowhere is not a run's folder"),
         (["inspect", "nowhere.zarr"], "nowhere.zarr"),
         (["train-teacher", *tiny.options(), "--device", "cuda", "--out", "x"], "torch finds no CUDA device"),
@@ -162,6 +226,31 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
 def test_what_a_user_gets_wrong_ends_with_2_and_one_line(arguments, message, tmp_path):
     result = run(*arguments, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["train-student", *tiny.options(), "--cache", "", "--out", "x"], "--cache"),
+        (["train-student", *tiny.options("student.method.name=crt"), "--backbone", "", "--out", "x"], "--backbone"),
+        (["train-teacher", *tiny.options(), "--out", ""], "--out"),
+        (["train-teacher", "--config", "", "--out", "x"], "--config"),
+        (["dump-logits", *tiny.options(), "--teacher", "", "--out", "x"], "--teacher"),
+        (["evaluate", ""], "RUN"),
+        (["inspect", ""], "STORE"),
+        (["report", "", "--out", "x"], "RUN"),
+        (["reproduce", "--table", "cifar", "--out", "", "--dry-run"], "--out"),
+    ],
+)
+def test_an_empty_name_is_not_the_folder_one_stands_in(capsys, monkeypatch, tmp_path, command, named):
+    import cli
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and named in said and "it is empty; is a variable of the shell's not set?" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -155,6 +155,16 @@ def test_a_row_of_the_cache_holds_every_experts_answer(experts, experts_cache):
     assert verify_cache(str(experts_cache), [str(one) for one in experts], 1, None, (), tiny.CPU)["passed"]
 
 
+def test_verify_takes_experts_in_any_order(tmp_path, experts, experts_cache):
+    def verified(order):
+        return verify_cache(str(experts_cache), [str(experts[number]) for number in order], 1, None, (), tiny.CPU)
+
+    assert verified([2, 0, 1]) == verified([0, 1, 2]) and verified([1, 2, 0])["passed"]
+    train_teacher(tiny.experiment("teacher.expert=few", seed=1), str(tmp_path / "few"), tiny.CPU)
+    with pytest.raises(CacheError, match="is not for this run: teacher.digest"):
+        verify_cache(str(experts_cache), [str(tmp_path / "few"), *map(str, experts[:2])], 1, None, (), tiny.CPU)
+
+
 def test_what_is_told_of_an_experts_cache_is_of_the_expert_of_each_samples_class(experts_cache):
     cache = open_cache(experts_cache)
     frame = cache.to_pandas(view=5, probabilities=True)

@@ -1,12 +1,14 @@
 """Methods that need more than logits: trained from end to end on a tiny experiment, resumed, refused."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from cache import Cache, CacheError, open_cache
 from cache.planes import Planes
@@ -52,7 +54,9 @@ def test_a_new_classifier_on_a_runs_backbone(tmp_path, teacher_run):
             tiny.experiment("student.method.name=ce"), None, str(tmp_path / "ce"), tiny.CPU, backbone=str(teacher_run)
         )
     wider = tiny.experiment("student.method={name: crt}", "student.model.width=6")
-    with pytest.raises(UserError, match="is another network than student.model; give the same model"):
+    with pytest.raises(
+        UserError, match="is another network than student.model: width was 4 and is now 6; give the same model"
+    ):
         train_student(wider, None, str(tmp_path / "wider"), tiny.CPU, backbone=str(teacher_run))
     assert not (tmp_path / "wider").exists()
 
@@ -172,6 +176,35 @@ def test_only_training_images_are_jittered_each_by_its_own_draw():
     assert torch.equal(network.eval()(images), images)
 
 
+def test_a_backbone_of_another_model_is_told_what_differs(tmp_path, teacher_run):
+    for override, said in (
+        ("student.model.depth=14", "depth was 8 and is now 14"),
+        ("student.model.projection=12", "projection was None and is now 12"),
+    ):
+        config = tiny.experiment("student.method={name: crt}", override)
+        with pytest.raises(UserError, match=f"teacher is another network than student.model: {said}.*; give the same model"):
+            train_student(config, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(teacher_run))
+    bbn = tiny.experiment("student.method={name: bbn}", "student.model.branches=2", "student.training.epochs=1")
+    train_student(bbn, None, str(tmp_path / "bbn"), tiny.CPU)
+    with pytest.raises(UserError, match="is of method bbn, whose network has parts that a backbone has not"):
+        crt = tiny.experiment("student.method={name: crt}")
+        train_student(crt, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(tmp_path / "bbn"))
+    assert not (tmp_path / "crt").exists()
+
+
+@pytest.mark.parametrize("scale, noted", [("null", True), ("20", False)])
+def test_cbd_notes_teachers_whose_classifier_is_linear(tmp_path, scale, noted):
+    config = tiny.experiment(*CBD, f"teacher.model.cosine_scale={scale}", "teacher.training.epochs=1")
+    train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
+    dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "c.zarr"), tiny.CPU)
+    with tiny.interrupted_after(1):
+        train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "cbd"), tiny.CPU)
+    train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "cbd"), tiny.CPU, resume=True)
+    notes = [line for line in (tmp_path / "cbd" / "log.txt").read_text().splitlines() if "note: " in line]
+    assert len(notes) == noted
+    assert all("(model.cosine_scale); linear is that of the cache's cifar_resnet of seed 0" in line for line in notes)
+
+
 def test_the_new_classifier_starts_anew(tmp_path, teacher_run):
     still = tiny.experiment("student.method={name: crt}", "student.training.learning_rate=1e-30", seed=3)
     train_student(still, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(teacher_run))
@@ -193,6 +226,50 @@ def test_a_sample_that_an_epoch_repeats_is_seen_under_several_views(tmp_path, en
     assert len(rows) == 464
     commonest = np.bincount(rows).argmax()
     assert len(set(views[rows == commonest])) > 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("views={name: random_resized_crop, size: 16, count: 2}", "views.count was None and is now 2"),
+        ("views.pad=2", "views.pad was 1 and is now 2"),
+        ("teacher.model.depth=14", "teacher.model.depth was 8 and is now 14"),
+        ("teacher.expert=few", "teacher.expert was None and is now 'few'"),
+        ("data.imbalance_ratio=5", "data.imbalance_ratio was 20.0 and is now 5.0"),
+        ("data.mean=[0, 0, 0]", "data.mean was [0.305, 0.305, 0.305] and is now [0.0, 0.0, 0.0]"),
+        ("seed=4", "seed was 0 and is now 4"),
+        ("student.training.precision=bfloat16", "student.training.precision was 'float32' and is now 'bfloat16'"),
+    ],
+)
+def test_scoring_again_refuses_what_is_another_network_or_has_no_effect(teacher_run, override, message):
+    with pytest.raises(UserError, match="is scored as it was trained, but " + re.escape(message)) as error:
+        evaluate_run(str(teacher_run), "last", (override,), tiny.CPU)
+    assert "-o may say where its test images are (data) and teacher.training.precision" in str(error.value)
+
+
+def test_other_test_images_are_scored_by_the_shot_groups_that_the_network_was_trained_on(tmp_path):
+    def part(name, counts, side, colours=range(3)):
+        for colour, count in zip(colours, counts):
+            (tmp_path / name / "rgb"[colour]).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = np.zeros((side, side, 3), np.uint8)
+                pixels[..., colour] = 150 + number % 100
+                Image.fromarray(pixels).save(tmp_path / name / "rgb"[colour] / f"{number}.png")
+
+    part("train", (101, 20, 5), 8), part("test", (2, 2, 2), 8), part("more", (3, 4, 5), 8), part("large", (2, 2, 2), 16)
+    part("fewer", (2, 2, 2), 8)
+    data = f"data={{name: imagefolder, root: {tmp_path}, train: train, test: test, workers: 0}}"
+    for expert in "null", "medium":
+        run = str(tmp_path / expert)
+        train_teacher(tiny.experiment(data, f"teacher.expert={expert}", "teacher.training.epochs=1"), run, tiny.CPU)
+        scores = evaluate_run(run, "last", ("data.train=fewer", "data.test=more", "data.workers=1"), tiny.CPU)
+        groups = [scores[shot] is not None for shot in ("many", "medium", "few")]
+        assert groups == ([True] * 3 if expert == "null" else [False, True, False]), "not those of data.train=fewer"
+        assert scores["per_class"][1] in {0, 25, 50, 75, 100}, "g has four images there"
+        with pytest.raises(UserError, match="trained on images of 8 x 8 pixels, found 16 x 16; score it on images that"):
+            evaluate_run(run, "last", ("data.test=large",), tiny.CPU)
+    with pytest.raises(UserError, match="digits"):
+        evaluate_run(run, "last", ("data={name: digits}",), tiny.CPU)
 
 
 def test_scoring_again_and_a_backbone_refuse_other_classes(tmp_path, teacher_run):

@@ -29,9 +29,9 @@ LAYERS = [
     {"pipeline.data.images", "pipeline.models", "pipeline.report"},
     {"pipeline.engine", "pipeline.evaluate", "pipeline.methods"},
     {"pipeline.dump"},
-    {"pipeline.recipe", "pipeline.plan"},
+    {"pipeline.recipe"},
     {"pipeline.teacher", "pipeline.student"},
-    {"pipeline.verify", "pipeline.reproduce"},
+    {"pipeline.plan", "pipeline.verify", "pipeline.reproduce"},
     {"cli"},
 ]
 FILES = sorted(path for path in (*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("cache/*.py"), ROOT / "cli.py"))

@@ -151,14 +151,16 @@ class Dataset:
             raise UserError(f"{self.describe(row)} cannot be read: {getattr(error, 'strerror', error)}")
 
 
-def load(section: config.Data, shot: str | None = None) -> tuple[Dataset, Dataset]:
+def load(section: config.Data, shot: str | None = None, download: bool = True) -> tuple[Dataset, Dataset]:
     """The training part, made long-tailed as `section` says, and the test part, whole.
 
     With `shot`, a shot group of metrics.py, only the samples of its classes, in both parts; all classes keep their names
     and numbers. Raises UserError for files that are missing, labels out of range, classes without training samples and a
     group without classes.
     """
-    train, test = LOADERS[section.name](section, config.expand(section.root))
+    loader = LOADERS[section.name]
+    options = {"download": download} if loader is _cifar else {}
+    train, test = loader(section, config.expand(section.root), **options)
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[:5]
         what = f"only one has {', '.join(map(repr, odd))}" if odd else "their order differs"
@@ -288,13 +290,15 @@ def _class_names(schema, label: str) -> list[str] | None:
         return None
 
 
-def _cifar(section: config.Cifar, root: Path) -> tuple[Dataset, Dataset]:
+def _cifar(section: config.Cifar, root: Path, download: bool) -> tuple[Dataset, Dataset]:
     from torchvision import datasets
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[section.name]
     try:
-        parts = [source(root, train=train, download=True) for train in (True, False)]
+        parts = [source(root, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
+        if not download:
+            raise UserError(f"{section.name} is not in {root}, and a dry run downloads nothing; leave out --dry-run")
         raise UserError(f"cannot load or download {section.name} into {root}: {error}")
     return tuple(
         Dataset(
