@@ -333,7 +333,7 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
 def test_a_dry_run_counts_the_samples_of_both_branches(monkeypatch, capsys, batch_size, steps):
     monkeypatch.setattr(plan, "_time", lambda work, device: work() is None)  # a second for a step, none for a test
     config = tiny.experiment(*BBN, f"student.training.batch_size={batch_size}")
-    plan.show_plan(config, tiny.CPU, "student")
+    plan.show_plan(config, tiny.CPU, "student", "run")
     assert f"about {2 * steps:,} s on cpu" in capsys.readouterr().out
 
 
