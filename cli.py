@@ -176,7 +176,7 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
     if out.startswith("memory://"):
         raise UserError(f"{out}: nothing stays there when the command ends; name a folder, or an address on an object store")
     if dry_run:
-        return plan.show_plan(config, device, "dump", out, resume, teachers)
+        return plan.show_plan(config, device, "dump", out, resume, teachers, apart)
     dump.dump_logits(config, teachers, out, device, resume, apart)
 
 
@@ -326,7 +326,7 @@ def report(run, out):
 @click.option("--dry-run", is_flag=True, help="Print the commands, and which are done; write nothing.")
 @guarded
 def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
-    """Example: python cli.py reproduce --table cifar --quick --out runs/tables/cifar
+    """Example: python cli.py reproduce --table cifar --quick --out runs/tables/cifar-quick
 
     Train every cell of a published table, or go on with what is there, and print ours beside the published numbers.
     """
@@ -337,6 +337,7 @@ def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
     whole = reproduce.load_table(table)
     part, device = reproduce.select(whole, rows, columns, parse_seeds(seeds), quick), choose_device(device)
     if dry_run:
+        reproduce.refuse_other(whole, Path(out), quick)
         commands, _ = reproduce.plan(whole, part, Path(out), device, quick)
         for job in commands:
             click.echo(f"{'done ' if job.done else 'to do'}  {shlex.join([*job.arguments, '--out', str(job.out)])}")

@@ -57,14 +57,8 @@ def create_cache(
     arguments, and says what differs; where it cannot be written, or another process does; where `klt` cannot keep to
     max_error. ValueError for arguments that do not fit together.
     """
-    storage = open_storage(url)
     contents = _Contents(identity, sample_id, label, image_size, encoding, features)
-    try:
-        names = storage.names()
-    except OSError as error:
-        raise CacheError(f"{url} cannot be listed: {error.strerror or error}; choose another place") from error
-    if names and not resume:
-        raise CacheError(f"{url} is not empty; resume the dump (--resume) or name another folder (--out)")
+    storage, names = _open(url, resume)
     if storage.size(STORE_MARKER) is None:
         strangers = [name for name in names if name not in contents.encoding.names() | _NAMES]
         if strangers:
@@ -77,6 +71,23 @@ def create_cache(
     if differences:
         raise CacheError(f"{url} is another store: {'; '.join(differences)}; choose another folder")
     return CacheWriter(cache, *_take(storage, cache.layout, rank, world))
+
+
+def refuse_taken(url, resume: bool) -> None:
+    """Raises CacheError where `create_cache` would find something that it is not to go on with. Writes nothing."""
+    _open(url, resume)
+
+
+def _open(url, resume: bool):
+    """The place `url` and the names of what it holds, which is nothing where a new store is made."""
+    storage = open_storage(url)
+    try:
+        names = storage.names()
+    except OSError as error:
+        raise CacheError(f"{url} cannot be listed: {error.strerror or error}; choose another place") from error
+    if names and not resume:
+        raise CacheError(f"{url} is not empty; resume the dump (--resume) or name another folder (--out)")
+    return storage, names
 
 
 class _Contents:

@@ -170,6 +170,12 @@ class Training(Section):
     compile: Literal[False, True, "cuda_graphs"] = False
     evaluate_every: Positive = 1  # epochs between evaluations on the test set; the last epoch always is
 
+    @model_validator(mode="after")
+    def _momentum(self):
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum; set momentum, usually 0.9, or leave out nesterov")
+        return self
+
 
 class Method(Section):
     """A way to train a student."""
@@ -386,13 +392,13 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | N
     """The experiment in the YAML file `path`, with `overrides` ("student.training.epochs=5") and `seed` applied.
 
     A file may name another as its `base`, by a path from its own folder, and then holds only what differs from that; an
-    override "base=FILE" names another. Raises UserError with every error in it, one a line.
+    override "base=FILE" names another in its place. Raises UserError with every error in it, one a line.
     """
     bases = [override.removeprefix("base=") for override in overrides if override.startswith("base=")]
     values = _read(Path(path), bases[-1] if bases else None)
-    for override in overrides:
+    for number, override in enumerate(overrides):
         if not override.startswith("base="):
-            _override(values, override)
+            _override(values, override, overrides[:number])
     if seed is not None:
         values["seed"] = seed
     try:
@@ -414,38 +420,77 @@ def expand(path: str) -> Path:
     return Path(expanded).resolve()
 
 
-def _read(path: Path, base: str | None = None, above: tuple[Path, ...] = ()) -> dict:
-    """The values in the file `path` over those of its base, or of the file `base`. `above`: the files that it is a base of."""
+class _Loader(yaml.SafeLoader):
+    """Refuses one key twice, of which the parser would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated[0]!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in the file `path`. Raises OSError where it cannot be read, UserError where it holds something else."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file")
+        values = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no mapping of keys to values; see configs/ for examples")
+    return values
+
+
+def _read(path: Path, base: str | None = None, above: tuple[Path, ...] = ()) -> dict:
+    """The values in the file `path` over those of its base, or of the file `base`. `above`: the files that it is a base of."""
+    try:
+        values = read_yaml(path)
+    except OSError as error:
+        of = f"{above[-1]}: base: " if above else ""
+        raise UserError(f"{of}cannot read the configuration {path}: {error.strerror}; name a YAML file")
     own = values.pop("base", None)
     if own is not None and not isinstance(own, str):
         raise UserError(f"{path}: base: names a file; found {own!r}")
     if own is None and base is None:
         return values
-    below = path.parent / own if base is None else Path(base)
+    below = path.parent / os.path.expanduser(own) if base is None else Path(os.path.expanduser(base))
     if below.resolve() in (files := (*above, path.resolve())):
         raise UserError(f"{path}: base: {below} leads back to itself; name a file that is complete without it")
     return _over(_read(below, above=files), values)
 
 
-def _over(below: dict, above: dict) -> dict:
-    """`below` with what `above` says otherwise; a section of another name, or without one, replaces the whole."""
+def _over(below: dict, above: dict, *place: str) -> dict:
+    """`below` with what `above` says otherwise, of the section at `place`."""
     merged = dict(below)
+    if above.get("name", below.get("name")) != below.get("name"):
+        merged = _taken_over(place, below, above["name"])
     for key, value in above.items():
-        old = below.get(key)
-        same = isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
-        merged[key] = _over(old, value) if same else value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _over(merged[key], value, *place, key) if both else value
     return merged
 
 
-def _override(values: dict, override: str) -> None:
+def _taken_over(place: tuple[str, ...], values: dict, name) -> dict:
+    """What of a section's `values` one of another kind, `name`, keeps: what both know and have the same default for.
+
+    A method keeps nothing: its own paper's values are what its name stands for.
+    """
+    if not place:
+        return dict(values)  # an experiment's name is no kind
+    if place[-1] == "method" or not isinstance(name, str):
+        return {}
+    was, now = (_place((*place, kind), Experiment)[1] for kind in (values.get("name"), name))
+    if "name" not in now:
+        return dict(values)  # there is no such kind, which will be said
+    return {
+        key: value
+        for key, value in values.items()
+        if key in now and now[key].get("default") == was.get(key, {}).get("default")
+    }
+
+
+def _override(values: dict, override: str, earlier: tuple[str, ...]) -> None:
+    """Changes `values` as `override` says; `earlier` ones have done so before."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"-o {override}: an override is key=value, such as -o student.training.epochs=5")
@@ -464,11 +509,14 @@ def _override(values: dict, override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"-o {override}: the value is not YAML; quote it")
-    if last == "name" and parents:  # another kind of section takes over only what it knows and has the same default for
-        was, now = (_place((*parents, kind), Experiment)[1] for kind in (values.get("name"), value))
-        for key in [key for key in values if "name" in now and key != "name"]:
-            if key not in now or now[key].get("default") != was.get(key, {}).get("default"):
-                del values[key]
+    if last == "name" and parents and value != values.get("name"):
+        kept, section = _taken_over(tuple(parents), values, value), ".".join(parents)
+        for lost in [key for key in values if key not in kept and key != "name"]:
+            if any(other.startswith(f"{section}.{lost}=") for other in earlier):
+                raise UserError(
+                    f"-o {override}: another {section} would not keep {lost}, given before it; give the name first"
+                )
+            del values[lost]
     values[last] = value
 
 

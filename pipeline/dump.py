@@ -56,11 +56,11 @@ def dump_logits(
         check_features(widths)
     except ValueError as error:
         raise UserError(f"{error}; rename the teacher's folder, which the features are named after")
+    paths = cache_paths(teachers, out, apart)
     if apart:
-        paths = [f"{out.rstrip('/')}/{name}.zarr" for name in names]  # `out` may be a URL
         features = [{name: width} for name, width in widths.items()] or [{}] * len(names)
     else:
-        paths, identities, features = [out], [average(identities)], [widths]
+        identities, features = [average(identities)], [widths]
 
     def answers(rows: np.ndarray, views: list[int]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """For each cache, of `rows` [M] under each of `views`: probabilities [len(views), M, C], features by teacher.
@@ -221,6 +221,11 @@ def load_teachers(
         raise UserError(f"the teacher in {repeated[0]} is given twice; name different teachers")
     _refuse_unfit(members, identities, training_set)
     return Teachers(list(members), features).eval(), list(identities)
+
+
+def cache_paths(teachers: Sequence[str], out: str, apart: bool) -> list[str]:
+    """Where the caches of a dump go. `out` may be a URL."""
+    return [f"{out.rstrip('/')}/{Path(folder).resolve().name}.zarr" for folder in teachers] if apart else [out]
 
 
 def average(identities: list[dict]) -> dict:

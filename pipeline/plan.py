@@ -11,11 +11,12 @@ import torch
 from cache import open_cache
 from cache.planes import row_format
 from cache.views import CropFlip
+from cache.writer import refuse_taken
 from pipeline import engine, losses, runs, show
 from pipeline.config import Experiment, dump_config
 from pipeline.data import datasets
 from pipeline.data.images import open_images
-from pipeline.dump import load_teachers
+from pipeline.dump import cache_paths, load_teachers
 from pipeline.evaluate import infer
 from pipeline.models import build_model
 from pipeline.recipe import refuse_device, refuse_unfit, take_backbone
@@ -29,6 +30,7 @@ def show_plan(
     out: str,
     resume: bool = False,
     teachers: Sequence[str] = (),
+    apart: bool = False,
     cache: str | None = None,
     backbone: str | None = None,
 ) -> None:
@@ -37,7 +39,10 @@ def show_plan(
     Downloads nothing. Refuses what the command would, but for teachers, a cache or a backbone that are yet to be made.
     """
     section = config.student if stage == "student" else config.teacher
-    if stage != "dump":
+    if stage == "dump":
+        for path in cache_paths(teachers, out, apart):
+            refuse_taken(path, resume)
+    else:
         runs.refuse_taken(out, resume)
         refuse_device(section.training, stage, device)
     if stage == "student":
@@ -59,18 +64,20 @@ def show_plan(
         take_backbone(model, section.model, runs.open_run(backbone), training_set)
     if stage != "dump":
         refuse_unfit(model, images[0], samples, section.training.batch_size)
-    seconds = _seconds(config, model, images, device, stage)
+    seconds = _seconds(config, model, images, device, stage) * (len(teachers) if stage == "dump" else 1)
     counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
-    held = 0
-    if stage == "student" and config.student.method.learns_from not in (None, "backbone") and row:
-        held = samples * row * (views if isinstance(config.views, CropFlip) else 2)
+    from_cache = stage == "student" and config.student.method.learns_from not in (None, "backbone")
+    held = samples * row * (views if isinstance(config.views, CropFlip) else 2) if from_cache and row else 0
+    stored = f"{views * samples * row / 1e6:,.1f} MB in memory" if row else "known once klt is fitted to the teacher"
+    if apart:
+        stored += f", each of {len(teachers)}"
     facts = {
         "training samples (N)": f"{samples:,}",
         "classes (C)": f"{classes:,}, of {counts.max():,} to {counts[counts > 0].min():,} samples",
         "test samples": f"{len(test_set):,}",
         "views": f"{views:,}",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "store": f"{views * samples * row / 1e6:,.1f} MB in memory" if row else "known once klt is fitted to the teacher",
+        **({"store": stored} if from_cache or stage != "student" else {}),
         "memory": f"about {(runs.peak_memory(device) + held) / 1e6:,.0f} MB on {device.type}",
         "time": f"about {seconds:,.0f} s on {device.type}",
     }

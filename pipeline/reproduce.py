@@ -27,20 +27,19 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import yaml
 from pydantic import AfterValidator, Field, Strict, ValidationError
 
 from cache import CacheError, open_cache
 from cache.views import to_json
 from pipeline import UserError, runs, show
-from pipeline.config import Experiment, Section, explain, load_config
+from pipeline.config import Experiment, Section, explain, load_config, read_yaml
 from pipeline.progress import Progress
 from pipeline.report import spread
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / "configs" / "tables"
 COLUMNS = show.COLUMNS
-
+SECTIONS = ("data", "views", "teacher", "cache", "student")
 
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 
@@ -49,6 +48,15 @@ def _different(values: tuple) -> tuple:
     if repeated := [value for number, value in enumerate(values) if value in values[:number]]:
         raise ValueError(f"{repeated[0]} comes twice; give each once")
     return values
+
+
+def _of_an_experiment(override: str) -> str:
+    if override.split("=")[0].split(".")[0] not in SECTIONS:
+        raise ValueError(f"overrides begin with one of {', '.join(SECTIONS)}; found {override!r}")
+    return override
+
+
+Override = Annotated[str, AfterValidator(_of_an_experiment)]
 
 
 def _of_the_teacher(override: str) -> str:
@@ -69,7 +77,7 @@ class Column(Section):
 
     config: str  # a file, from the table's own folder
     quick: str | None = None  # its small version; without one, --quick leaves the column out
-    set: tuple[str, ...] = ()  # overrides, as with -o
+    set: tuple[Override, ...] = ()  # as with -o
 
 
 class Published(Section):
@@ -86,8 +94,8 @@ class Row(Section):
 
     config: str | None = None  # a file from the table's own folder, read over the column's in place of its own base
     columns: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_different)] | None = None  # null: in all
-    set: tuple[str, ...] = ()
-    quick: tuple[str, ...] = ()  # further overrides at the small scale
+    set: tuple[Override, ...] = ()
+    quick: tuple[Override, ...] = ()  # further ones at the small scale
     stage: Literal["teacher", "student"] = "student"  # teacher: the row is the teacher itself
     # whose average, or whose features, the student learns from
     teachers: Annotated[tuple[Member, ...], Field(min_length=1), AfterValidator(_different)] = (Member(),)
@@ -101,7 +109,7 @@ class Row(Section):
 class Table(Section):
     title: str
     published: Literal["last", "best"] = "last"  # which of our epochs the published numbers compare with
-    quick: tuple[str, ...] = ()  # overrides of every column at the small scale
+    quick: tuple[Override, ...] = ()  # of every column at the small scale
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)] = (0, 1, 2)
     columns: Annotated[dict[str, Column], Field(min_length=1)]
     rows: Annotated[dict[str, Row], Field(min_length=1)]
@@ -147,7 +155,7 @@ class Job:
                 [sys.executable, str(ROOT / "cli.py"), *self.arguments, "--out", str(self.out), "--resume"],
                 stdout=log,
                 stderr=STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             )
         return True
 
@@ -158,14 +166,10 @@ def load_table(name: str) -> Table:
     if not path.exists():
         path = Path(name)
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError):
+        values = read_yaml(path)
+    except OSError:
         known = ", ".join(sorted(found.stem for found in TABLES.glob("*.yaml")))
         raise UserError(f"there is no table {name!r}; known are {known}, or name a YAML file")
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no mapping of keys to values; see configs/tables/ for examples")
     try:
         table = Table.model_validate(values)
     except ValidationError as error:
@@ -186,6 +190,8 @@ def load_table(name: str) -> Table:
             raise UserError(
                 f"{path}: rows.{row}.backbone: row {section.backbone!r} takes its backbone from another; name that"
             )
+        if section.stage == "teacher" and (section.teachers != (Member(),) or section.backbone):
+            raise UserError(f"{path}: rows.{row}: a teacher learns from none; leave out teachers and backbone")
         if unknown := set(section.published) - set(table.columns):
             raise UserError(f"{path}: rows.{row}.published: there is no column {', '.join(sorted(unknown))}")
         if unknown := set(section.columns or ()) - set(table.columns):
@@ -223,16 +229,11 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
     def add(path: Path, *arguments: str, needs=()) -> Job:
         return jobs.setdefault(path, Job(path, [*arguments, "--device", device.type], list(needs)))
 
-    def asked(name: str, column: str, seed: int, extra: tuple[str, ...], *sections: str) -> tuple[Experiment, list[str]]:
-        """The experiment of a cell, and a command's options for it, with the overrides of these sections alone.
-
-        What a stage does not look at must not tell its runs apart: other rows share them.
-        """
+    def asked(name: str, column: str, seed: int, extra: tuple[str, ...] = ()) -> tuple[Experiment, list[str]]:
+        """The experiment of a cell, and a command's options for it."""
         section, row = table.columns[column], whole.rows[name]
         path = section.quick if quick else section.config
-        small = whole.quick if quick else ()
-        overrides = (*section.set, *small, *row.set, *(row.quick if quick else ()), *extra)
-        overrides = tuple(item for item in overrides if item.split(".")[0].split("=")[0] in sections)
+        overrides = (*section.set, *(whole.quick if quick else ()), *row.set, *(row.quick if quick else ()), *extra)
         if row.config:
             path, overrides = row.config, (f"base={path}", *overrides)
         try:
@@ -241,14 +242,18 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
             raise UserError(f"row {name!r}, column {column!r}: " + str(error).replace("\n", f"\nrow {name!r}: "))
         return experiment, ["--config", path, "--seed", str(seed), *(part for item in overrides for part in ("-o", item))]
 
+    # A key is of what the stage looks at alone, so that rows that differ elsewhere share a run.
+
     def teacher(name: str, column: str, member: Member) -> Job:
-        experiment, options = asked(name, column, member.seed, member.set, "data", "views", "teacher")
+        experiment, options = asked(name, column, member.seed, member.set)
         key = _key(experiment.data, experiment.views, experiment.teacher)
         return add(out / _slug(column) / f"teacher-{key}-{member.seed}", "train-teacher", *options)
 
     def cache(name: str, column: str) -> Job:
         members = [teacher(name, column, member) for member in whole.rows[name].teachers]
-        experiment, options = asked(name, column, whole.rows[name].teachers[0].seed, (), "data", "views", "cache")
+        if len({member.out for member in members}) < len(members):
+            raise UserError(f"row {name!r}: two of its teachers are the same; give them other seeds or settings")
+        experiment, options = asked(name, column, whole.rows[name].teachers[0].seed)
         key = _key(experiment.data, experiment.views, experiment.cache, *[member.out.name for member in members])
         named = [part for member in members for part in ("--teacher", str(member.out))]
         return add(out / _slug(column) / f"cache-{key}.zarr", "dump-logits", *options, *named, needs=members)
@@ -257,7 +262,7 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
         row = whole.rows[name]
         if row.stage == "teacher":
             return teacher(name, column, Member(seed=seed))
-        experiment, options = asked(name, column, seed, (), "data", "views", "cache", "student")
+        experiment, options = asked(name, column, seed)
         learns_from, needs = experiment.student.method.learns_from, []
         if (learns_from == "backbone") != (row.backbone is not None):
             what = "names no backbone" if row.backbone is None else f"names the backbone {row.backbone!r}"
@@ -268,7 +273,7 @@ def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: boo
             needs = [cell(row.backbone, column, seed)]
             options = [*options, "--backbone", str(needs[0].out)]
         elif learns_from:
-            kinds = [asked(name, column, one.seed, one.set, "data", "views", "teacher")[0].teacher for one in row.teachers]
+            kinds = [asked(name, column, one.seed, one.set)[0].teacher for one in row.teachers]
             if any((kind.expert is not None) != (learns_from == "experts") for kind in kinds):
                 wanted = "experts, so each of its teachers sets" if learns_from == "experts" else "no expert, so none sets"
                 raise UserError(f"row {name!r}: method {experiment.student.method.name} learns from {wanted} teacher.expert")
@@ -286,6 +291,7 @@ def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick:
     """Runs what is missing of `table`, a part of `whole`, and writes the table into `out`. Returns the jobs that failed."""
     folder = Path(out)
     jobs, cells = plan(whole, table, folder, device, quick)
+    before = refuse_other(whole, folder, quick)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -294,10 +300,30 @@ def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick:
     at_once = at_once or (min(4, cores) if device.type == "cuda" else cores)
     _run([job for job in jobs if not job.done], len(jobs), at_once, max(1, cores // at_once))
     # What other commands have run in `out` stays in the table.
-    everything = select(whole, (), (), tuple(dict.fromkeys((*whole.seeds, *table.seeds))), quick)
+    everything = select(whole, (), (), tuple(dict.fromkeys((*whole.seeds, *table.seeds, *before))), quick)
     _, cells = plan(whole, everything, folder, device, quick)
     write_table(everything, cells, folder, quick, asked=table.cells)
     return [job for job in jobs if job.failed]
+
+
+def refuse_other(table: Table, folder: Path, quick: bool) -> list[int]:
+    """Raises UserError if `folder` is a file or holds another table than `table`; the seeds of what it holds of this."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    try:
+        found = json.loads((folder / "table.json").read_text())
+        title, seeds = found["title"], [seed for cell in found["cells"] for seed in cell["seeds"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'table.json'} is damaged ({error}); move it away, or name another --out")
+    if title != _title(table, quick):
+        raise UserError(f"--out {folder} holds another table ({title!r}); name another folder")
+    return seeds
+
+
+def _title(table: Table, quick: bool) -> str:
+    return table.title + (" — quick: a small recipe, not the papers'; published numbers are of the full one" if quick else "")
 
 
 def _run(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
@@ -338,9 +364,7 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: lis
 
     A (column, row) that is not `asked` for has a line where there is a run of it.
     """
-    title = table.title
-    if quick:
-        title += " — quick: a small recipe, not the papers'; published numbers are of the full one"
+    title = _title(table, quick)
     heading = ["data", "method", "seeds", *COLUMNS, "best epoch's all", "published", "difference"]
     rows, values = [heading], []
     for column, name in table.cells:

@@ -244,10 +244,7 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     found = run.environment()
     if found["stage"] != record["stage"]:
         raise UserError(f"--out {run.folder} holds a {found['stage']}'s run, not a {record['stage']}'s; name another folder")
-    # what other stages alone look at makes no other run, and what the cache is stands in learns_from
-    old, new = (
-        one.model_dump(mode="json", include={"seed", "data", "views", record["stage"]}) for one in (run.config(), config)
-    )
+    old, new = (_settings(one, record["stage"]) for one in (run.config(), config))
     if changed := difference(old, new):
         raise UserError(f"cannot resume {run.folder}: {changed}; use the same configuration or another folder")
     if found["learns_from"] != record["learns_from"]:
@@ -263,6 +260,13 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     ):
         if old != new:
             run.log(f"note: the run began with {name} {old} and goes on with {new}; results may differ in the last bits")
+
+
+def _settings(config: Experiment, stage: str) -> dict:
+    """What tells a run of `stage` from others: what it looks at. What its cache is stands in learns_from."""
+    values = config.model_dump(mode="json", include={"seed", "data", "views", stage})
+    del values["data"]["workers"]  # who reads the images changes no result
+    return values
 
 
 def difference(old, new, key: str = "") -> str | None:

@@ -167,8 +167,18 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     refuses("another network than student.model", "train-student", "--backbone", teacher_run, overrides=wider)
     refuses("is not a run's folder", "train-student", "--backbone", tmp_path, overrides=[crt])
     refuses("knows other classes", "dump-logits", "--teacher", teacher_run, overrides=[two_classes(tmp_path)])
+    refuses("is not empty; resume the dump", "dump-logits", "--teacher", teacher_run, out=cache)
+    refuses(
+        "a.zarr is not empty", "dump-logits", "--apart", "--teacher", "runs/a", "--teacher", "b", out=taken(tmp_path, "a.zarr")
+    )
     transformer = "teacher.model={name: torchvision, architecture: vit_b_32}"
     refuses("cannot train on 64 images of (8, 8) pixels (Wrong image height!", "train-teacher", overrides=[transformer])
+
+
+def taken(folder, name):
+    """A folder with something of that name in it."""
+    (folder / "taken" / name / "done").mkdir(parents=True)
+    return folder / "taken"
 
 
 def two_classes(folder) -> str:

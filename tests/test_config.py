@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
 from pipeline import UserError
 from pipeline.config import dump_config, load_config
@@ -77,6 +78,8 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("epochs", r"an override is key=value"),
         ("name.first=1", r"'name' holds a value, not a section"),
         ("name=[1", r"the value is not YAML; quote it"),
+        ("student.method.name=[1]", r"student\.method\.name: '\[1\]' is not known; known are bbn, bkd"),
+        ("student.training={nesterov: true, momentum: 0}", r"nesterov needs momentum; set momentum, usually 0\.9"),
     ],
 )
 def test_an_error_names_the_place_what_was_found_and_the_nearest_right_name(override, message):
@@ -95,22 +98,43 @@ def test_an_override_reaches_only_the_section_it_names_though_the_file_shares_it
     assert (config.teacher.training.epochs, config.student.training.epochs) == (2, 7)
 
 
-def test_another_kind_of_section_keeps_what_both_know_and_mean_alike():
-    config = tiny.experiment("student.method={name: bkd, alpha: 3, beta: 0.9}", "student.method.name=kd")
-    assert config.student.method.alpha == 3
-    start = "student.model.cosine_scale=20", "student.method={name: bkd, alpha: 1, beta: 0.9}"
-    changed = tiny.experiment(*start, "student.method.name=cbd").student
-    assert (changed.method.alpha, changed.method.beta) == (0.4, 100), "BKD's are other quantities"
-    config = tiny.experiment("teacher.training.schedule={name: step, gamma: 0.5}", "teacher.training.schedule.name=cosine")
-    assert config.teacher.training.schedule.name == "cosine"
-    config = tiny.experiment("cache.encoding.name=klt")
-    assert config.cache.encoding.max_error == 0.02
-    config = tiny.experiment("data.name=cifar10")
-    assert config.data.imbalance_ratio == 20, "nothing is silently forgotten"
+@pytest.mark.parametrize("by", ["override", "file"])
+def test_another_kind_of_section_keeps_what_both_know_and_mean_alike(by, tmp_path):
+    def changed(section, name, *before):
+        if by == "override":
+            return tiny.experiment(*before, f"{section}.name={name}")
+        (tmp_path / "whole.yaml").write_text(dump_config(tiny.experiment(*before)))
+        *parents, last = section.split(".")
+        nested = {last: {"name": name}}
+        for parent in reversed(parents):
+            nested = {parent: nested}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({"base": "whole.yaml", **nested}))
+        return load_config(tmp_path / "own.yaml")
+
+    found = changed("teacher.training.schedule", "cosine", "teacher.training.schedule={name: step, gamma: 0.5}")
+    assert found.teacher.training.schedule.name == "cosine"
+    assert changed("cache.encoding", "klt").cache.encoding.max_error == 0.02
+    data = changed("data", "cifar10").data
+    assert (data.name, data.imbalance_ratio, data.mean) == ("cifar10", 20, (0.305, 0.305, 0.305)), "nothing is forgotten"
+    found = changed("student.method", "cb", "student.method={name: bkd, reweight_from: 0.8, beta: 0.9}").student.method
+    assert (found.reweight_from, found.beta) == (0, 0.9999), "a method is as its own paper has it"
+
+
+def test_what_another_method_would_forget_is_not_forgotten_in_silence():
+    with pytest.raises(UserError, match=r"another student\.method would not keep alpha, given before it; give the name first"):
+        tiny.experiment("student.method.alpha=3", "student.method.name=kd")
+    assert tiny.experiment("student.method.name=kd", "student.method.alpha=3").student.method.alpha == 3
+    assert tiny.experiment("student.method.alpha=3", "student.method.name=bkd").student.method.alpha == 3
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is not YAML"), ("- 1", "holds no mapping"), (None, "cannot read the configuration")]
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("a: 1\nb: {c: 1, c: 2}", "the key 'c' comes twice.* line 2"),
+        ("- 1", "holds no mapping"),
+        (None, "cannot read the configuration"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
     path = tmp_path / "config.yaml"
@@ -152,6 +176,8 @@ def test_a_section_of_another_name_replaces_its_base_s(files):
 
 def test_another_base_can_be_named_from_the_folder_of_the_command(files, monkeypatch):
     path = files(own="base: missing.yaml\nstudent: {method: {name: ce}}", whole=WHOLE)
+    with pytest.raises(UserError, match="own.yaml: base: cannot read the configuration .*missing.yaml"):
+        load_config(path)
     monkeypatch.chdir(path.parent)
     config = load_config(path, ("student.training.epochs=4", "base=whole.yaml"))
     assert (config.student.method.name, config.student.training.epochs, config.data.name) == ("ce", 4, "digits")

@@ -191,6 +191,17 @@ def test_a_run_keeps_the_last_and_the_best_epoch_and_names_them_so(tmp_path):
     assert {"config.yaml", "log.txt", "curves.png", "accuracy_by_class.png"} <= {p.name for p in run.folder.iterdir()}
 
 
+def test_what_a_run_does_not_look_at_may_change_before_it_is_resumed(tmp_path, teacher_run):
+    with tiny.interrupted_after(1):
+        train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU)
+    for changed in ("teacher.model.width=6", "views.pad=2", "data.imbalance_ratio=10", "teacher.training.momentum=0.8"):
+        with pytest.raises(UserError, match=f"cannot resume .*{changed.split('=')[0]} was"):
+            train_teacher(tiny.experiment(changed), str(tmp_path / "run"), tiny.CPU, resume=True)
+    others = tiny.experiment("student.model.width=6", "cache.temperature=3", "data.workers=0", "name=another")
+    train_teacher(others, str(tmp_path / "run"), tiny.CPU, resume=True)
+    assert equal_runs(teacher_run, tmp_path / "run")
+
+
 def test_evaluations_may_be_fewer_but_the_last_epoch_has_one(tmp_path):
     config = tiny.experiment("teacher.training.epochs=5", "teacher.training.evaluate_every=2")
     train_teacher(config, str(tmp_path / "run"), tiny.CPU)

@@ -87,6 +87,11 @@ def test_a_folder_is_for_one_experiment(table):
         ({"rows": {"A": {"set": ["student.method.nam=kd"]}}}, "row 'A', column 'digits': .*unknown key; did you mean 'name'"),
         ({"rows": {"A": {"set": ["student.method.name=lfme"]}}}, "row 'A': method lfme learns from experts, so each"),
         ({"rows": {"A": {"set": ["teacher.expert=few"]}}}, "row 'A': method bkd learns from no expert, so none sets"),
+        ({"rows": {"A": {"set": ["studnet.method.alpha=2"]}}}, "rows.A.set.0: overrides begin with one of data, views"),
+        ({"rows": {"A": {"set": ["base=tiny.yaml"]}}}, "overrides begin with one of data, .*; found 'base=tiny.yaml'"),
+        ({"rows": {"A": {"stage": "teacher", "teachers": [{"seed": 4}]}}}, "rows.A: a teacher learns from none; leave out"),
+        ({"rows": {"A": {"teachers": [{}, {"set": ["teacher.color_jitter=false"]}]}}}, "row 'A': two of its teachers are the"),
+        ({"rows": {"A": {"config": "no.yaml"}}}, "row 'A', column 'digits': cannot read the configuration .*no.yaml"),
         ({"rows": {"A": {"set": ["student.method.name=crt"]}}}, "row 'A' names no backbone, but is of method crt"),
         (
             {"rows": {"B": {"stage": "teacher"}, "A": {"backbone": "B"}}},
@@ -173,19 +178,49 @@ def test_a_picture_has_every_cell_on_the_line_of_its_row(monkeypatch, tmp_path):
     assert drawn == [(0, 0), (1, 1), (2, 1), (3, 2)]
 
 
-def test_what_a_stage_does_not_look_at_does_not_tell_its_runs_apart(table):
+def test_what_a_stage_does_not_look_at_does_not_tell_its_runs_apart(table, tmp_path, here):
     content = yaml.safe_load(table.read_text())
-    content["rows"] = {
-        "T = 2": {},
-        "T = 4": {"set": ["cache.temperature=4"]},
-        "CE": {"set": ["student.method.name=ce", "teacher.model.width=6"]},
-    }
+    content["rows"] = {"alpha = 1": {}, "alpha = 2": {"set": ["student.method.alpha=2"]}}
     table.write_text(yaml.safe_dump(content, sort_keys=False))
-    jobs, cells = jobs_of(table, seeds=(0,))
-    assert [job.arguments[0] for job in jobs].count("train-teacher") == 1
-    teacher = next(job for job in jobs if job.arguments[0] == "train-teacher")
-    assert not any("temperature" in part for part in teacher.arguments), "whichever row asks first"
-    assert not any(part.startswith("teacher.") for part in cells["CE", "digits", 0].arguments)
+    jobs, _ = jobs_of(table, seeds=(0,))
+    assert [job.arguments[0] for job in jobs] == ["train-teacher", "dump-logits", "train-student", "train-student"]
+    # whichever row asks first, another goes on with what it left
+    out = tmp_path / "out"
+    assert invoke(table, out, "--seeds", "0", "--row", "alpha = 1").exit_code == 0
+    (teacher,) = out.rglob("teacher-*/summary.json")
+    before = teacher.read_text()
+    teacher.unlink()
+    found = invoke(table, out, "--seeds", "0", "--row", "alpha = 2")
+    assert found.exit_code == 0, found.output
+    assert json.loads(teacher.read_text())["digest"] == json.loads(before)["digest"]
+
+
+def test_a_row_s_overrides_are_of_its_whole_experiment(table):
+    """They stand and fall together: no stage alone need be a valid experiment."""
+    content = yaml.safe_load(table.read_text())
+    cosine = ["student.model.cosine_scale=20", "teacher.model.cosine_scale=20", "cache.features=true"]
+    content["rows"] = {"CBD": {"set": ["student.method.name=cbd", *cosine]}}
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert len(jobs_of(table, seeds=(0,))[0]) == 3
+
+
+def test_a_folder_holds_one_table_and_all_that_was_run_of_it(table, tmp_path, here):
+    out = tmp_path / "out"
+    content = yaml.safe_load(table.read_text())
+    content["rows"] = {"CE": {"stage": "teacher"}}
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert invoke(table, out, "--seeds", "5").exit_code == 0
+    assert invoke(table, out, "--seeds", "0").exit_code == 0
+    (cell,) = json.loads((out / "table.json").read_text())["cells"]
+    assert sorted(cell["seeds"]) == [0, 5]
+    before = {path: path.read_bytes() for path in out.glob("table.*")}
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(content | {"title": "Another table"}, sort_keys=False))
+    for asked, options in ((table, ["--quick"]), (other, []), (other, ["--dry-run"])):
+        found = invoke(asked, out, *options)
+        assert found.exit_code == 2 and "holds another table ('A table')" in found.output + str(found.stderr)
+    assert invoke(table, out / "table.csv", "--dry-run").exit_code == 2
+    assert {path: path.read_bytes() for path in out.glob("table.*")} == before
 
 
 @pytest.mark.parametrize("name", ["..", ".", "日", "-"])
