@@ -71,6 +71,8 @@ def guarded(command):
         except (KeyboardInterrupt, click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and reader_gone():
+                sys.exit(1)
             from cache import CacheError, CorruptCacheError
 
             if debug:
@@ -80,6 +82,16 @@ def guarded(command):
             fail(message if user else f"{message.splitlines()[-1]} ({type(error).__name__})", 2 if user else 1)
 
     return run
+
+
+def reader_gone() -> bool:
+    """Whether nobody reads the output any more, as after `| head`; then nothing more is said."""
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        return True
 
 
 def experiment(command):

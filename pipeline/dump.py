@@ -46,6 +46,13 @@ def dump_logits(
     teacher, identities = load_teachers(teachers, training_set, section.features)
     if apart and "expert" in identities[0]:
         raise UserError("experts teach together, from one cache; leave out --apart")
+    for folder, one in zip(teachers, identities):
+        if "expert" not in one and one["dataset"] != training_set.fingerprint:
+            print(
+                f"note: the teacher in {folder} was trained on other images ({one['dataset']['size']}) "
+                f"than it is asked about ({training_set.fingerprint['size']})",
+                flush=True,
+            )
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
     names = [Path(folder).resolve().name for folder in teachers]

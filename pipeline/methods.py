@@ -3,7 +3,7 @@
 Formulas are in losses.py and samplers.py, settings in config.py. Shapes: N samples, B a batch, C classes, D features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -178,13 +178,18 @@ class WithFeatures(nn.Module):
         return logits, self.seen.pop().float()
 
 
-def _cbd(method, setting: Setting) -> Recipe:
-    theirs = sum(setting.targets.widths)
-    if theirs != classifier(setting.model).in_features:
+def refuse_width(model: nn.Module, widths: Iterable[int]) -> None:
+    """Raises UserError unless the features of `model` are as wide as `widths` together, as CBD needs them."""
+    theirs, own = sum(widths), classifier(model).in_features
+    if own != theirs:
         raise UserError(
-            f"the student's features are {classifier(setting.model).in_features} wide, those of the cache's teachers together "
-            f"{theirs}; set student.model.projection={theirs}"
+            f"the student's features are {own} wide, those of the cache's teachers together {theirs}; "
+            f"set student.model.projection={theirs}"
         )
+
+
+def _cbd(method, setting: Setting) -> Recipe:
+    refuse_width(setting.model, setting.targets.widths)
 
     def loss(output, batch, epoch):
         logits, features = output

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import open_cache
+from cache import Cache
 from cache.planes import row_format
 from cache.views import CropFlip
 from cache.writer import refuse_taken
@@ -18,6 +18,7 @@ from pipeline.data import datasets
 from pipeline.data.images import open_images
 from pipeline.dump import cache_paths, load_teachers
 from pipeline.evaluate import infer
+from pipeline.methods import refuse_width
 from pipeline.models import build_model
 from pipeline.recipe import refuse_device, refuse_unfit, take_backbone
 from pipeline.student import open_matching_cache, refuse_sources
@@ -50,8 +51,7 @@ def show_plan(
     training_set, test_set = datasets.load(config.data, config.expert(stage), download=False)
     if teachers and all(map(_there, teachers)):
         load_teachers(teachers, training_set)
-    if cache := cache if cache and _there(cache) else None:
-        open_matching_cache(cache, config, training_set)
+    found = open_matching_cache(cache, config, training_set) if cache and _there(cache) else None
     samples, classes, views = len(training_set), len(training_set.classes), config.views.count
     images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
     network = section.model
@@ -62,10 +62,12 @@ def show_plan(
     ).to(device)
     if backbone and _there(backbone):
         take_backbone(model, section.model, runs.open_run(backbone), training_set)
+    if found and config.student.method.learns_from == "features":
+        refuse_width(model, found.features.values())
     if stage != "dump":
         refuse_unfit(model, images[0], samples, section.training.batch_size)
     seconds = _seconds(config, model, images, device, stage) * (len(teachers) if stage == "dump" else 1)
-    counts, row = training_set.class_counts, _row_bytes(config, classes, cache)
+    counts, row = training_set.class_counts, _row_bytes(config, classes, found)
     from_cache = stage == "student" and config.student.method.learns_from not in (None, "backbone")
     held = samples * row * (views if isinstance(config.views, CropFlip) else 2) if from_cache and row else 0
     stored = f"{views * samples * row / 1e6:,.1f} MB in memory" if row else "known once klt is fitted to the teacher"
@@ -90,11 +92,11 @@ def _there(place: str) -> bool:
     return "://" in place or Path(place).exists()
 
 
-def _row_bytes(config: Experiment, classes: int, cache: str | None) -> int | None:
+def _row_bytes(config: Experiment, classes: int, cache: Cache | None) -> int | None:
     """Bytes that one sample's answer to one view takes in memory; None where only the teacher's answers can say."""
     features = config.student.method.learns_from == "features"
     if cache:
-        width, dtype = row_format(open_cache(cache), features)
+        width, dtype = row_format(cache, features)
         return width * dtype.itemsize
     encoding = config.cache.encoding
     return classes * np.dtype(encoding.dtype).itemsize if encoding.name == "probability" else None

@@ -89,8 +89,9 @@ def train_network(
     learns_from = cache.digest if cache else backbone and backbone.summary()["digest"]
     with runs.start_run(out, config, stage, device, resume, learns_from, label) as run:
         yield
-        if method.name == "cbd" and not run.has("log.txt") and (linear := _linear(cache)):
-            run.log(f"note: CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}")
+        if not run.has("log.txt"):
+            for note in _notes(method, section.training, cache):
+                run.log(f"note: {note}")
         task = Task(
             model=model,
             network=network,
@@ -121,6 +122,15 @@ def train_network(
         }
         yield from train_in_steps(task, run, about)
         draw_run(run)
+
+
+def _notes(method, training: Training, cache: Cache | None) -> Generator[str, None, None]:
+    """What is allowed, but perhaps not meant."""
+    beyond = [str(epoch) for epoch in getattr(training.schedule, "milestones", ()) if epoch >= training.epochs]
+    if beyond:
+        yield f"training.schedule.milestones {', '.join(beyond)} do not come in {training.epochs} epochs"
+    if method.name == "cbd" and (linear := _linear(cache)):
+        yield f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}"
 
 
 def _linear(cache: Cache) -> str:

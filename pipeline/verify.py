@@ -10,6 +10,7 @@ from torch.nn import functional
 from cache import Cache, CacheError, encodings, open_cache, philox
 from cache.features import MAX_ERROR
 from pipeline import UserError, metrics, runs
+from pipeline.config import Experiment
 from pipeline.data import datasets
 from pipeline.data.images import open_images
 from pipeline.dump import average, load_teachers, tempered
@@ -27,7 +28,13 @@ def verify_cache(
     by shot group and by class, the mean cosine distance of features, and whether the mean is within `tolerance`
     (default: what the encoding promises, and rounding), and that of features within what theirs promises.
     """
-    config = runs.open_run(teachers[0]).config(overrides)
+    run = runs.open_run(teachers[0])
+    config = run.config(overrides)
+    if changed := runs.difference(_without_place(run.config()), _without_place(config)):
+        raise UserError(
+            f"{path} is verified as it was dumped, but {changed}; "
+            "-o may say where the training images are (data), cache.precision and cache.batch_size"
+        )
     training_set, _ = datasets.load(config.data)
     cache = open_cache(path)
     teachers = _as_dumped(cache, teachers)
@@ -74,6 +81,11 @@ def verify_cache(
         },
         "classes": dict(zip(cache.classes, by_class.tolist())),
     }
+
+
+def _without_place(config: Experiment) -> dict:
+    """What `config` says but for where its data lie, which are compared with the cache's, and how the teacher is run."""
+    return config.model_dump(mode="json", exclude={"data": True, "cache": {"precision", "batch_size"}})
 
 
 def _as_dumped(cache: Cache, teachers: Sequence[str]) -> list[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from pipeline.dump import dump_logits
+
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("train-teacher", "dump-logits", "train-student", "evaluate", "inspect", "verify", "export", "report")
 
@@ -171,6 +173,11 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     refuses(
         "a.zarr is not empty", "dump-logits", "--apart", "--teacher", "runs/a", "--teacher", "b", out=taken(tmp_path, "a.zarr")
     )
+    cbd = ["student.method={name: cbd}", "student.model.cosine_scale=20", "student.model.projection=32"]
+    features = tmp_path / "features.zarr"
+    dump_logits(tiny.experiment("cache.features=true"), [str(teacher_run)], str(features), tiny.CPU)
+    narrow = "features are 32 wide, those of the cache's teachers together 16; set student.model.projection=16"
+    refuses(narrow, "train-student", "--cache", features, overrides=cbd)
     transformer = "teacher.model={name: torchvision, architecture: vit_b_32}"
     refuses("cannot train on 64 images of (8, 8) pixels (Wrong image height!", "train-teacher", overrides=[transformer])
 
@@ -189,6 +196,13 @@ def two_classes(folder) -> str:
         (folder / "train" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "train" / name / "0.png")
     return f"data={{name: imagefolder, root: {folder}, train: train, test: train, workers: 0}}"
+
+
+def test_a_reader_that_goes_away_is_no_error(cache):
+    command = [sys.executable, str(ROOT / "cli.py"), "inspect", str(cache)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -19,6 +19,7 @@ from pipeline.models import build_model
 from pipeline.samplers import instance_balanced
 from pipeline.student import open_matching_cache, train_student
 from pipeline.targets import Targets
+from pipeline.teacher import train_teacher
 from pipeline.verify import verify_cache
 
 STEPS = 56
@@ -109,6 +110,22 @@ def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, 
     assert 0 < np.abs(exact - coded).max() < 0.02 * exact.max()
     report = verify_cache(str(path), [str(teacher_run)], 2, None, (), tiny.CPU)
     assert report["passed"] and 0 < report["mean"] <= 0.005 + 1e-4
+    assert verify_cache(str(path), [str(teacher_run)], 1, None, ("cache.precision=bfloat16",), tiny.CPU)["passed"]
+    with pytest.raises(UserError, match="is verified as it was dumped, but cache.temperature was 2.0 and is now 3.0; -o may"):
+        verify_cache(str(path), [str(teacher_run)], 2, None, ("cache.temperature=3",), tiny.CPU)
+
+
+def test_what_may_not_be_meant_is_noted(tmp_path, teacher_run, capsys):
+    run = tmp_path / "run"
+    schedule = "teacher.training.schedule={name: step, warmup_epochs: 1, milestones: [1, 2, 180]}"
+    train_teacher(tiny.experiment(schedule), str(run), tiny.CPU)
+    assert "note: training.schedule.milestones 2, 180 do not come in 2 epochs" in (run / "log.txt").read_text()
+    assert "note" not in (teacher_run / "log.txt").read_text()
+    capsys.readouterr()
+    dump_logits(tiny.experiment("data.imbalance_ratio=5"), [str(teacher_run)], str(tmp_path / "other.zarr"), tiny.CPU)
+    assert "was trained on other images (464 samples of 10 classes) than it is asked about (" in capsys.readouterr().out
+    dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "same.zarr"), tiny.CPU)
+    assert "note" not in capsys.readouterr().out
 
 
 def test_the_student_needs_no_teacher(tmp_path, teacher_run, cache):
