@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import select
 import shlex
 import signal
 import sys
@@ -86,12 +87,12 @@ def guarded(command):
 
 def reader_gone() -> bool:
     """Whether nobody reads the output any more, as after `| head`; then nothing more is said."""
-    try:
-        sys.stdout.flush()
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):
         return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
-        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+    return True
 
 
 def experiment(command):

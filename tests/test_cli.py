@@ -199,7 +199,7 @@ def two_classes(folder) -> str:
 
 
 def test_a_reader_that_goes_away_is_no_error(cache):
-    command = [sys.executable, str(ROOT / "cli.py"), "inspect", str(cache)]
+    command = [sys.executable, str(ROOT / "cli.py"), "inspect", str(cache), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 1
