@@ -60,13 +60,13 @@ Override = Annotated[str, AfterValidator(_of_an_experiment)]
 
 
 def _of_the_teacher(override: str) -> str:
-    if not override.startswith("teacher."):
-        raise ValueError(f"a member changes its own teacher, so overrides begin with teacher.; found {override!r}")
+    if re.split("[.=]", override)[0] not in ("teacher", "views"):
+        raise ValueError(f"a member changes its own training, so overrides begin with teacher or views; found {override!r}")
     return override
 
 
 class Member(Section):
-    """A teacher of an ensemble."""
+    """A teacher, alone or of an ensemble. Its views are those it is trained under; it is asked about the row's."""
 
     seed: Seed = 0
     set: tuple[Annotated[str, AfterValidator(_of_the_teacher)], ...] = ()  # overrides of its own
@@ -436,8 +436,9 @@ def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     panels[0][0].set_yticks(range(len(names)), names)
     panels[0][0].set_ylim(len(names) - 0.5, -0.5)
-    handles = [Line2D([], [], marker="o", ls="", color="C0"), Line2D([], [], marker="|", ls="", color="C1")]
-    figure.legend(handles, ["ours", "published"], loc="outside lower center", ncols=2)
+    if any(cell["published"] for cell in values):
+        handles = [Line2D([], [], marker="o", ls="", color="C0"), Line2D([], [], marker="|", ls="", color="C1")]
+        figure.legend(handles, ["ours", "published"], loc="outside lower center", ncols=2)
     figure.suptitle(title, wrap=True, fontsize="medium")
     figure.savefig(path, dpi=130)
 

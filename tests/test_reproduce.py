@@ -69,6 +69,21 @@ def test_teachers_and_caches_are_shared_and_come_first(table):
     assert [job.arguments[0] for job in jobs] == ["train-teacher", "dump-logits", "train-student"]
 
 
+def test_the_sweep_over_views_asks_one_teacher_about_all(monkeypatch):
+    """Were each row's teacher trained under the row's views, the sweep would compare teachers."""
+    monkeypatch.setenv("OFFLINE_BKD_DATA", "data")
+    jobs, _ = jobs_of("views", seeds=(0,))
+    views = {}
+    for job in jobs:
+        command, *arguments = job.arguments
+        asked = cli.main.commands[command].make_context(command, [*arguments, "--out", "out"]).params
+        views.setdefault(command, []).append(load_config(asked["config_file"], asked["overrides"]).views)
+    recipe = load_config(ROOT / "configs" / "cifar100-lt.yaml").views
+    assert views["train-teacher"] == [recipe]
+    assert [found.count for found in views["dump-logits"]] == [1, 4, 16, 64]
+    assert views["train-student"] == views["dump-logits"]
+
+
 def test_a_folder_is_for_one_experiment(table):
     full, quick = (jobs_of(table, quick=quick)[1] for quick in (False, True))
     assert full["KD", "digits", 0].out == quick["KD", "digits", 0].out, "nothing differs"
@@ -100,7 +115,10 @@ def test_a_folder_is_for_one_experiment(table):
         ({"rows": {"A": {"backbone": "B"}, "B": {"backbone": "A"}}}, "row 'B' takes its backbone from another"),
         ({"rows": {"A": {"teachers": []}}}, "rows.A.teachers: .*at least 1 item"),
         ({"rows": {"A": {"teachers": [{"seed": 1}, {"seed": 1}]}}}, "rows.A.teachers: .*comes twice; give each once"),
-        ({"rows": {"A": {"teachers": [{"set": ["data.seed=1"]}]}}}, "overrides begin with teacher.; found 'data.seed=1'"),
+        (
+            {"rows": {"A": {"teachers": [{"set": ["data.seed=1"]}]}}},
+            "overrides begin with teacher or views; found 'data.seed=1'",
+        ),
         ({"seeds": [0, 0]}, "seeds: 0 comes twice; give each once"),
         ({"seeds": [True]}, "seeds.0: .*integer; found True"),
         ({"seeds": []}, "seeds: .*at least 1 item"),
