@@ -365,7 +365,8 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: lis
     A (column, row) that is not `asked` for has a line where there is a run of it.
     """
     title = _title(table, quick)
-    heading = ["data", "method", "seeds", *COLUMNS, "best epoch's all", "published", "difference"]
+    compared = any(row.published for row in table.rows.values())  # a sweep has no published numbers
+    heading = ["data", "method", "seeds", *COLUMNS, "best epoch's all", *(["published", "difference"] if compared else [])]
     rows, values = [heading], []
     for column, name in table.cells:
         row = table.rows[name]
@@ -386,10 +387,13 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: lis
                 str(len(found)),
                 *[spread(score) if found else "–" for score in scores.values()],
                 spread(best) if found else "–",
+            ]
+        )
+        if compared:
+            rows[-1] += [
                 "–" if overall is None else f"{overall:.2f}",
                 "–" if overall is None or not found else f"{np.mean(ours) - overall:+.2f}",
             ]
-        )
         seeds = [summary["seed"] for summary in found]
         values.append(
             {
@@ -402,7 +406,9 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: lis
             }
         )
     rule = ["---", "---"] + ["---:"] * (len(heading) - 2)
-    note = f"All, many, medium, few: top-1 of the last epoch, %. Difference: our {table.published} epoch minus published."
+    note = "All, many, medium, few: top-1 of the last epoch, %."
+    if compared:
+        note += f" Difference: our {table.published} epoch minus published."
     lines = [f"# {title}", "", note, "", *["| " + " | ".join(row) + " |" for row in (heading, rule, *rows[1:])]]
     text = io.StringIO()
     csv.writer(text).writerows(rows)
