@@ -163,7 +163,8 @@ class Training(Section):
     momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights and losses stay float32
+    # of the forward pass; weights and losses stay float32. On a GPU torch multiplies in TF32 within float32's convolutions
+    precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = True  # the memory format of images, weights and activations; false: contiguous
     fused: bool = True  # the optimiser steps all weights in one call; false: tensor by tensor
     # torch.compile: a start of about a minute for faster steps; cuda_graphs also launches each pass as one

@@ -125,6 +125,7 @@ def train_in_steps(task: Task, run: runs.Run, about: dict) -> Generator[None, No
     if run.has("summary.json"):
         run.log(f"the run in {run.folder} is complete")
         return
+    torch.backends.cudnn.deterministic = True  # its fastest convolutions add in another order each time
     training, model = task.training, task.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     classes = sum(count > 0 for count in about["class_counts"])

@@ -318,6 +318,9 @@ def test_training_on_a_cuda_device_follows_the_cpu(tmp_path, teacher_run):
     train_teacher(tiny.experiment(), str(tmp_path / "cuda"), torch.device("cuda"))
     cpu, cuda = (runs.Run(Path(folder)).metrics() for folder in (teacher_run, tmp_path / "cuda"))
     assert cuda[0]["loss"] == pytest.approx(cpu[0]["loss"], rel=0.02)
+    train_teacher(tiny.experiment(), str(tmp_path / "again"), torch.device("cuda"))
+    first, again = (runs.open_run(tmp_path / name).summary()["digest"] for name in ("cuda", "again"))
+    assert first == again, "one seed, one device, other bits"
 
 
 def test_the_share_of_time_spent_waiting_for_data_is_reported(tmp_path, monkeypatch):
