@@ -396,7 +396,10 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | N
     override "base=FILE" names another in its place. Raises UserError with every error in it, one a line.
     """
     bases = [override.removeprefix("base=") for override in overrides if override.startswith("base=")]
-    values = _read(Path(path), bases[-1] if bases else None)
+    files = _read(Path(path), bases[-1] if bases else None)
+    values: dict = {}
+    for _, above in reversed(files):
+        values = _over(values, above)
     for number, override in enumerate(overrides):
         if not override.startswith("base="):
             _override(values, override, overrides[:number])
@@ -405,7 +408,8 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | N
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in explain(error, Experiment))) from None
+        lines = [f"{_source(where, files, overrides)}: {where}: {what}" for where, what in explain(error, Experiment)]
+        raise UserError("\n".join(lines)) from None
 
 
 def dump_config(config: Experiment) -> str:
@@ -442,22 +446,52 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
-def _read(path: Path, base: str | None = None, above: tuple[Path, ...] = ()) -> dict:
-    """The values in the file `path` over those of its base, or of the file `base`. `above`: the files that it is a base of."""
-    try:
-        values = read_yaml(path)
-    except OSError as error:
-        of = f"{above[-1]}: base: " if above else ""
-        raise UserError(f"{of}cannot read the configuration {path}: {error.strerror}; name a YAML file")
-    own = values.pop("base", None)
-    if own is not None and not isinstance(own, str):
-        raise UserError(f"{path}: base: names a file; found {own!r}")
-    if own is None and base is None:
-        return values
-    below = path.parent / os.path.expanduser(own) if base is None else Path(os.path.expanduser(base))
-    if below.resolve() in (files := (*above, path.resolve())):
-        raise UserError(f"{path}: base: {below} leads back to itself; name a file that is complete without it")
-    return _over(_read(below, above=files), values)
+def _read(path: Path, base: str | None = None) -> list[tuple[Path, dict]]:
+    """The file `path`, its base, or the file `base` in that one's place, and so on downwards: each with its own values."""
+    files: list[tuple[Path, dict]] = []
+    below: Path | None = path
+    while below:
+        try:
+            values = read_yaml(below)
+        except OSError as error:
+            of = f"{files[-1][0]}: base: " if files else ""
+            raise UserError(f"{of}cannot read the configuration {below}: {error.strerror}; name a YAML file")
+        files.append((below, values))
+        own = values.pop("base", None)
+        if own is not None and not isinstance(own, str):
+            raise UserError(f"{below}: base: names a file; found {own!r}")
+        if base is not None:
+            below, base = Path(os.path.expanduser(base)), None
+        else:
+            below = None if own is None else below.parent / os.path.expanduser(own)
+        if below and below.resolve() in [file.resolve() for file, _ in files]:
+            raise UserError(f"{files[-1][0]}: base: {below} leads back to itself; name a file that is complete without it")
+    return files
+
+
+def _source(where: str, files: list[tuple[Path, dict]], overrides: tuple[str, ...]) -> str:
+    """Who says what stands at the key `where`: the last override, or else the topmost file, that does."""
+    for override in reversed(overrides):
+        if f"{where}.".startswith(override.partition("=")[0] + "."):
+            return f"-o {override}"
+    key = where
+    while key:
+        for path, values in files:
+            if _holds(values, key):
+                return str(path)
+        for override in reversed(overrides):
+            if override.startswith(f"{key}."):
+                return f"-o {override}"
+        key = key.rpartition(".")[0]
+    return str(files[0][0])
+
+
+def _holds(values, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _over(below: dict, above: dict, *place: str) -> dict:
@@ -530,27 +564,25 @@ def _default(section, key: str):
     return field.annotation if isinstance(field.annotation, type) else None
 
 
-def explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
-    """Each error of a section of kind `schema` as one line, with a suggestion where a key is unknown."""
-    return [_line(item, schema) for item in error.errors()]
+def explain(error: ValidationError, schema: type[BaseModel]) -> list[tuple[str, str]]:
+    """(the dotted key, what is wrong there) of each error of a section of kind `schema`; unknown keys with a suggestion."""
+    return [_explain(item, schema) for item in error.errors()]
 
 
-def _line(error: dict, schema: type[BaseModel]) -> str:
+def _explain(error: dict, schema: type[BaseModel]) -> tuple[str, str]:
     where, known = _place(error["loc"], schema)
     found, kind, context = error["input"], error["type"], error.get("ctx", {})
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: unknown key; {_nearest(error['loc'][-1], known)}"
+        return where, f"unknown key; {_nearest(error['loc'][-1], known)}"
     if kind == "union_tag_invalid":
-        return f"{where}.name: {context['tag']!r} is not known; {_nearest(context['tag'], known)}"
+        return f"{where}.name", f"{context['tag']!r} is not known; {_nearest(context['tag'], known)}"
     if kind == "union_tag_not_found":
-        return f"{where}.name: missing; one of {', '.join(known)} must be given"
+        return f"{where}.name", f"missing; one of {', '.join(known)} must be given"
     if kind in ("missing", "missing_keyword_only_argument"):
-        return f"{where}: missing; it must be given"
+        return where, "missing; it must be given"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return (
-        f"{where}: {message}" if isinstance(found, dict) or kind == "value_error" else f"{where}: {message}; found {found!r}"
-    )
+    return where, message if isinstance(found, dict) or kind == "value_error" else f"{message}; found {found!r}"
 
 
 def _place(loc: tuple, kind: type[BaseModel]) -> tuple[str, dict[str, dict]]:

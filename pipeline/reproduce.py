@@ -173,7 +173,7 @@ def load_table(name: str) -> Table:
     try:
         table = Table.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in explain(error, Table))) from None
+        raise UserError("\n".join(f"{path}: {where}: {what}" for where, what in explain(error, Table))) from None
 
     def placed(section, *keys: str):
         files = {key: getattr(section, key) for key in keys}

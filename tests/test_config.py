@@ -197,3 +197,26 @@ def test_another_base_can_be_named_from_the_folder_of_the_command(files, monkeyp
 def test_what_is_wrong_with_a_base_is_named(files, text, message):
     with pytest.raises(UserError, match=message):
         load_config(files(own=text, other="base: own.yaml", whole=WHOLE))
+
+
+def test_an_error_is_blamed_on_who_made_it(files):
+    path = files(
+        own="base: middle.yaml\nstudent: {training: {epochs: 0}}",
+        middle="base: whole.yaml\ndata: {rooot: here}",
+        whole=WHOLE.replace("pad: 1", "pad: -1"),
+    )
+
+    def blamed(*overrides):
+        with pytest.raises(UserError) as caught:
+            load_config(path, overrides)
+        return {
+            line.split(": ")[1]: line.split(": ")[0].removeprefix(f"{path.parent}/") for line in str(caught.value).splitlines()
+        }
+
+    files_alone = {"student.training.epochs": "own.yaml", "data.rooot": "middle.yaml", "views": "whole.yaml"}
+    assert blamed() == files_alone
+    assert blamed("student.method.alpa=1") == {**files_alone, "student.method.alpa": "-o student.method.alpa=1"}
+    assert blamed("student.training.epochs=-1")["student.training.epochs"] == "-o student.training.epochs=-1"
+    assert blamed("studnt.training.epochs=1") == {**files_alone, "studnt": "-o studnt.training.epochs=1"}
+    with pytest.raises(UserError, match="-o data={name: parquet, train: a}: data.test: missing"):
+        load_config(path, ("data={name: parquet, train: a}",))
