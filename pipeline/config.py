@@ -124,7 +124,13 @@ class TorchvisionModel(Network):
 
     name: Literal["torchvision"]
     architecture: str
-    weights: str | None = None  # a local .pth or .safetensors file, or "DEFAULT" for torchvision's own download
+    # a local .pth or .safetensors file, or the name of torchvision's own, downloaded: IMAGENET1K_V1; DEFAULT is its newest
+    weights: str | None = None
+
+    @property
+    def downloads(self) -> bool:
+        """Whether `weights` are torchvision's own; files have a suffix."""
+        return self.weights is not None and not Path(self.weights).suffix
 
 
 class Constant(Section):

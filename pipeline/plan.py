@@ -55,7 +55,7 @@ def show_plan(
     samples, classes, views = len(training_set), len(training_set.classes), config.views.count
     images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
     network = section.model
-    if network.name == "torchvision" and (stage == "dump" or network.weights == "DEFAULT"):
+    if network.name == "torchvision" and (stage == "dump" or network.downloads):
         network = network.model_copy(update={"weights": None})  # no size or time depends on them
     model = build_model(
         network, classes, config.data, config.seed, images[0].crop_size, channels_last=section.training.channels_last

@@ -138,11 +138,11 @@ def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, capsys, section):
 
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", online)
     monkeypatch.setattr(datasets.CIFAR10, "download", online)
-    pretrained = f"{section}.model={{name: torchvision, architecture: resnet18, weights: DEFAULT}}"
+    pretrained = f"{section}.model={{name: torchvision, architecture: resnet18, weights: IMAGENET1K_V1}}"
     command = [f"train-{section}", *([] if section == "teacher" else ["--cache", "nowhere"])]
     with pytest.raises(SystemExit) as stop:
         dry(*command, overrides=[pretrained])
-    assert stop.value.code == 0 and "weights: DEFAULT" in capsys.readouterr().out
+    assert stop.value.code == 0 and "weights: IMAGENET1K_V1" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         dry(*command, overrides=[f"data={{name: cifar10, root: {tmp_path}}}"])
     assert stop.value.code == 2 and "cifar10 is not in" in (said := capsys.readouterr().err)

@@ -23,7 +23,7 @@ def test_every_shipped_configuration_loads_and_opens_with_its_command(path):
     ("name", "architecture", "weights", "batch_size"),
     [
         ("imagenet-lt", "resnet10", None, 512),
-        ("places-lt", "resnet152", "DEFAULT", 128),
+        ("places-lt", "resnet152", "IMAGENET1K_V1", 128),
         ("inaturalist2018", "resnet50", None, 256),
     ],
 )

@@ -153,8 +153,17 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
         raise URLError("no route")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(UserError, match="cannot load weights DEFAULT of resnet18: .*no route"):
-        torchvision_model(weights="DEFAULT")
+    for name in "DEFAULT", "IMAGENET1K_V1":
+        with pytest.raises(UserError, match=f"cannot load weights {name} of resnet18: .*no route"):
+            torchvision_model(weights=name)
+    with pytest.raises(
+        UserError, match="no weights IMAGENET_V1 of resnet18; IMAGENET1K_V1, DEFAULT are torchvision's; or give"
+    ):
+        torchvision_model(weights="IMAGENET_V1")
+    with pytest.raises(
+        UserError, match="no weights DEFAULT of resnet10; torchvision has none; or give a .safetensors or .pth"
+    ):
+        build_model(config.TorchvisionModel(name="torchvision", architecture="resnet10", weights="DEFAULT"), 5, DATA, 0)
 
 
 def test_a_layer_that_is_missing_is_not_excused_by_its_width(tmp_path):

@@ -203,11 +203,16 @@ def _load_weights(section: config.TorchvisionModel) -> dict:
     from safetensors.torch import load_file
     from torchvision import models
 
-    path = Path(section.weights)
+    what = f"{section.weights} of {section.architecture}"
+    if section.downloads:
+        own = {} if section.architecture == "resnet10" else models.get_model_weights(section.architecture).__members__
+        if section.weights not in own:
+            known = f"{', '.join(own)} are torchvision's" if own else "torchvision has none"
+            raise UserError(f"there are no weights {what}; {known}; or give a .safetensors or .pth state dict")
     try:
-        if section.weights == "DEFAULT":
-            return models.get_model_weights(section.architecture).DEFAULT.get_state_dict(progress=False)
+        if section.downloads:
+            return own[section.weights].get_state_dict(progress=False)
+        path = Path(section.weights)
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        what = f"{section.weights} of {section.architecture}"
         raise UserError(f"cannot load weights {what}: {str(error).splitlines()[0]}; give a .safetensors or .pth state dict")
