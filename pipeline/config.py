@@ -289,8 +289,8 @@ class LFME(Method):
 class OLTR(Method):
     """Another run's backbone, all of it training on, with a memory of class centroids (Liu et al., 2019).
 
-    On class-balanced samples; needs model.memory. The authors' backbone learns at a tenth of the rest's rate; here one
-    rate is for all.
+    On class-balanced samples; needs model.memory. The authors draw four samples of a class in a row, here each is drawn
+    alone; their backbone learns at a tenth of the rest's rate, here one rate is for all.
     """
 
     learns_from = "backbone"
@@ -300,7 +300,8 @@ class OLTR(Method):
 class BBN(Method):
     """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
 
-    Half of every batch goes to each branch, so a batch is twice as large as theirs. Needs a ResNet of model.branches 2.
+    Half of every batch goes to each branch, so a batch is twice as large as theirs, and what the branches share normalises
+    both halves together. Needs a ResNet of model.branches 2.
     """
 
     name: Literal["bbn"]
