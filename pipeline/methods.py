@@ -129,7 +129,10 @@ def _ldam(method, setting):
 
 
 def _label_weights(method, setting):
-    """The effective-number weight of each sample's class, of mean 1 over the classes, after `reweight_from` of the epochs."""
+    """The effective-number weight of each sample's class, of mean 1 over the classes, after `reweight_from` of the epochs.
+
+    The mean over a batch stays a plain one, as the formulas have it; public code of CB and LDAM divides by the batch's sum.
+    """
     weights = losses.effective_number_weights(torch.as_tensor(setting.class_counts), method.beta)
     weights = (weights * len(weights) / weights.sum()).float().to(setting.device)
     first = round(method.reweight_from * setting.epochs)
