@@ -6,7 +6,7 @@ Unknown keys, wrong types and impossible values are all reported at once, each w
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -402,21 +402,11 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = (), seed: int | N
     A file may name another as its `base`, by a path from its own folder, and then holds only what differs from that; an
     override "base=FILE" names another in its place. Raises UserError with every error in it, one a line.
     """
-    bases = [override.removeprefix("base=") for override in overrides if override.startswith("base=")]
-    files = _read(Path(path), bases[-1] if bases else None)
-    values: dict = {}
-    for _, above in reversed(files):
-        values = _over(values, above)
-    for number, override in enumerate(overrides):
-        if not override.startswith("base="):
-            _override(values, override, overrides[:number])
-    if seed is not None:
-        values["seed"] = seed
+    *_, (_, values) = _stages(path, overrides, seed)
     try:
         return Experiment.model_validate(values)
-    except ValidationError as error:
-        lines = [f"{_source(where, files, overrides)}: {where}: {what}" for where, what in explain(error, Experiment)]
-        raise UserError("\n".join(lines)) from None
+    except ValidationError:
+        raise UserError("\n".join(_blame(_stages(path, overrides, seed)))) from None
 
 
 def dump_config(config: Experiment) -> str:
@@ -453,52 +443,55 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
+def _stages(path: str | Path, overrides: tuple[str, ...], seed: int | None) -> Iterator[tuple[str, dict]]:
+    """The values that an experiment comes to, from its lowest base upwards: after each step, and who made it."""
+    bases = [override for override in overrides if override.startswith("base=")]
+    values: dict = {}
+    for file, above in reversed(_read(Path(path), bases[-1] if bases else None)):
+        values = _over(values, above)
+        yield str(file), values
+    for number, override in enumerate(overrides):
+        if override not in bases:
+            _override(values, override, overrides[:number])
+            yield f"-o {override}", values
+    if seed is not None:
+        values["seed"] = seed
+        yield f"--seed {seed}", values
+
+
+def _blame(stages: Iterable[tuple[str, dict]]) -> list[str]:
+    """The errors that are left at the end, each after who made the step since which it has been there."""
+    made: dict[tuple[str, str], str] = {}
+    for who, values in stages:
+        try:
+            Experiment.model_validate(values)
+            made = {}
+        except ValidationError as error:
+            made = {found: made.get(found, who) for found in explain(error, Experiment)}
+    return [f"{who}: {where}: {what}" for (where, what), who in made.items()]
+
+
 def _read(path: Path, base: str | None = None) -> list[tuple[Path, dict]]:
-    """The file `path`, its base, or the file `base` in that one's place, and so on downwards: each with its own values."""
+    """The file `path`, its base, or that of the override `base` in its place, and so on down: each with its own values."""
     files: list[tuple[Path, dict]] = []
-    below: Path | None = path
-    while below:
+    below, who = path, ""
+    while True:
         try:
             values = read_yaml(below)
         except OSError as error:
-            of = f"{files[-1][0]}: base: " if files else ""
-            raise UserError(f"{of}cannot read the configuration {below}: {error.strerror}; name a YAML file")
+            raise UserError(f"{who}cannot read the configuration {below}: {error.strerror}; name a YAML file")
         files.append((below, values))
         own = values.pop("base", None)
         if own is not None and not isinstance(own, str):
             raise UserError(f"{below}: base: names a file; found {own!r}")
         if base is not None:
-            below, base = Path(os.path.expanduser(base)), None
+            below, who, base = Path(os.path.expanduser(base.removeprefix("base="))), f"-o {base}: ", None
+        elif own is not None:
+            below, who = below.parent / os.path.expanduser(own), f"{below}: base: "
         else:
-            below = None if own is None else below.parent / os.path.expanduser(own)
-        if below and below.resolve() in [file.resolve() for file, _ in files]:
-            raise UserError(f"{files[-1][0]}: base: {below} leads back to itself; name a file that is complete without it")
-    return files
-
-
-def _source(where: str, files: list[tuple[Path, dict]], overrides: tuple[str, ...]) -> str:
-    """Who says what stands at the key `where`: the last override, or else the topmost file, that does."""
-    for override in reversed(overrides):
-        if f"{where}.".startswith(override.partition("=")[0] + "."):
-            return f"-o {override}"
-    key = where
-    while key:
-        for path, values in files:
-            if _holds(values, key):
-                return str(path)
-        for override in reversed(overrides):
-            if override.startswith(f"{key}."):
-                return f"-o {override}"
-        key = key.rpartition(".")[0]
-    return str(files[0][0])
-
-
-def _holds(values, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
+            return files
+        if below.resolve() in [file.resolve() for file, _ in files]:
+            raise UserError(f"{who}{below} leads back to itself; name a file that is complete without it")
 
 
 def _over(below: dict, above: dict, *place: str) -> dict:
@@ -534,7 +527,7 @@ def _taken_over(place: tuple[str, ...], values: dict, name) -> dict:
 def _override(values: dict, override: str, earlier: tuple[str, ...]) -> None:
     """Changes `values` as `override` says; `earlier` ones have done so before."""
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"-o {override}: an override is key=value, such as -o student.training.epochs=5")
     *parents, last = key.split(".")
     default = Experiment
@@ -548,9 +541,9 @@ def _override(values: dict, override: str, earlier: tuple[str, ...]) -> None:
         values[parent] = dict(values[parent])
         values = values[parent]
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"-o {override}: the value is not YAML; quote it")
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"-o {override}: the value is not YAML ({error.problem}); quote it")
     if last == "name" and parents and value != values.get("name"):
         kept, section = _taken_over(tuple(parents), values, value), ".".join(parents)
         for lost in [key for key in values if key not in kept and key != "name"]:

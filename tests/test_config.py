@@ -70,14 +70,15 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("data={name: inaturalist, train: a}", r"data\.test: missing; it must be given"),
         ("data={name: image_list, train: a, test: b, class: c}", r"data\.class: unknown key; did you mean 'classes'\?"),
         ("studnet.training.epochs=5", r"studnet: unknown key; did you mean 'student'\?"),
-        ("a..b=1", r"a: unknown key"),
+        ("a..b=1", r"an override is key=value"),
         ("data.mean.0=0.5", r"'mean' holds a value, not a section"),
         ("data.std=[0, 1, 1]", r"data\.std\.0: .*greater than 0"),
         ("data.mean=[.nan, 0, 0]", r"data\.mean\.0: .*finite"),
         ("student.training.learning_rate=.inf", r"learning_rate: .*finite"),
         ("epochs", r"an override is key=value"),
         ("name.first=1", r"'name' holds a value, not a section"),
-        ("name=[1", r"the value is not YAML; quote it"),
+        ("name=[1", r"the value is not YAML \(.*\); quote it"),
+        ("student.training={epochs: 5, epochs: 3}", r"the value is not YAML \(the key 'epochs' comes twice\)"),
         ("student.method.name=[1]", r"student\.method\.name: '\[1\]' is not known; known are bbn, bkd"),
         ("student.training={nesterov: true, momentum: 0}", r"nesterov needs momentum; set momentum, usually 0\.9"),
     ],
@@ -206,17 +207,25 @@ def test_an_error_is_blamed_on_who_made_it(files):
         whole=WHOLE.replace("pad: 1", "pad: -1"),
     )
 
-    def blamed(*overrides):
+    def blamed(*overrides, seed=None):
         with pytest.raises(UserError) as caught:
-            load_config(path, overrides)
-        return {
-            line.split(": ")[1]: line.split(": ")[0].removeprefix(f"{path.parent}/") for line in str(caught.value).splitlines()
-        }
+            load_config(path, overrides, seed)
+        lines = [line.removeprefix(f"{path.parent}/").split(": ") for line in str(caught.value).splitlines()]
+        return {where: who for who, where, *_ in lines}
 
     files_alone = {"student.training.epochs": "own.yaml", "data.rooot": "middle.yaml", "views": "whole.yaml"}
     assert blamed() == files_alone
-    assert blamed("student.method.alpa=1") == {**files_alone, "student.method.alpa": "-o student.method.alpa=1"}
-    assert blamed("student.training.epochs=-1")["student.training.epochs"] == "-o student.training.epochs=-1"
-    assert blamed("studnt.training.epochs=1") == {**files_alone, "studnt": "-o studnt.training.epochs=1"}
-    with pytest.raises(UserError, match="-o data={name: parquet, train: a}: data.test: missing"):
-        load_config(path, ("data={name: parquet, train: a}",))
+    for override, where in {
+        "student.method.alpa=1": "student.method.alpa",
+        "studnt.training.epochs=1": "studnt",
+        "student.training.epochs=-1": "student.training.epochs",
+        "views.pad=-2": "views",  # what is said of a whole section
+        "data.name=parquet": "data.test",  # what is missing now
+    }.items():
+        assert blamed(override)[where] == f"-o {override}"
+        assert blamed("cache.temperature=3", override, "student.model.width=6")[where] == f"-o {override}"
+    assert blamed(seed=-1) == {**files_alone, "seed": "--seed -1"}
+    path = files(own="base: right.yaml", right=WHOLE)
+    assert blamed("student.method.name=cbd", "student.training.epochs=3") == {"student": "-o student.method.name=cbd"}
+    with pytest.raises(UserError, match="-o base=nowhere.yaml: cannot read the configuration nowhere.yaml"):
+        load_config(path, ("base=nowhere.yaml",))
