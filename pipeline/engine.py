@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cache import philox
-from pipeline import runs, samplers
+from pipeline import UserError, runs, samplers
 from pipeline.config import Training
 from pipeline.data.images import Batch
 from pipeline.progress import Progress
@@ -139,6 +139,8 @@ def train_in_steps(task: Task, run: runs.Run, about: dict) -> Generator[None, No
     if run.has("state.safetensors"):
         first, best = _load_state(run, task.network, optimiser)
         run.log(f"resumed after epoch {first} of {training.epochs}")
+    elif run.has("last.safetensors") and len(run.metrics()) > 1:  # one: it ended before its state was written
+        raise UserError(f"{run.folder} has lost state.safetensors, which --resume needs; restore it, or name another folder")
     run.rewind_metrics(first)
     mode = "reduce-overhead" if training.compile == "cuda_graphs" else "default"
     forward = torch.compile(task.network, mode=mode) if training.compile else task.network
@@ -160,7 +162,7 @@ def train_in_steps(task: Task, run: runs.Run, about: dict) -> Generator[None, No
             _save_state(run, task.network, optimiser, epoch + 1, best)
             progress.advance(record["images_per_second"], "images/s")
             run.log(_line(record, training.epochs))
-    records = run.metrics()
+    records = run.metrics(training.epochs)
     run.write_summary(
         {
             **about,

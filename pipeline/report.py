@@ -37,7 +37,7 @@ def draw_run(run: runs.Run) -> None:
     scores = {name(summary): summary["last"]}
     if summary["teacher"] and "test" in summary["teacher"]:  # an average of teachers was never tested
         scores = {NAMES["teacher"]: summary["teacher"]["test"], **scores}
-    _draw_curves([(name(summary), run.metrics())], run.folder / "curves.png")
+    _draw_curves([(name(summary), run.metrics(summary["last"]["epoch"]))], run.folder / "curves.png")
     _draw_classes(scores, np.array(summary["class_counts"]), run.folder / "accuracy_by_class.png")
 
 
@@ -88,7 +88,7 @@ def _grouped(folders: list[str], opened: list[runs.Run], summaries: list[dict]) 
         group = found.setdefault(json.dumps(did), {"name": name(summary), "folder": folder, "seeds": {}})
         if summary["seed"] in group["seeds"]:
             raise UserError(f"{folder} repeats the experiment and the seed of another run; name each run once")
-        group["seeds"][summary["seed"]] = summary, run.metrics()
+        group["seeds"][summary["seed"]] = summary, run.metrics(summary["last"]["epoch"])
     names = [group["name"] for group in found.values()]
     return {
         group["name"] if names.count(group["name"]) == 1 else f"{group['name']} ({Path(group['folder']).name})": list(

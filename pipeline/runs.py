@@ -26,9 +26,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -38,6 +40,46 @@ from pipeline import UserError
 from pipeline.config import Experiment, dump_config, load_config
 
 PACKAGES = ("torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
+
+
+class _Scores(BaseModel):
+    epoch: int
+    top1: float
+    many: float | None
+    medium: float | None
+    few: float | None
+    per_class: list[float | None]
+
+
+class _Summary(BaseModel):
+    """What other commands read of summary.json."""
+
+    method: str
+    seed: int
+    classes: list[str]
+    class_counts: list[NonNegativeInt]
+    dataset: dict
+    test_dataset: dict
+    teacher: dict | None
+    digest: str
+    last: _Scores
+    best: _Scores
+
+    @model_validator(mode="after")
+    def _of_every_class(self):
+        if any(len(part) != len(self.classes) for part in (self.class_counts, self.last.per_class, self.best.per_class)):
+            raise ValueError(f"class_counts and per_class are not of {len(self.classes)} classes")
+        return self
+
+
+class _Environment(BaseModel):
+    """What other commands read of environment.json."""
+
+    stage: Literal["teacher", "student"]
+    device: str
+    packages: dict[str, str]
+    threads: int
+    learns_from: str | None
 
 
 class Run:
@@ -55,18 +97,25 @@ class Run:
     def append_metrics(self, record: dict) -> None:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the state that says that the epoch is over
 
-    def metrics(self) -> list[dict]:
-        """One dictionary an epoch, oldest first."""
+    def metrics(self, epochs: int | None = None) -> list[dict]:
+        """One dictionary an epoch, oldest first: of all, or of the first `epochs`. Raises UserError if one is not there."""
         path = self.folder / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            records = [json.loads(line) for line in path.read_text().splitlines()[:epochs]]
+            if [record["epoch"] for record in records] != [*range(1, (len(records) if epochs is None else epochs) + 1)]:
+                raise ValueError("not every epoch is there once")
+            return records
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); restore it or train again")
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Forgets what was recorded after the first `epochs` epochs."""
+        """Forgets what was recorded after the first `epochs` epochs. Raises UserError if those are not there."""
         path = self.folder / "metrics.jsonl"
+        if epochs:
+            self.metrics(epochs)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         write_whole(path, "".join(lines[:epochs]).encode())
 
@@ -91,14 +140,17 @@ class Run:
         """ "teacher" or "student"."""
         return self.environment()["stage"]
 
-    def _json(self, file: str, *keys: str) -> dict:
+    def _json(self, file: str, schema: type[BaseModel]) -> dict:
         try:
             values = json.loads((self.folder / file).read_text())
-            for key in keys:
-                values[key]
+            schema.model_validate(values)
             return values
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.folder / file} is missing or damaged ({error}); restore it or train again")
+        except ValidationError as error:
+            first = error.errors()[0]
+            found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except (OSError, ValueError) as error:
+            found = error
+        raise UserError(f"{self.folder / file} is missing or damaged ({found}); restore it or train again")
 
     def has(self, file: str) -> bool:
         return (self.folder / file).exists()
@@ -108,10 +160,10 @@ class Run:
         (self.folder / "state.safetensors").unlink(missing_ok=True)
 
     def summary(self) -> dict:
-        return self._json("summary.json", "classes", "class_counts", "digest", "last", "best")
+        return self._json("summary.json", _Summary)
 
     def environment(self) -> dict:
-        return self._json("environment.json", "stage", "device", "packages", "threads", "learns_from")
+        return self._json("environment.json", _Environment)
 
     def config(self, overrides: tuple[str, ...] = ()) -> Experiment:
         return load_config(self.folder / "config.yaml", overrides)

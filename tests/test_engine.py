@@ -151,6 +151,39 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("metrics.jsonl", lambda text: text[:-9], "metrics.jsonl is missing or damaged"),
+        ("metrics.jsonl", lambda text: text.partition("\n")[2], "metrics.jsonl is .* damaged .not every epoch is there once"),
+        ("metrics.jsonl", lambda text: "", "metrics.jsonl is .* damaged .not every epoch is there once"),
+        ("metrics.jsonl", None, "metrics.jsonl is missing or damaged"),
+        ("state.safetensors", None, "has lost state.safetensors, which --resume needs; restore it, or name another folder"),
+    ],
+)
+def test_a_run_that_lost_something_is_not_resumed(tmp_path, file, damage, message):
+    config, path = tiny.experiment("teacher.training.epochs=4"), tmp_path / "run" / file
+    with tiny.interrupted_after(2):
+        train_teacher(config, str(tmp_path / "run"), tiny.CPU)
+    damaged = damage and damage(path.read_text())
+    path.write_text(damaged) if damage else path.unlink()
+    last = (tmp_path / "run" / "last.safetensors").read_bytes()
+    with pytest.raises(UserError, match=message):
+        train_teacher(config, str(tmp_path / "run"), tiny.CPU, resume=True)
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == last
+
+
+def test_a_line_that_was_being_written_when_the_run_was_killed_is_forgotten(tmp_path):
+    config = tiny.experiment("teacher.training.epochs=4")
+    train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
+    with tiny.interrupted_after(2):
+        train_teacher(config, str(tmp_path / "cut"), tiny.CPU)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "lo')
+    train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
+    assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config = tiny.experiment("teacher.training.learning_rate=1e30", "teacher.training.schedule={name: constant}")
     with pytest.raises(

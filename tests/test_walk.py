@@ -1,5 +1,6 @@
 """The walk from images to a student, and that cached training is training with a live teacher."""
 
+import json
 import shutil
 import tempfile
 from types import SimpleNamespace
@@ -434,7 +435,10 @@ def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
     ("file", "damage", "message"),
     [
         ("summary.json", "{", "summary.json is missing or damaged"),
-        ("summary.json", "{}", "summary.json is missing or damaged .'classes'"),
+        ("summary.json", "{}", "summary.json is missing or damaged .method: Field required"),
+        ("summary.json", lambda found: found["last"].update(many="x"), "last.many: Input should be a valid number"),
+        ("summary.json", lambda found: found["last"]["per_class"].pop(), "class_counts and per_class are not of 10 classes"),
+        ("summary.json", lambda found: found["class_counts"].__setitem__(0, -5), "class_counts.0: Input should be greater"),
         ("environment.json", None, "environment.json is missing or damaged"),
         ("config.yaml", "width: 8", "last.safetensors in .* does not fit its config.yaml"),
         ("last.safetensors", "best", "is not the checkpoint its summary.json describes"),
@@ -452,6 +456,10 @@ def test_a_damaged_run_is_named(tmp_path, teacher_run, file, damage, message):
     elif damage == "best":
         run = runs.Run(tmp_path / "run")
         run.save_tensors("last", {name: value * 2 for name, value in run.load_tensors("best")[0].items()})
+    elif callable(damage):
+        found = json.loads(path.read_text())
+        damage(found)
+        path.write_text(json.dumps(found))
     else:
         path.write_text(damage)
     with pytest.raises(UserError, match=message):
