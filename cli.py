@@ -26,9 +26,11 @@ class Commands(click.Group):
             )
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
-        except click.ClickException as error:
-            error.show()
+        except click.exceptions.NoArgsIsHelpError as asked:
+            asked.show()
             sys.exit(2)
+        except click.ClickException as error:
+            fail(error.format_message(), 2)
         sys.exit(result or 0)
 
     def get_command(self, context, name):
@@ -260,7 +262,11 @@ def inspect(store, as_json):
 @click.option("--tolerance", type=float, help="Largest mean total variation to accept; default: what the encoding promises.")
 @click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
 @click.option(
-    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the teacher's config; repeatable."
+    "-o",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Other places of its training images (data), cache.precision; repeatable.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @guarded
@@ -273,6 +279,10 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
     from pipeline import show
 
     if checksums:
+        if teachers or overrides or tolerance is not None:
+            raise UserError(
+                "--checksums computes no answers; leave out --teacher, --tolerance and -o, or leave out --checksums"
+            )
         problems = open_cache(store).verify_checksums()
         for problem in problems:
             click.echo(problem)
@@ -302,7 +312,7 @@ def export(store, out, views, labels, probabilities):
     from cache import open_cache
 
     rows = open_cache(store).export_parquet(
-        out, view=list(views) or None, label=list(labels) or None, probabilities=probabilities
+        out, view=list(dict.fromkeys(views)) or None, label=list(labels) or None, probabilities=probabilities
     )
     click.echo(f"{out}: {rows:,} rows")
 

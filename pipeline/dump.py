@@ -46,13 +46,8 @@ def dump_logits(
     teacher, identities = load_teachers(teachers, training_set, section.features)
     if apart and "expert" in identities[0]:
         raise UserError("experts teach together, from one cache; leave out --apart")
-    for folder, one in zip(teachers, identities):
-        if "expert" not in one and one["dataset"] != training_set.fingerprint:
-            print(
-                f"note: the teacher in {folder} was trained on other images ({one['dataset']['size']}) "
-                f"than it is asked about ({training_set.fingerprint['size']})",
-                flush=True,
-            )
+    for note in notes_on_teachers(teachers, identities, training_set):
+        print(f"note: {note}", flush=True)
     teacher.to(device)
     images = open_images(training_set, config.views, device, config.data.workers)
     names = [Path(folder).resolve().name for folder in teachers]
@@ -228,6 +223,16 @@ def load_teachers(
         raise UserError(f"the teacher in {repeated[0]} is given twice; name different teachers")
     _refuse_unfit(members, identities, training_set)
     return Teachers(list(members), features).eval(), list(identities)
+
+
+def notes_on_teachers(folders: Sequence[str], identities: list[dict], training_set: datasets.Dataset) -> list[str]:
+    """What is allowed, but perhaps not meant."""
+    return [
+        f"the teacher in {folder} was trained on other images ({one['dataset']['size']}) "
+        f"than it is asked about ({training_set.fingerprint['size']})"
+        for folder, one in zip(folders, identities)
+        if "expert" not in one and one["dataset"] != training_set.fingerprint
+    ]
 
 
 def cache_paths(teachers: Sequence[str], out: str, apart: bool) -> list[str]:

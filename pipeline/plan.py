@@ -16,11 +16,11 @@ from pipeline import engine, losses, runs, show
 from pipeline.config import Experiment, dump_config
 from pipeline.data import datasets
 from pipeline.data.images import open_images
-from pipeline.dump import cache_paths, load_teachers
+from pipeline.dump import cache_paths, load_teachers, notes_on_teachers
 from pipeline.evaluate import infer
 from pipeline.methods import refuse_width
-from pipeline.models import build_model
-from pipeline.recipe import refuse_device, refuse_unfit, take_backbone
+from pipeline.models import build_model, own_weights
+from pipeline.recipe import notes_on_training, refuse_device, refuse_unfit, take_backbone
 from pipeline.student import open_matching_cache, refuse_sources
 
 
@@ -49,17 +49,22 @@ def show_plan(
     if stage == "student":
         refuse_sources(section.method, cache, backbone)
     training_set, test_set = datasets.load(config.data, config.expert(stage), download=False)
+    notes = []
     if teachers and all(map(_there, teachers)):
-        load_teachers(teachers, training_set)
+        _, identities = load_teachers(teachers, training_set)
+        notes += notes_on_teachers(teachers, identities, training_set)
     found = open_matching_cache(cache, config, training_set) if cache and _there(cache) else None
     samples, classes, views = len(training_set), len(training_set.classes), config.views.count
     images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
     network = section.model
-    if network.name == "torchvision" and (stage == "dump" or network.downloads):
+    named = network.name == "torchvision" and network.downloads
+    if network.name == "torchvision" and (stage == "dump" or named):
         network = network.model_copy(update={"weights": None})  # no size or time depends on them
     model = build_model(
         network, classes, config.data, config.seed, images[0].crop_size, channels_last=section.training.channels_last
     ).to(device)
+    if stage != "dump" and named:
+        own_weights(section.model)
     if backbone and _there(backbone):
         take_backbone(model, section.model, runs.open_run(backbone), training_set)
     if found and config.student.method.learns_from == "features":
@@ -83,7 +88,11 @@ def show_plan(
         "memory": f"about {(runs.peak_memory(device) + held) / 1e6:,.0f} MB on {device.type}",
         "time": f"about {seconds:,.0f} s on {device.type}",
     }
+    if stage != "dump":
+        notes += notes_on_training(section.method if stage == "student" else None, section.training, found)
     print(dump_config(config))
+    for note in notes:
+        print(f"note: {note}")
     show.facts(facts, f"{config.name}: {stage}, nothing written")
 
 

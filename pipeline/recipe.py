@@ -90,7 +90,7 @@ def train_network(
     with runs.start_run(out, config, stage, device, resume, learns_from, label) as run:
         yield
         if not run.has("log.txt"):
-            for note in _notes(method, section.training, cache):
+            for note in notes_on_training(method, section.training, cache):
                 run.log(f"note: {note}")
         task = Task(
             model=model,
@@ -124,13 +124,19 @@ def train_network(
         draw_run(run)
 
 
-def _notes(method, training: Training, cache: Cache | None) -> Generator[str, None, None]:
-    """What is allowed, but perhaps not meant."""
+def notes_on_training(method, training: Training, cache: Cache | None) -> list[str]:
+    """What is allowed, but perhaps not meant. `method`: a section of config.py, or None."""
+    notes = []
     beyond = [str(epoch) for epoch in getattr(training.schedule, "milestones", ()) if epoch >= training.epochs]
     if beyond:
-        yield f"training.schedule.milestones {', '.join(beyond)} do not come in {training.epochs} epochs"
-    if method.name == "cbd" and (linear := _linear(cache)):
-        yield f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}"
+        notes.append(f"training.schedule.milestones {', '.join(beyond)} do not come in {training.epochs} epochs")
+    if getattr(training.schedule, "warmup_epochs", 0) >= training.epochs:
+        notes.append(
+            f"training.schedule.warmup_epochs {training.schedule.warmup_epochs} do not end in {training.epochs} epochs"
+        )
+    if method and method.name == "cbd" and cache and (linear := _linear(cache)):
+        notes.append(f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}")
+    return notes
 
 
 def _linear(cache: Cache) -> str:

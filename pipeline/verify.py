@@ -84,8 +84,9 @@ def verify_cache(
 
 
 def _without_place(config: Experiment) -> dict:
-    """What `config` says but for where its data lie, which are compared with the cache's, and how the teacher is run."""
-    return config.model_dump(mode="json", exclude={"data": True, "cache": {"precision", "batch_size"}})
+    """What `config` says but for which data it reads, which are compared with the cache's, and how the teacher is run."""
+    values = config.model_dump(mode="json", exclude={"cache": {"precision", "batch_size"}})
+    return {**values, "data": {key: values["data"][key] for key in ("mean", "std")}}  # the teacher has its own
 
 
 def _as_dumped(cache: Cache, teachers: Sequence[str]) -> list[str]:

@@ -178,8 +178,27 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     dump_logits(tiny.experiment("cache.features=true"), [str(teacher_run)], str(features), tiny.CPU)
     narrow = "features are 32 wide, those of the cache's teachers together 16; set student.model.projection=16"
     refuses(narrow, "train-student", "--cache", features, overrides=cbd)
+    unknown = ["teacher.model={name: torchvision, architecture: resnet18, weights: IMAGENET1K_V7}"]
+    refuses("there are no weights 'IMAGENET1K_V7' of resnet18; IMAGENET1K_V1, DEFAULT are", "train-teacher", overrides=unknown)
     transformer = "teacher.model={name: torchvision, architecture: vit_b_32}"
     refuses("cannot train on 64 images of (8, 8) pixels (Wrong image height!", "train-teacher", overrides=[transformer])
+
+
+def test_a_dry_run_notes_what_the_command_notes(teacher_run, capsys):
+    def notes(command, *extra, overrides):
+        with pytest.raises(SystemExit) as stop:
+            dry(command, *extra, overrides=overrides)
+        assert stop.value.code == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+
+    step = "teacher.training.schedule={name: step, warmup_epochs: 2, milestones: [1, 7]}"
+    assert notes("train-teacher", overrides=[step]) == [
+        "note: training.schedule.milestones 7 do not come in 2 epochs",
+        "note: training.schedule.warmup_epochs 2 do not end in 2 epochs",
+    ]
+    (note,) = notes("dump-logits", "--teacher", teacher_run, overrides=["data.max_per_class=20"])
+    assert "was trained on other images (464 samples of 10 classes) than it is asked about (" in note
+    assert not notes("dump-logits", "--teacher", teacher_run, overrides=[])
 
 
 def taken(folder, name):
@@ -231,6 +250,8 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
     [
         (["trian-teacher"], "there is no command 'trian-teacher'; did you mean 'train-teacher'?"),
         (["train-teacher", "--out", "x"], "Missing option '--config'"),
+        (["reproduce", "--table", "cifar", "--out", "x", "--jobs", "0"], "Invalid value for '--jobs'"),
+        (["verify", "x", "--checksums", "--teacher", "y"], "--checksums computes no answers; leave out --teacher"),
         (["train-teacher", "--config", "nowhere.yaml", "--out", "x"], "cannot read the configuration nowhere.yaml"),
         (
             ["train-teacher", *tiny.options("views.padd=1"), "--out", "x"],
@@ -249,7 +270,8 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
 )
 def test_what_a_user_gets_wrong_ends_with_2_and_one_line(arguments, message, tmp_path):
     result = run(*arguments, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

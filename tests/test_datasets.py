@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,16 @@ def test_a_class_that_only_one_part_has_is_named(tmp_path):
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="there is no folder .*train; check data.root"):
+        datasets.load(config.ImageFolder(name="imagefolder", root=str(tmp_path)))
+
+
+def test_a_class_whose_name_is_no_text_is_named(tmp_path):
+    for part in "train", "test":
+        for name in b"a", b"caf\xe9":
+            folder = os.fsencode(tmp_path / part) + b"/" + name
+            os.makedirs(folder)
+            Image.new("RGB", (8, 8)).save(os.fsdecode(folder + b"/0.png"))
+    with pytest.raises(UserError, match=r"the class name 'caf\\udce9' is not UTF-8; rename it"):
         datasets.load(config.ImageFolder(name="imagefolder", root=str(tmp_path)))
 
 

@@ -114,6 +114,8 @@ def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, 
     assert verify_cache(str(path), [str(teacher_run)], 1, None, ("cache.precision=bfloat16",), tiny.CPU)["passed"]
     with pytest.raises(UserError, match="is verified as it was dumped, but cache.temperature was 2.0 and is now 3.0; -o may"):
         verify_cache(str(path), [str(teacher_run)], 2, None, ("cache.temperature=3",), tiny.CPU)
+    with pytest.raises(UserError, match="is verified as it was dumped, but data.std.* is now .*; -o may say where"):
+        verify_cache(str(path), [str(teacher_run)], 2, None, ("data.std=[1, 1, 1]",), tiny.CPU)
 
 
 def test_what_may_not_be_meant_is_noted(tmp_path, teacher_run, capsys):

@@ -167,6 +167,8 @@ def load(section: config.Data, shot: str | None = None, download: bool = True) -
         raise UserError(f"{train.name}: the training and the test part differ in their classes: {what}")
     if not all(isinstance(name, str) for name in train.classes) or len(set(train.classes)) < len(train.classes):
         raise UserError(f"{train.name}: class names must be distinct texts; mend the names in the data's metadata")
+    if odd := [name for name in train.classes if name.encode(errors="replace") != name.encode(errors="surrogatepass")]:
+        raise UserError(f"{train.name}: the class name {odd[0]!r} is not UTF-8; rename it")
     if not 2 <= len(train.classes) <= MOST_CLASSES:
         raise UserError(f"{train.name} has {len(train.classes):,} classes; there must be 2 to {MOST_CLASSES:,}")
     for part, dataset in ("training", train), ("test", test):

@@ -199,20 +199,29 @@ def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
     return network
 
 
-def _load_weights(section: config.TorchvisionModel) -> dict:
-    from safetensors.torch import load_file
+def own_weights(section: config.TorchvisionModel):
+    """torchvision's own weights that `section` names. Raises UserError if there are none of that name."""
     from torchvision import models
 
-    what = f"{section.weights} of {section.architecture}"
-    if section.downloads:
-        own = {} if section.architecture == "resnet10" else models.get_model_weights(section.architecture).__members__
-        if section.weights not in own:
-            known = f"{', '.join(own)} are torchvision's" if own else "torchvision has none"
-            raise UserError(f"there are no weights {what}; {known}; or give a .safetensors or .pth state dict")
+    known = {} if section.architecture == "resnet10" else models.get_model_weights(section.architecture).__members__
+    if section.weights not in known:
+        there = f"{', '.join(known)} are torchvision's" if known else "torchvision has none"
+        raise UserError(
+            f"there are no weights {section.weights!r} of {section.architecture}; {there}; or give a .safetensors or .pth file"
+        )
+    return known[section.weights]
+
+
+def _load_weights(section: config.TorchvisionModel) -> dict:
+    from safetensors.torch import load_file
+
     try:
         if section.downloads:
-            return own[section.weights].get_state_dict(progress=False)
-        path = Path(section.weights)
+            return own_weights(section).get_state_dict(progress=False)
+        path = Path(section.weights).expanduser()
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"cannot load weights {what}: {str(error).splitlines()[0]}; give a .safetensors or .pth state dict")
+        what, found = f"{section.weights} of {section.architecture}", f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"cannot load weights {what} ({found}); give a .safetensors or .pth state dict")
