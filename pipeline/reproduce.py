@@ -115,6 +115,11 @@ class Table(Section):
     rows: Annotated[dict[str, Row], Field(min_length=1)]
 
     @property
+    def compared(self) -> bool:
+        """Whether there are published numbers; a sweep has none."""
+        return any(row.published for row in self.rows.values())
+
+    @property
     def cells(self) -> list[tuple[str, str]]:
         """(column, row) of each, in order: not every row need stand in every column."""
         return [(column, name) for column in self.columns for name, row in self.rows.items() if row.stands_in(column)]
@@ -323,7 +328,10 @@ def refuse_other(table: Table, folder: Path, quick: bool) -> list[int]:
 
 
 def _title(table: Table, quick: bool) -> str:
-    return table.title + (" — quick: a small recipe, not the papers'; published numbers are of the full one" if quick else "")
+    if not quick:
+        return table.title
+    small = f"{table.title} — quick: a small recipe, not the papers'"
+    return f"{small}; published numbers are of the full one" if table.compared else small
 
 
 def _run(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
@@ -365,8 +373,14 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: lis
     A (column, row) that is not `asked` for has a line where there is a run of it.
     """
     title = _title(table, quick)
-    compared = any(row.published for row in table.rows.values())  # a sweep has no published numbers
-    heading = ["data", "method", "seeds", *COLUMNS, "best epoch's all", *(["published", "difference"] if compared else [])]
+    heading = [
+        "data",
+        "method",
+        "seeds",
+        *COLUMNS,
+        "best epoch's all",
+        *(["published", "difference"] if table.compared else []),
+    ]
     rows, values = [heading], []
     for column, name in table.cells:
         row = table.rows[name]
@@ -389,7 +403,7 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: lis
                 spread(best) if found else "–",
             ]
         )
-        if compared:
+        if table.compared:
             rows[-1] += [
                 "–" if overall is None else f"{overall:.2f}",
                 "–" if overall is None or not found else f"{np.mean(ours) - overall:+.2f}",
@@ -407,7 +421,7 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: lis
         )
     rule = ["---", "---"] + ["---:"] * (len(heading) - 2)
     note = "All, many, medium, few: top-1 of the last epoch, %."
-    if compared:
+    if table.compared:
         note += f" Difference: our {table.published} epoch minus published."
     lines = [f"# {title}", "", note, "", *["| " + " | ".join(row) + " |" for row in (heading, rule, *rows[1:])]]
     text = io.StringIO()
@@ -442,7 +456,7 @@ def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     panels[0][0].set_yticks(range(len(names)), names)
     panels[0][0].set_ylim(len(names) - 0.5, -0.5)
-    if any(cell["published"] for cell in values):
+    if table.compared:
         handles = [Line2D([], [], marker="o", ls="", color="C0"), Line2D([], [], marker="|", ls="", color="C1")]
         figure.legend(handles, ["ours", "published"], loc="outside lower center", ncols=2)
     figure.suptitle(title, wrap=True, fontsize="medium")

@@ -199,7 +199,7 @@ def test_a_picture_has_every_cell_on_the_line_of_its_row(monkeypatch, tmp_path):
 def test_a_sweep_is_compared_with_nothing(tmp_path):
     table = reproduce.load_table("temperature")
     cells = {(row, column, seed): reproduce.Job(tmp_path / "none", []) for column, row in table.cells for seed in table.seeds}
-    heading, *rows = reproduce.write_table(table, cells, tmp_path, quick=False, asked=table.cells)
+    heading, *rows = reproduce.write_table(table, cells, tmp_path, quick=True, asked=table.cells)
     assert heading[-1] == "best epoch's all" and all(len(row) == len(heading) for row in rows) and len(rows) == 10
     assert "ublished" not in (tmp_path / "table.md").read_text()
 
