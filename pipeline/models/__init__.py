@@ -215,13 +215,12 @@ def own_weights(section: config.TorchvisionModel):
 def _load_weights(section: config.TorchvisionModel) -> dict:
     from safetensors.torch import load_file
 
+    own = own_weights(section) if section.downloads else None
     try:
-        if section.downloads:
-            return own_weights(section).get_state_dict(progress=False)
+        if own:
+            return own.get_state_dict(progress=False)
         path = Path(section.weights).expanduser()
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception as error:
         what, found = f"{section.weights} of {section.architecture}", f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"cannot load weights {what} ({found}); give a .safetensors or .pth state dict")
