@@ -543,7 +543,8 @@ def _override(values: dict, override: str, earlier: tuple[str, ...]) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"-o {override}: the value is not YAML ({error.problem}); quote it")
+        problem = getattr(error, "problem", None) or error.reason  # the latter of a character that YAML does not have
+        raise UserError(f"-o {override}: the value is not YAML ({problem}); quote it")
     if last == "name" and parents and value != values.get("name"):
         kept, section = _taken_over(tuple(parents), values, value), ".".join(parents)
         for lost in [key for key in values if key not in kept and key != "name"]:

@@ -78,6 +78,7 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("epochs", r"an override is key=value"),
         ("name.first=1", r"'name' holds a value, not a section"),
         ("name=[1", r"the value is not YAML \(.*\); quote it"),
+        ("name=\x01", r"the value is not YAML \(special characters are not allowed\); quote it"),
         ("student.training={epochs: 5, epochs: 3}", r"the value is not YAML \(the key 'epochs' comes twice\)"),
         ("student.method.name=[1]", r"student\.method\.name: '\[1\]' is not known; known are bbn, bkd"),
         ("student.training={nesterov: true, momentum: 0}", r"nesterov needs momentum; set momentum, usually 0\.9"),
