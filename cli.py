@@ -1,6 +1,7 @@
 """The commands of offline-bkd. No logic lives here; torch is imported only by a command that needs it."""
 
 import functools
+import importlib.util
 import json
 import os
 import select
@@ -8,10 +9,17 @@ import shlex
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import click
 
-from pipeline import UserError, __version__
+if not __package__:  # `python cli.py`: the package is the checkout that this file lies in, whatever is installed
+    ROOT = Path(__file__).resolve().parent
+    SPEC = importlib.util.spec_from_file_location("offline_bkd", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules["offline_bkd"] = importlib.util.module_from_spec(SPEC)
+    SPEC.loader.exec_module(sys.modules["offline_bkd"])
+
+from offline_bkd.pipeline import UserError, __version__
 
 
 class Commands(click.Group):
@@ -76,7 +84,7 @@ def guarded(command):
         except Exception as error:
             if isinstance(error, BrokenPipeError) and reader_gone():
                 sys.exit(1)
-            from cache import CacheError, CorruptCacheError
+            from offline_bkd.cache import CacheError, CorruptCacheError
 
             if debug:
                 traceback.print_exc()
@@ -113,7 +121,7 @@ def experiment(command):
     @guarded
     @functools.wraps(command)
     def run(config_file, overrides, seed, device, **kwargs):
-        from pipeline.config import load_config
+        from offline_bkd.pipeline.config import load_config
 
         return command(load_config(config_file, overrides, seed), choose_device(device), **kwargs)
 
@@ -161,10 +169,11 @@ def train_teacher(config, device, out, resume, dry_run):
 
     Stage one, first half: train the teacher with cross-entropy on the long-tailed training set.
     """
-    from pipeline import plan, teacher
+    from offline_bkd.pipeline import teacher
+    from offline_bkd.pipeline.dry_run import show_plan
 
     if dry_run:
-        return plan.show_plan(config, device, "teacher", out, resume)
+        return show_plan(config, device, "teacher", out, resume)
     teacher.train_teacher(config, out, device, resume)
 
 
@@ -186,12 +195,13 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
 
     Stage one, second half: write the teacher's tempered probabilities for every view of every training sample.
     """
-    from pipeline import dump, plan
+    from offline_bkd.pipeline import dump
+    from offline_bkd.pipeline.dry_run import show_plan
 
     if out.startswith("memory://"):
         raise UserError(f"{out}: nothing stays there when the command ends; name a folder, or an address on an object store")
     if dry_run:
-        return plan.show_plan(config, device, "dump", out, resume, teachers, apart)
+        return show_plan(config, device, "dump", out, resume, teachers, apart)
     dump.dump_logits(config, teachers, out, device, resume, apart)
 
 
@@ -208,12 +218,13 @@ def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
 
     Stage two: train a student from the cache. No teacher is loaded.
     """
-    from pipeline import plan, student
+    from offline_bkd.pipeline import student
+    from offline_bkd.pipeline.dry_run import show_plan
 
     if seeds is not None and (dry_run or click.get_current_context().params["seed"] is not None):
         raise UserError("--seeds stands for several runs, --seed and --dry-run for one; leave out the one or the other")
     if dry_run:
-        return plan.show_plan(config, device, "student", out, resume, cache=cache, backbone=backbone)
+        return show_plan(config, device, "student", out, resume, cache=cache, backbone=backbone)
     student.train_student(config, cache, out, device, resume, backbone, parse_seeds(seeds))
 
 
@@ -231,10 +242,11 @@ def evaluate(run, checkpoint, overrides, device, as_json):
 
     Score a run's checkpoint on its test set again.
     """
-    from pipeline import evaluate, show
+    from offline_bkd.pipeline import evaluate
+    from offline_bkd.pipeline.show import terminal
 
     scores = evaluate.evaluate_run(run, checkpoint, overrides, choose_device(device))
-    click.echo(json.dumps(scores)) if as_json else show.scores(scores, f"{run} ({checkpoint} epoch)")
+    click.echo(json.dumps(scores)) if as_json else terminal.scores(scores, f"{run} ({checkpoint} epoch)")
 
 
 @main.command(short_help="Tell what a cache is.")
@@ -246,11 +258,11 @@ def inspect(store, as_json):
 
     Tell what a cache is: whose answers to what, its size, whether it is complete, how good the teacher is.
     """
-    from cache import open_cache
-    from pipeline import show
+    from offline_bkd.cache import open_cache
+    from offline_bkd.pipeline.show import terminal
 
     summary = open_cache(store).summary()
-    click.echo(json.dumps(summary)) if as_json else show.facts(summary, store)
+    click.echo(json.dumps(summary)) if as_json else terminal.facts(summary, store)
 
 
 @main.command(short_help="Compare a cache with its teacher's answers.")
@@ -275,8 +287,8 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
 
     Compare a cache with its teacher's answers, computed again. Exits 1 if they are further apart than the tolerance.
     """
-    from cache import open_cache
-    from pipeline import show
+    from offline_bkd.cache import open_cache
+    from offline_bkd.pipeline.show import terminal
 
     if checksums:
         if teachers or overrides or tolerance is not None:
@@ -290,10 +302,10 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
         return 1 if problems else 0
     if not teachers:
         raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")
-    from pipeline.verify import verify_cache
+    from offline_bkd.pipeline.verify import verify_cache
 
     report = verify_cache(store, teachers, views, tolerance, overrides, choose_device(device))
-    show.facts(report, store)
+    terminal.facts(report, store)
     return 0 if report["passed"] else 1
 
 
@@ -309,7 +321,7 @@ def export(store, out, views, labels, probabilities):
 
     Write the cached predictions as Parquet, one row a sample and view, without holding the store in memory.
     """
-    from cache import open_cache
+    from offline_bkd.cache import open_cache
 
     rows = open_cache(store).export_parquet(
         out, view=list(dict.fromkeys(views)) or None, label=list(labels) or None, probabilities=probabilities
@@ -326,9 +338,9 @@ def report(run, out):
 
     Compare complete runs: a table by many, medium and few-shot classes, curves, accuracy over class size.
     """
-    from pipeline import report, show
+    from offline_bkd.pipeline.show import report, terminal
 
-    show.table(report.write_report(run, out), "test accuracy of the last epoch, %")
+    terminal.table(report.write_report(run, out), "test accuracy of the last epoch, %")
 
 
 @main.command(short_help="Run a published table's experiments and compare.")
@@ -353,9 +365,7 @@ def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
 
     Train every cell of a published table, or go on with what is there, and print ours beside the published numbers.
     """
-    from pathlib import Path
-
-    from pipeline import reproduce
+    from offline_bkd.pipeline import reproduce
 
     whole = reproduce.load_table(table)
     part, device = reproduce.select(whole, rows, columns, parse_seeds(seeds), quick), choose_device(device)

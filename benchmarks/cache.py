@@ -40,11 +40,10 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # this file has the name of the package that it measures
+from offline_bkd.cache import CropFlip, Identity, create_cache, open_cache
+from offline_bkd.cache.encodings import class_weight, fit_views, softmax, total_variation
 
-from cache import CropFlip, Identity, create_cache, open_cache  # noqa: E402
-from cache.encodings import class_weight, fit_views, softmax, total_variation  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 try:
     import torch

@@ -23,21 +23,20 @@ import click
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from offline_bkd.cache import CropFlip, create_cache
+from offline_bkd.pipeline import dump, runs, schema
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import ResidentImages
+from offline_bkd.pipeline.models import build_model
 
-from cache import CropFlip, create_cache  # noqa: E402
-from pipeline import config, dump, runs  # noqa: E402
-from pipeline.data import datasets  # noqa: E402
-from pipeline.data.images import ResidentImages  # noqa: E402
-from pipeline.models import build_model  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 VIEWS, CLASSES = CropFlip(pad=1, flip=False), 100
 SAMPLES = 10_847  # of CIFAR-100-LT
 # teacher, side of its images in pixels, samples where there is no GPU
 TEACHERS = [
-    (config.CifarResNet(name="cifar_resnet", depth=20), 32, 2048),
-    (config.TorchvisionModel(name="torchvision", architecture="resnet18"), 64, 128),
+    (schema.CifarResNet(name="cifar_resnet", depth=20), 32, 2048),
+    (schema.TorchvisionModel(name="torchvision", architecture="resnet18"), 64, 128),
 ]
 ENCODINGS = [{"name": "probability", "dtype": "float16"}, {"name": "klt", "max_error": 0.02}]
 
@@ -67,8 +66,8 @@ def measure(network, side: int, samples: int, repeats: int, device: torch.device
         label=np.arange(samples) % CLASSES,
         images=np.random.default_rng(0).integers(0, 256, (samples, side, side, 3), dtype=np.uint8),
     )
-    images, section = ResidentImages(training_set, VIEWS, device), config.CacheSection()
-    model = Simulated(build_model(network, CLASSES, config.Digits(name="digits"), seed=0))
+    images, section = ResidentImages(training_set, VIEWS, device), schema.CacheSection()
+    model = Simulated(build_model(network, CLASSES, schema.Digits(name="digits"), seed=0))
     teacher = dump.Teachers([model], features=False).eval().to(device)
 
     def store(folder, encoding):

@@ -10,22 +10,18 @@ FKD keeps the k largest and renormalises.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from cache import Cache, create_cache, open_cache  # noqa: E402
-from cache.encodings import class_weight, total_variation  # noqa: E402
-from pipeline import config, runs  # noqa: E402
-from pipeline.report import spread  # noqa: E402
-from pipeline.show import COLUMNS, table  # noqa: E402
-from pipeline.student import train_student  # noqa: E402
+from offline_bkd.cache import Cache, create_cache, open_cache
+from offline_bkd.cache.encodings import class_weight, total_variation
+from offline_bkd.pipeline import config, runs
+from offline_bkd.pipeline.show.report import spread
+from offline_bkd.pipeline.show.terminal import COLUMNS, table
+from offline_bkd.pipeline.student import train_student
 
 FIT_SAMPLES = 4096
 

@@ -12,7 +12,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,15 +22,15 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from offline_bkd.cache.views import CropFlip, RandomResizedCrop
+from offline_bkd.pipeline import config, runs, schema
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import DecodedImages, ResidentImages
+from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.training import engine, losses
+from offline_bkd.pipeline.training.methods import Setting, build_method
 
-from cache.views import CropFlip, RandomResizedCrop  # noqa: E402
-from pipeline import config, engine, losses, runs  # noqa: E402
-from pipeline.data import datasets  # noqa: E402
-from pipeline.data.images import DecodedImages, ResidentImages  # noqa: E402
-from pipeline.methods import Setting, build_method  # noqa: E402
-from pipeline.models import build_model  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 T, BATCH, VIEWS = 2.0, 128, CropFlip(pad=4, flip=True)
 
@@ -55,7 +54,7 @@ class SimulatedTargets:
         return stored if self.basis is None else torch.softmax(torch.addmm(self.mean, stored, self.basis), 1)
 
 
-def load(name: str, root: str | None) -> tuple[datasets.Dataset, datasets.Dataset, config.Experiment]:
+def load(name: str, root: str | None) -> tuple[datasets.Dataset, datasets.Dataset, schema.Experiment]:
     experiment = config.load_config(ROOT / "configs" / f"{name}-quick.yaml")
     if root:
         return *datasets.load(experiment.data), experiment
@@ -76,14 +75,14 @@ def image_files(folder: Path, count: int) -> datasets.Dataset:
             path = folder / part / str(number % 10) / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
-    return datasets.load(config.ImageFolder(name="imagefolder", root=str(folder)))[0]
+    return datasets.load(schema.ImageFolder(name="imagefolder", root=str(folder)))[0]
 
 
 def ours(network, method, training, train, images, targets, steps):
     """A function that runs `steps` steps of the engine and returns seconds a step."""
     device = images.device
     rows = np.random.default_rng(0).permutation(len(train))[: steps * training.batch_size]
-    data = config.Digits(name="digits")
+    data = schema.Digits(name="digits")
     model = build_model(network, len(train.classes), data, 0, channels_last=training.channels_last).to(device)
     task = engine.Task(
         model=model,
@@ -221,7 +220,7 @@ def growth(experiment, device, repeats) -> list[dict]:
         targets = SimulatedTargets(1, samples, classes, width, device)
         name = f"N {samples:,}, C {classes:,}, {'klt, R ' + str(width) if width else 'probability'}"
         work[name] = once(experiment.student.method, targets, classes)
-        work.setdefault(classes, once(config.CE(name="ce"), targets, classes))
+        work.setdefault(classes, once(schema.CE(name="ce"), targets, classes))
         entries[name] = classes, targets.planes[0, 0].nbytes
     medians = in_turns(work, repeats)
     return [
@@ -241,31 +240,31 @@ def main(out, steps, repeats):
     images, network = ResidentImages(train, VIEWS, device), experiment.student.model
     coded = SimulatedTargets(162, len(train), 100, 40, device)
     probability = SimulatedTargets(162, len(train), 100, None, device)
-    ce, bkd = config.CE(name="ce"), experiment.student.method
+    ce, bkd = schema.CE(name="ce"), experiment.student.method
     step, over_test = live(experiment, train, test, device, steps)
     work = {"live": step, "live teacher over the test set": over_test}
     for precision in ("float32", "bfloat16"):
-        training = config.Training(precision=precision, batch_size=BATCH)
+        training = schema.Training(precision=precision, batch_size=BATCH)
         work[f"ce {precision}"] = ours(network, ce, training, train, images, probability, steps)
         work[f"bkd probability {precision}"] = ours(network, bkd, training, train, images, probability, steps)
         work[f"bkd klt {precision}"] = ours(network, bkd, training, train, images, coded, steps)
     switches = ("channels_last", "fused")
     for switch in switches:
-        training = config.Training(batch_size=BATCH, **{switch: False})
+        training = schema.Training(batch_size=BATCH, **{switch: False})
         work[f"ce float32, {switch} off"] = ours(network, ce, training, train, images, probability, steps)
     others = {}
     ten, _, _ = load("cifar10-lt", root)
-    deeper = config.CifarResNet(name="cifar_resnet", depth=32)
+    deeper = schema.CifarResNet(name="cifar_resnet", depth=32)
     others["ResNet-32, CIFAR-10-LT"] = deeper, ten, ResidentImages(ten, VIEWS, device), steps, BATCH
     with tempfile.TemporaryDirectory() as folder:
         few, batch = (steps, 256) if device.type == "cuda" else (4, 16)
         files = image_files(Path(folder), few * batch)
         decoded = DecodedImages(files, RandomResizedCrop(size=224, count=30), device, workers=os.cpu_count())
-        large = config.TorchvisionModel(name="torchvision", architecture="resnet50")
+        large = schema.TorchvisionModel(name="torchvision", architecture="resnet50")
         others["ResNet-50, image files"] = large, files, decoded, few, batch
         for name, (model, some, source, count, size) in others.items():
             targets = SimulatedTargets(1, len(some), len(some.classes), None, device)
-            training = config.Training(batch_size=size)
+            training = schema.Training(batch_size=size)
             for label, method in ("ce", ce), ("bkd", bkd):
                 work[f"{label}, {name}"] = ours(model, method, training, some, source, targets, count)
         medians = in_turns(work, repeats)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numcodecs.zstd import Zstd
 
-from cache.format import PLAIN, CacheError, array_document, group_document
-from cache.pieces import on_all_cores, pieces
+from .format import PLAIN, CacheError, array_document, group_document
+from .pieces import on_all_cores, pieces
 
 BETA = 0.9999  # of the effective number of samples, in the class weights of the target that `klt` is fitted to
 _FLOOR = 1e-12  # of a probability before its logarithm; no class weight brings back what is smaller

@@ -10,8 +10,8 @@ import re
 
 import numpy as np
 
-from cache.format import CacheError
-from cache.pieces import pieces
+from .format import CacheError
+from .pieces import pieces
 
 MAX_ERROR = 0.01  # the mean cosine distance of a block's vectors from the exact ones; 1e-5 to 1e-4 is usual
 _NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

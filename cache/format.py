@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache import views as view_space
+from . import views as view_space
 
 FORMAT = 1
 STORE_MARKER = "done/store"

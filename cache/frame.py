@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cache.format import CacheError, whole_numbers
-from cache.planes import row_format
+from .format import CacheError, whole_numbers
+from .planes import row_format
 
 MANY, FEW = 100, 20  # training samples: many-shot has more than MANY, few-shot fewer than FEW
 SHOTS = "many", "medium", "few"

@@ -7,8 +7,8 @@ import tempfile
 
 import numpy as np
 
-from cache import features as feature_codes
-from cache.format import CacheError, whole_numbers
+from . import features as feature_codes
+from .format import CacheError, whole_numbers
 
 
 class Planes:

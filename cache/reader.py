@@ -10,8 +10,8 @@ from dataclasses import replace
 import google_crc32c  # Zarr's own
 import numpy as np
 
-from cache import encodings, features
-from cache.format import (
+from . import encodings, features
+from .format import (
     _MOST,
     FORMAT,
     STORE_MARKER,
@@ -25,7 +25,7 @@ from cache.format import (
     read_marker,
     whole_numbers,
 )
-from cache.storage import open_storage
+from .storage import open_storage
 
 _REDO = "delete its marker in done/ and resume the dump"
 _RESTORE = "restore it from a copy, or dump it again"
@@ -324,19 +324,19 @@ class Cache:
 
     def to_pandas(self, view=None, sample=None, label=None, probabilities: bool = False):
         """One row a (view, sample) as a DataFrame; `cache.frame.to_pandas` says which columns."""
-        from cache import frame
+        from . import frame
 
         return frame.to_pandas(self, view=view, sample=sample, label=label, probabilities=probabilities)
 
     def export_parquet(self, path, view=None, sample=None, label=None, probabilities: bool = False) -> int:
         """Write the rows of `to_pandas` to the Parquet file `path`, a view at a time; returns their number."""
-        from cache import frame
+        from . import frame
 
         return frame.export_parquet(self, path, view=view, sample=sample, label=label, probabilities=probabilities)
 
     def summary(self, planes: int = 4) -> dict:
         """What the store is, as JSON values; `cache.frame.summary` says which."""
-        from cache import frame
+        from . import frame
 
         return frame.summary(self, planes=planes)
 

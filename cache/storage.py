@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from zarr.abc.store import Store
 
-from cache.format import CacheError
+from .format import CacheError
 
 PARTIAL = ".partial"
 

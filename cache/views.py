@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from cache import philox
+from . import philox
 
 
 class Boxes(NamedTuple):

@@ -6,8 +6,8 @@ A block's chunks are written and synced, then its marker. Only markers are trust
 import numpy as np
 import zarr
 
-from cache import encodings, features
-from cache.format import (
+from . import encodings, features
+from .format import (
     LOCK,
     STORE_MARKER,
     CacheError,
@@ -19,8 +19,8 @@ from cache.format import (
     marker,
     to_bytes,
 )
-from cache.reader import Cache
-from cache.storage import ZarrStorage, open_storage
+from .reader import Cache
+from .storage import ZarrStorage, open_storage
 
 _NAMES = {"zarr.json", "done", "sample_id", "label", "image_size", "feature"}
 _SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near

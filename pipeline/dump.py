@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox
-from cache.features import check as check_features
-from cache.pieces import one_blas_thread
-from pipeline import UserError, metrics, runs
-from pipeline.config import Experiment
-from pipeline.data import datasets
-from pipeline.data.images import open_images
-from pipeline.evaluate import infer, load_model
-from pipeline.models import classifier
-from pipeline.progress import Progress
+from offline_bkd.cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox
+from offline_bkd.cache.features import check as check_features
+from offline_bkd.cache.pieces import one_blas_thread
+from offline_bkd.pipeline import UserError, metrics, runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.evaluate import infer, load_model
+from offline_bkd.pipeline.models import classifier
+from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.show.progress import Progress
 
 FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a covariance of a hundred directions
 GROUP_BYTES = 1 << 30  # of probabilities that wait in memory so that one decode of an image serves several views

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from pipeline import UserError, config, metrics, runs
-from pipeline.data import datasets
-from pipeline.data.images import open_images
-from pipeline.models import build_model
+from offline_bkd.pipeline import UserError, metrics, runs, schema
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.models import build_model
 
 
 @torch.inference_mode()
@@ -30,7 +30,7 @@ def evaluate(model: torch.nn.Module, images, class_counts: np.ndarray, precision
     return metrics.scores(predicted, label, class_counts)
 
 
-def load_model(run: runs.Run, checkpoint: str, experiment: config.Experiment, classes: int) -> torch.nn.Module:
+def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, classes: int) -> torch.nn.Module:
     """The run's model at `checkpoint` ("last" or "best"), on the CPU."""
     section, training = getattr(experiment, run.stage).model, getattr(experiment, run.stage).training
     if section.name == "torchvision":
@@ -78,7 +78,7 @@ def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], devic
     return evaluate(model, images, class_counts, precision)
 
 
-def _trained_as(experiment: config.Experiment, stage: str) -> dict:
+def _trained_as(experiment: schema.Experiment, stage: str) -> dict:
     """What made the network of `stage` what it is: all but where images lie and the precision it runs in."""
     values = experiment.model_dump(mode="json")
     del values[stage]["training"]["precision"]

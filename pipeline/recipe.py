@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 import torch
 
-from cache import Cache
-from pipeline import UserError, runs
-from pipeline.config import Experiment, Network, Training
-from pipeline.data import datasets
-from pipeline.data.color_jitter import ColorJitter
-from pipeline.data.images import open_images
-from pipeline.engine import Task, train_in_steps
-from pipeline.evaluate import evaluate, load_model
-from pipeline.methods import Setting, build_method
-from pipeline.models import build_model, classifier_name, new_parts
-from pipeline.report import draw_run
-from pipeline.targets import Targets
+from offline_bkd.cache import Cache
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.color_jitter import ColorJitter
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.evaluate import evaluate, load_model
+from offline_bkd.pipeline.models import build_model, classifier_name, new_parts
+from offline_bkd.pipeline.schema import Experiment, Network, Training
+from offline_bkd.pipeline.show.report import draw_run
+from offline_bkd.pipeline.training.engine import Task, train_in_steps
+from offline_bkd.pipeline.training.methods import Setting, build_method
+from offline_bkd.pipeline.training.targets import Targets
 
 
 class Data(NamedTuple):

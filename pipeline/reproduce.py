@@ -29,16 +29,18 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, Field, Strict, ValidationError
 
-from cache import CacheError, open_cache
-from cache.views import to_json
-from pipeline import UserError, runs, show
-from pipeline.config import Experiment, Section, explain, load_config, read_yaml
-from pipeline.progress import Progress
-from pipeline.report import spread
+from offline_bkd.cache import CacheError, open_cache
+from offline_bkd.cache.views import to_json
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.config import explain, load_config, read_yaml
+from offline_bkd.pipeline.schema import Experiment, Section
+from offline_bkd.pipeline.show import terminal
+from offline_bkd.pipeline.show.progress import Progress
+from offline_bkd.pipeline.show.report import spread
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / "configs" / "tables"
-COLUMNS = show.COLUMNS
+COLUMNS = terminal.COLUMNS
 SECTIONS = ("data", "views", "teacher", "cache", "student")
 
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
@@ -431,7 +433,7 @@ def write_table(table: Table, cells: dict, folder: Path, quick: bool, asked: lis
     content = {"title": title, "published": table.published, "cells": values}
     runs.write_whole(folder / "table.json", (json.dumps(content, indent=1) + "\n").encode())
     _draw(table, values, title, folder / "table.png")
-    show.table(rows, f"{title}\n{note}")
+    terminal.table(rows, f"{title}\n{note}")
     return rows
 
 

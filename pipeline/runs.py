@@ -34,10 +34,11 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from cache.storage import LocalStorage
-from cache.views import to_json
-from pipeline import UserError
-from pipeline.config import Experiment, dump_config, load_config
+from offline_bkd.cache.storage import LocalStorage
+from offline_bkd.cache.views import to_json
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.config import dump_config, load_config
+from offline_bkd.pipeline.schema import Experiment
 
 PACKAGES = ("torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from cache import Cache, CacheError, open_cache
-from pipeline import UserError, runs
-from pipeline.config import Experiment, Method
-from pipeline.data import datasets
-from pipeline.dump import refuse_other
-from pipeline.engine import finish, in_turns
-from pipeline.recipe import open_data, train_network
+from offline_bkd.cache import Cache, CacheError, open_cache
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.dump import refuse_other
+from offline_bkd.pipeline.recipe import open_data, train_network
+from offline_bkd.pipeline.schema import Experiment, Method
+from offline_bkd.pipeline.training.engine import finish, in_turns
 
 
 def train_student(

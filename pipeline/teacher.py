@@ -2,11 +2,11 @@
 
 import torch
 
-from pipeline import runs
-from pipeline.config import CE, Experiment
-from pipeline.data import datasets
-from pipeline.engine import finish
-from pipeline.recipe import open_data, train_network
+from offline_bkd.pipeline import runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.recipe import open_data, train_network
+from offline_bkd.pipeline.schema import CE, Experiment
+from offline_bkd.pipeline.training.engine import finish
 
 
 def train_teacher(config: Experiment, out: str, device: torch.device, resume: bool = False) -> None:

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cache import Cache, CacheError, encodings, open_cache, philox
-from cache.features import MAX_ERROR
-from pipeline import UserError, metrics, runs
-from pipeline.config import Experiment
-from pipeline.data import datasets
-from pipeline.data.images import open_images
-from pipeline.dump import average, load_teachers, tempered
-from pipeline.student import refuse_other
+from offline_bkd.cache import Cache, CacheError, encodings, open_cache, philox
+from offline_bkd.cache.features import MAX_ERROR
+from offline_bkd.pipeline import UserError, metrics, runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.dump import average, load_teachers, tempered
+from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.student import refuse_other
 
 ROUNDING = 0.005  # a fresh forward pass on another device or with other batches rounds differently, more so in bfloat16
 

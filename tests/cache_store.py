@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cache import CropFlip, Identity, create_cache, open_cache
+from offline_bkd.cache import CropFlip, Identity, create_cache, open_cache
 
 CLASSES = "apple", "aquarium fish", "baby", "bear", "beaver"
 COUNTS = 120, 101, 100, 20, 19  # many, many, medium, medium, few

@@ -5,6 +5,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest  # noqa: E402
 
+import cli  # noqa: E402, F401  binds offline_bkd to this checkout, also where it is not installed
+
 
 def pytest_collection_modifyitems(items):
     """Tests marked `cuda` are skipped, and the summary says so, where there is no such device."""
@@ -30,7 +32,7 @@ def teacher_run(tmp_path_factory):
     """The folder of a tiny teacher's complete run."""
     import tiny
 
-    from pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.teacher import train_teacher
 
     folder = tmp_path_factory.mktemp("tiny") / "teacher"
     train_teacher(tiny.experiment(), str(folder), tiny.CPU)
@@ -42,7 +44,7 @@ def cache(tmp_path_factory, teacher_run):
     """The tiny teacher's cache, with float32 probabilities."""
     import tiny
 
-    from pipeline.dump import dump_logits
+    from offline_bkd.pipeline.dump import dump_logits
 
     path = tmp_path_factory.mktemp("tiny") / "cache.zarr"
     dump_logits(tiny.experiment("cache.encoding.dtype=float32"), [str(teacher_run)], str(path), tiny.CPU)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from cache_store import CLASSES, answers, arguments, dump, fill, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
+from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
 
 TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
 
@@ -216,7 +216,7 @@ def unreachable(bucket, monkeypatch):
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "export", "train-student"])
 def test_an_address_that_cannot_be_reached_is_refused_in_one_line(unreachable, teacher_run, tmp_path, capsys, command):
-    import cli
+    from offline_bkd import cli
 
     run = {
         "inspect": [unreachable],

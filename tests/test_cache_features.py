@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cache_store import answers, arguments, files, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, features, format, open_cache
+from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, create_cache, features, format, open_cache
 
 WIDTHS = {"resnet8": 64, "vit-tiny_2": 7}
 TWO_VIEWS = identity(views=CropFlip(pad=0))

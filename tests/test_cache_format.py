@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cache_store import files
 
-from cache import CropFlip, Identity, RandomResizedCrop, create_cache, open_cache
+from offline_bkd.cache import CropFlip, Identity, RandomResizedCrop, create_cache, open_cache
 
 STORES = Path(__file__).parent / "format-1"
 SAMPLES, CLASSES = 24, ("chat", "chien", "élan", "hibou")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cache_store import CLASSES, answers, arguments, dump, fill, identity
 
-from cache import CacheError, RandomResizedCrop, create_cache, frame, open_cache
+from offline_bkd.cache import CacheError, RandomResizedCrop, create_cache, frame, open_cache
 
 
 @pytest.fixture(scope="module")

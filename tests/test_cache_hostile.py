@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cache_store import dump, identity
 
-from cache import CacheError, CropFlip, format, open_cache
+from offline_bkd.cache import CacheError, CropFlip, format, open_cache
 
 
 @pytest.fixture

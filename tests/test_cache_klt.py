@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cache_store import files, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, encodings, format, open_cache
+from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, create_cache, encodings, format, open_cache
 
 KLT = {"name": "klt", "max_error": 0.02}
 REFERENCE = 8  # the plain crop at the centre, of 18

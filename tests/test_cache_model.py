@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cache_store import answers, arguments, fill, identity
 
-from cache import CacheError, CropFlip, create_cache, format, open_cache
+from offline_bkd.cache import CacheError, CropFlip, create_cache, format, open_cache
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import stateful, strategies  # noqa: E402

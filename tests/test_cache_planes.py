@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cache_store import answers, dump, identity
 
-from cache import CacheError, CropFlip
-from cache.planes import Planes
+from offline_bkd.cache import CacheError, CropFlip
+from offline_bkd.cache.planes import Planes
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cache_store import CLASSES, COUNTS, answers, arguments, dump, files, fill, identity
 
-from cache import CacheError, CropFlip, RandomResizedCrop, create_cache, format, open_cache
+from offline_bkd.cache import CacheError, CropFlip, RandomResizedCrop, create_cache, format, open_cache
 
 HALF = {"name": "probability", "dtype": "float16"}
 
@@ -55,7 +55,7 @@ def test_blocks_hold_every_sample_once_and_fit_their_limits(samples, classes):
 
 
 def create_encoding(dtype):
-    from cache import encodings
+    from offline_bkd.cache import encodings
 
     return encodings.from_json({"name": "probability", "dtype": dtype})
 
@@ -285,8 +285,8 @@ def test_what_is_no_store_is_refused(tmp_path):
 def test_the_package_needs_neither_torch_nor_the_pipeline_and_opens_without_pandas():
     script = (
         "import sys\n"
-        "for name in 'torch', 'torchvision', 'pipeline', 'pandas', 'pyarrow', 'fsspec': sys.modules[name] = None\n"
-        "import cache, cache.format, cache.encodings, cache.frame, cache.reader, cache.storage, cache.writer\n"
+        "for name in 'torch', 'torchvision', 'offline_bkd.pipeline', 'pandas', 'pyarrow', 'fsspec': sys.modules[name] = None\n"
+        "from offline_bkd.cache import encodings, format, frame, reader, storage, writer\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -294,7 +294,7 @@ def test_the_package_needs_neither_torch_nor_the_pipeline_and_opens_without_pand
 def test_the_table_needs_no_torch(tmp_path):
     dump(tmp_path / "s")
     script = (
-        "import sys\nfor name in 'torch', 'torchvision', 'pipeline': sys.modules[name] = None\n"
-        f"from cache import open_cache\nassert len(open_cache({str(tmp_path / 's')!r}).to_pandas(view=3)) == 360\n"
+        "import sys\nfor name in 'torch', 'torchvision', 'offline_bkd.pipeline': sys.modules[name] = None\n"
+        f"from offline_bkd import open_cache\nassert len(open_cache({str(tmp_path / 's')!r}).to_pandas(view=3)) == 360\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cache_store import answers, arguments, dump, files, fill, identity
 
-from cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
+from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
 
 TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
 
@@ -134,7 +134,7 @@ import os, random, signal, sys, time
 sys.path[:0] = {paths!r}
 import numpy as np
 from cache_store import arguments, fill
-from cache import create_cache, format
+from offline_bkd.cache import create_cache, format
 format._CHUNK_BYTES = 60 * 5 * 4
 url, kills = sys.argv[1], int(sys.argv[2])
 random.seed(0)
@@ -324,7 +324,7 @@ def test_two_dumps_into_one_folder_one_is_refused(tmp_path):
     script = (
         "import sys\n"
         f"sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}\n"
-        "from cache_store import arguments\nfrom cache import create_cache\n"
+        "from cache_store import arguments\nfrom offline_bkd.cache import create_cache\n"
         f"writer = create_cache({str(url)!r}, **arguments())\nprint('open', flush=True)\nsys.stdin.read()\n"
     )
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -341,7 +341,7 @@ SHARE = """
 import sys
 sys.path[:0] = {paths!r}
 from cache_store import arguments, fill
-from cache import create_cache, format
+from offline_bkd.cache import create_cache, format
 format._CHUNK_BYTES = 60 * 5 * 4
 with create_cache(sys.argv[1], resume=True, **arguments(), rank=int(sys.argv[2]), world=int(sys.argv[3])) as writer:
     fill(writer, writer.pending()[: int(sys.argv[4])])

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import tiny
 
-from cache import open_cache
-from pipeline import config, runs
-from pipeline.data import datasets
-from pipeline.dump import dump_logits
-from pipeline.student import train_student
-from pipeline.teacher import train_teacher
+from offline_bkd.cache import open_cache
+from offline_bkd.pipeline import config, runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline.student import train_student
+from offline_bkd.pipeline.teacher import train_teacher
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cifar100-lt-quick.yaml"
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pipeline.dump import dump_logits
+from offline_bkd.pipeline.dump import dump_logits
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("train-teacher", "dump-logits", "train-student", "evaluate", "inspect", "verify", "export", "report")
@@ -79,7 +79,7 @@ def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run):
 def test_export_writes_what_pandas_shows(tmp_path, cache):
     import pandas
 
-    from cache import open_cache
+    from offline_bkd.cache import open_cache
 
     out = tmp_path / "answers.parquet"
     result = run("export", cache, "--out", out, "--view", 1, "--view", 3, "--label", "7", "--probabilities")
@@ -124,7 +124,7 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, command):
 
 
 def dry(command, *extra, out="nowhere", overrides=()):
-    import cli
+    from offline_bkd import cli
 
     cli.main([command, *tiny.options(*overrides), *map(str, extra), "--out", str(out), "--dry-run"])
 
@@ -290,7 +290,7 @@ def test_what_a_user_gets_wrong_ends_with_2_and_one_line(arguments, message, tmp
     ],
 )
 def test_an_empty_name_is_not_the_folder_one_stands_in(capsys, monkeypatch, tmp_path, command, named):
-    import cli
+    from offline_bkd import cli
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

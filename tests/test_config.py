@@ -6,8 +6,8 @@ import pytest
 import tiny
 import yaml
 
-from pipeline import UserError
-from pipeline.config import dump_config, load_config
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.config import dump_config, load_config
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")

@@ -14,8 +14,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from pipeline import UserError, config
-from pipeline.data import datasets
+from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline.data import datasets
 
 
 def parquet(folder, labels, name="train-0.parquet", names=("cat", "dog"), images=None, column="label"):
@@ -44,7 +44,7 @@ def png(first: int, size=(6, 5), format="PNG", mode="RGB") -> bytes:
 
 
 def section(folder, **values):
-    return config.Parquet(name="parquet", root=str(folder), train="train-*.parquet", test="test-*.parquet", **values)
+    return schema.Parquet(name="parquet", root=str(folder), train="train-*.parquet", test="test-*.parquet", **values)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_class_counts_are_the_published_ones(classes, largest, ratio, total):
 
 
 def test_the_long_tailed_draw_is_a_function_of_seed_and_sample_ids():
-    train, _ = datasets.load(config.Digits(name="digits"))
+    train, _ = datasets.load(schema.Digits(name="digits"))
     first, again, other = (datasets.long_tailed(train, 20, None, seed) for seed in (3, 3, 4))
     assert first.class_counts.tolist() == datasets.long_tailed_counts(10, train.class_counts[0], 20).tolist()
     np.testing.assert_array_equal(first.sample_id, again.sample_id)
@@ -77,7 +77,7 @@ def test_the_long_tailed_draw_is_a_function_of_seed_and_sample_ids():
 
 
 def test_an_imbalanced_set_can_be_thinned_further_but_not_made_larger():
-    train, _ = datasets.load(config.Digits(name="digits", imbalance_ratio=20))
+    train, _ = datasets.load(schema.Digits(name="digits", imbalance_ratio=20))
     assert len(datasets.long_tailed(train, 40, None, 0)) < len(train)
     with pytest.raises(UserError, match=r"ratio 10 asks for 106 samples of class '1', which has 98; lower data.max_per_class"):
         datasets.long_tailed(train, 10, None, 0)
@@ -88,7 +88,7 @@ def test_an_imbalanced_set_can_be_thinned_further_but_not_made_larger():
 def test_digits_are_scikit_learns_with_a_balanced_test_part():
     from sklearn.datasets import load_digits
 
-    train, test = datasets.load(config.Digits(name="digits"))
+    train, test = datasets.load(schema.Digits(name="digits"))
     source = load_digits()
     assert test.class_counts.tolist() == [40] * 10 and len(train) + len(test) == len(source.target)
     assert not set(train.sample_id) & set(test.sample_id)
@@ -112,9 +112,9 @@ def test_reading_parquet_does_not_wait_for_pandas(tmp_path):
     parquet(tmp_path, [0, 1], "test-0.parquet")
     script = f"""
 import sys
-from pipeline import config
-from pipeline.data import datasets
-datasets.load(config.Parquet(name="parquet", root={str(tmp_path)!r}, train="train-*.parquet", test="test-*.parquet"))
+from offline_bkd.pipeline import schema
+from offline_bkd.pipeline.data import datasets
+datasets.load(schema.Parquet(name="parquet", root={str(tmp_path)!r}, train="train-*.parquet", test="test-*.parquet"))
 print("pandas" in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
@@ -169,7 +169,7 @@ def folder_of_images(root):
             (root / part / name).mkdir(parents=True)
             for row in range(3):
                 (root / part / name / f"{row}.png").write_bytes(png(row, (10 + row, 8)))
-    return config.ImageFolder(name="imagefolder", root=str(root))
+    return schema.ImageFolder(name="imagefolder", root=str(root))
 
 
 def test_an_image_folder_has_a_class_for_each_folder(tmp_path):
@@ -254,7 +254,7 @@ def test_a_class_that_only_one_part_has_is_named(tmp_path):
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="there is no folder .*train; check data.root"):
-        datasets.load(config.ImageFolder(name="imagefolder", root=str(tmp_path)))
+        datasets.load(schema.ImageFolder(name="imagefolder", root=str(tmp_path)))
 
 
 def test_a_class_whose_name_is_no_text_is_named(tmp_path):
@@ -264,7 +264,7 @@ def test_a_class_whose_name_is_no_text_is_named(tmp_path):
             os.makedirs(folder)
             Image.new("RGB", (8, 8)).save(os.fsdecode(folder + b"/0.png"))
     with pytest.raises(UserError, match=r"the class name 'caf\\udce9' is not UTF-8; rename it"):
-        datasets.load(config.ImageFolder(name="imagefolder", root=str(tmp_path)))
+        datasets.load(schema.ImageFolder(name="imagefolder", root=str(tmp_path)))
 
 
 def test_cifar_is_read_through_torchvision(tmp_path):
@@ -284,7 +284,7 @@ def test_cifar_is_read_through_torchvision(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
         patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-        train, test = datasets.load(config.Cifar(name="cifar10", root=str(tmp_path)))
+        train, test = datasets.load(schema.Cifar(name="cifar10", root=str(tmp_path)))
     assert train.classes == tuple(names) and train.class_counts.tolist() == [10] * 10 and len(test) == 20
     assert train.image_size[0].tolist() == [32, 32]
 
@@ -295,13 +295,13 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
     with pytest.raises(UserError, match="cannot load or download cifar100 into .*: no route"):
-        datasets.load(config.Cifar(name="cifar100", root=str(tmp_path)))
+        datasets.load(schema.Cifar(name="cifar100", root=str(tmp_path)))
 
 
 def test_a_variable_that_is_not_set_is_named(monkeypatch):
     monkeypatch.delenv("OFFLINE_BKD_DATA", raising=False)
     with pytest.raises(UserError, match="OFFLINE_BKD_DATA in .* is not set; set it, or give -o data.root=FOLDER"):
-        datasets.load(config.Digits(name="digits", root="${OFFLINE_BKD_DATA}/x"))
+        datasets.load(schema.Digits(name="digits", root="${OFFLINE_BKD_DATA}/x"))
 
 
 def test_the_fingerprint_tells_pixels_labels_and_choice_apart():

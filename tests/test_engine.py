@@ -15,12 +15,13 @@ import pytest
 import tiny
 import torch
 
-from pipeline import UserError, engine, runs
-from pipeline.config import Cosine, OneCycle, Training
-from pipeline.data.images import ResidentImages
-from pipeline.samplers import instance_balanced
-from pipeline.student import train_student
-from pipeline.teacher import train_teacher
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.data.images import ResidentImages
+from offline_bkd.pipeline.schema import Cosine, OneCycle, Training
+from offline_bkd.pipeline.student import train_student
+from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.training import engine
+from offline_bkd.pipeline.training.samplers import instance_balanced
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,7 +111,7 @@ def test_interrupted_and_resumed_is_uninterrupted_wherever_it_stopped(tmp_path, 
 
 
 def test_twenty_interruptions_at_random_steps_change_no_bit(tmp_path, monkeypatch):
-    from pipeline import losses
+    from offline_bkd.pipeline.training import losses
 
     config = tiny.experiment("teacher.training.epochs=16")
     train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
@@ -194,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_the_step_that_diverged_is_the_one_named(tmp_path, monkeypatch):
-    from pipeline import losses
+    from offline_bkd.pipeline.training import losses
 
     calls, cross_entropy = [], losses.cross_entropy
 
@@ -268,14 +269,14 @@ class Dropping(torch.nn.Module):
 @pytest.fixture
 def dropping(monkeypatch):
     """Networks that draw random numbers themselves."""
-    from pipeline import recipe
+    from offline_bkd.pipeline import recipe
 
     build = recipe.build_model
     monkeypatch.setattr(recipe, "build_model", lambda *arguments: Dropping(build(*arguments)))
 
 
 def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, dropping, monkeypatch):
-    from pipeline import losses
+    from offline_bkd.pipeline.training import losses
 
     config = tiny.experiment("teacher.training.epochs=3")
     train_teacher(config, str(tmp_path / "whole"), tiny.CPU)

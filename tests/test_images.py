@@ -10,10 +10,10 @@ from PIL import Image
 from test_datasets import folder_of_images, parquet, png, section
 from torchvision.transforms.v2 import functional as transforms
 
-from cache.views import CropFlip, RandomResizedCrop
-from pipeline import UserError
-from pipeline.data import datasets
-from pipeline.data.images import DecodedImages, ResidentImages, open_images
+from offline_bkd.cache.views import CropFlip, RandomResizedCrop
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import DecodedImages, ResidentImages, open_images
 
 FLIPPED = CropFlip(pad=2, flip=True)
 RESIZED = RandomResizedCrop(size=6, count=5)

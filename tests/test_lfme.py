@@ -8,16 +8,17 @@ import tiny
 import torch
 from scipy.special import log_softmax, softmax
 
-from cache import CacheError, open_cache
-from pipeline import UserError, config, losses, metrics, runs
-from pipeline.data import datasets
-from pipeline.data.images import Batch
-from pipeline.dump import dump_logits, load_teacher
-from pipeline.evaluate import evaluate_run, infer
-from pipeline.methods import Setting, build_method
-from pipeline.student import train_student
-from pipeline.teacher import train_teacher
-from pipeline.verify import verify_cache
+from offline_bkd.cache import CacheError, open_cache
+from offline_bkd.pipeline import UserError, metrics, runs, schema
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import Batch
+from offline_bkd.pipeline.dump import dump_logits, load_teacher
+from offline_bkd.pipeline.evaluate import evaluate_run, infer
+from offline_bkd.pipeline.student import train_student
+from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.training import losses
+from offline_bkd.pipeline.training.methods import Setting, build_method
+from offline_bkd.pipeline.verify import verify_cache
 
 LFME = "student.method={name: lfme}"
 SHOTS = "many", "medium", "few"
@@ -70,7 +71,7 @@ def graded():
         seed=0,
         device=tiny.CPU,
     )
-    recipe = build_method(config.LFME(name="lfme"), setting)
+    recipe = build_method(schema.LFME(name="lfme"), setting)
     recipe.network.double().right[4] = torch.tensor([[90, 80, 70], [9, 48, 77]])
     return recipe, experts, student, label
 
@@ -137,7 +138,7 @@ def test_an_expert_learns_and_is_judged_on_its_own_classes(experts):
 
 
 def test_a_row_of_the_cache_holds_every_experts_answer(experts, experts_cache):
-    from pipeline.data.images import open_images
+    from offline_bkd.pipeline.data.images import open_images
 
     experiment, cache = tiny.experiment(), open_cache(experts_cache)
     train, _ = datasets.load(experiment.data)

@@ -9,10 +9,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from cache.views import RandomResizedCrop
-from pipeline import UserError, config, metrics
-from pipeline.data import datasets
-from pipeline.data.images import DecodedImages
+from offline_bkd.cache.views import RandomResizedCrop
+from offline_bkd.pipeline import UserError, metrics, schema
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import DecodedImages
 
 # As the published lists spell them; the labels of both parts are the classes 0 to 2.
 TRAIN = ["train/n01440764/n01440764_190.JPEG 0", "train/Sus scrofa/0 a.jpg 1", "train/n01443537/n01443537_2.JPEG 2"]
@@ -31,15 +31,15 @@ def write(root, *files: str, data: bytes = jpeg()):
         (root / file).write_bytes(data)
 
 
-def lists(root, train=TRAIN, test=TEST, **values) -> config.ImageList:
+def lists(root, train=TRAIN, test=TEST, **values) -> schema.ImageList:
     """The two lists, and an image for each of their lines that is one."""
     for name, lines in (("train.txt", train), ("test.txt", test)):
         write(root, name, data="".join(f"{line}\n" for line in lines).encode())
         write(root, *(line.rpartition(" ")[0] for line in lines if line[:1].isalpha() and " " in line))
-    return config.ImageList(name="image_list", root=str(root), train="train.txt", test="test.txt", **values)
+    return schema.ImageList(name="image_list", root=str(root), train="train.txt", test="test.txt", **values)
 
 
-def inaturalist(root, change=lambda content: None) -> config.INaturalist:
+def inaturalist(root, change=lambda content: None) -> schema.INaturalist:
     """Both files in iNaturalist's layout, the training file changed by `change`, and their images."""
     kinds = ("Plantae", "Sus scrofa")
     for part, (first, count) in {"train2018": (0, 4), "val2018": (4, 2)}.items():
@@ -60,7 +60,7 @@ def inaturalist(root, change=lambda content: None) -> config.INaturalist:
         if part == "train2018":
             change(content)
         (root / f"{part}.json").write_text(json.dumps(content))
-    return config.INaturalist(name="inaturalist", root=str(root), train="train2018.json", test="val2018.json")
+    return schema.INaturalist(name="inaturalist", root=str(root), train="train2018.json", test="val2018.json")
 
 
 def test_a_list_gives_files_and_labels_in_its_order(tmp_path):
@@ -199,7 +199,7 @@ def test_shot_groups_are_those_of_the_published_sets(tmp_path, layout):
                 "categories": [{"id": label} for label in range(5)],
             }
             (tmp_path / name).write_text(json.dumps(content))
-        section = config.INaturalist(name="inaturalist", root=str(tmp_path), train="train.json", test="val.json")
+        section = schema.INaturalist(name="inaturalist", root=str(tmp_path), train="train.json", test="val.json")
     train, _ = datasets.load(section)
     assert len(train) == 245 and train.class_counts.tolist() == counts
     groups = {name: np.flatnonzero(members).tolist() for name, members in metrics.shot_groups(train.class_counts).items()}

@@ -14,10 +14,11 @@ from sklearn.metrics import log_loss
 from sklearn.metrics.pairwise import cosine_similarity
 from torch.nn import functional
 
-from pipeline import UserError, config, losses
-from pipeline.data.images import Batch
-from pipeline.methods import Setting, build_method
-from pipeline.models import build_model
+from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline.data.images import Batch
+from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.training import losses
+from offline_bkd.pipeline.training.methods import Setting, build_method
 
 T, BETA = 2.0, 0.9999
 COUNTS = np.array([500, 200, 80, 30, 12, 5])
@@ -137,10 +138,10 @@ def test_ldam_takes_a_margin_from_the_labels_cosine(batch):
 def recipe_of(name, targets=None, model=(), **settings):
     if "name" not in model:
         model = {"name": "cifar_resnet", "depth": 8, "width": 4, **dict(model)}
-    section = config.Student(model=model, method={"name": name, **settings})
+    section = schema.Student(model=model, method={"name": name, **settings})
     label = np.repeat(np.arange(6), COUNTS)
     setting = Setting(
-        model=build_model(section.model, 6, config.Data(), 0),
+        model=build_model(section.model, 6, schema.Data(), 0),
         sample_id=np.arange(len(label)),
         label=label,
         class_counts=COUNTS,
@@ -184,12 +185,12 @@ def test_class_weights_have_mean_one_and_wait_for_their_epoch(batch):
 )
 def test_a_method_is_refused_with_a_network_that_does_not_fit_it(method, model, message):
     with pytest.raises(ValueError, match=message):
-        config.Student(model={"name": "cifar_resnet", **model}, method={"name": method})
+        schema.Student(model={"name": "cifar_resnet", **model}, method={"name": method})
 
 
 def test_a_batch_of_two_branches_is_even():
     with pytest.raises(ValueError, match="batch_size 127 is odd"):
-        config.Student(model={"name": "cifar_resnet", "branches": 2}, method={"name": "bbn"}, training={"batch_size": 127})
+        schema.Student(model={"name": "cifar_resnet", "branches": 2}, method={"name": "bbn"}, training={"batch_size": 127})
 
 
 def test_another_temperature_follows_from_the_probabilities(batch):

@@ -10,18 +10,18 @@ import tiny
 import torch
 from PIL import Image
 
-from cache import Cache, CacheError, open_cache
-from cache.planes import Planes
-from pipeline import UserError, plan, runs
-from pipeline.data.color_jitter import ColorJitter, adjust
-from pipeline.dump import dump_logits
-from pipeline.evaluate import evaluate_run
-from pipeline.models import build_model
-from pipeline.report import write_report
-from pipeline.student import train_student
-from pipeline.targets import Targets
-from pipeline.teacher import train_teacher
-from pipeline.verify import verify_cache
+from offline_bkd.cache import Cache, CacheError, open_cache
+from offline_bkd.cache.planes import Planes
+from offline_bkd.pipeline import UserError, dry_run, runs
+from offline_bkd.pipeline.data.color_jitter import ColorJitter, adjust
+from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline.evaluate import evaluate_run
+from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.show.report import write_report
+from offline_bkd.pipeline.student import train_student
+from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.training.targets import Targets
+from offline_bkd.pipeline.verify import verify_cache
 
 BBN = ("student.method={name: bbn}", "student.model.branches=2")
 CBD = ("student.method={name: cbd}", "student.model.cosine_scale=20", "cache.features=true")
@@ -331,9 +331,9 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(64, 15), (800, 2)])  # of 464 samples, twice an epoch
 def test_a_dry_run_counts_the_samples_of_both_branches(monkeypatch, capsys, batch_size, steps):
-    monkeypatch.setattr(plan, "_time", lambda work, device: work() is None)  # a second for a step, none for a test
+    monkeypatch.setattr(dry_run, "_time", lambda work, device: work() is None)  # a second for a step, none for a test
     config = tiny.experiment(*BBN, f"student.training.batch_size={batch_size}")
-    plan.show_plan(config, tiny.CPU, "student", "run")
+    dry_run.show_plan(config, tiny.CPU, "student", "run")
     assert f"about {2 * steps:,} s on cpu" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import accuracy_score, recall_score
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from pipeline import metrics
+from offline_bkd.pipeline import metrics
 
 COUNTS = np.array([101, 500, 100, 20, 19, 5, 1])
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import UserError, config
-from pipeline.models import build_model
+from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline.models import build_model
 
-DATA = config.Digits(name="digits", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+DATA = schema.Digits(name="digits", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
 
 
 def build(depth=8, width=16, classes=10, seed=0):
-    return build_model(config.CifarResNet(name="cifar_resnet", depth=depth, width=width), classes, DATA, seed)
+    return build_model(schema.CifarResNet(name="cifar_resnet", depth=depth, width=width), classes, DATA, seed)
 
 
 # He et al. (2016), table 6, in millions
@@ -53,7 +53,7 @@ def test_weights_are_kaiming_normal():
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_weights_and_activations_have_the_memory_format_that_was_asked_for(channels_last):
-    section = config.CifarResNet(name="cifar_resnet", depth=8)
+    section = schema.CifarResNet(name="cifar_resnet", depth=8)
     network, seen = build_model(section, 10, DATA, 0, channels_last=channels_last), []
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -74,7 +74,7 @@ def test_normalisation_is_part_of_the_model():
 
 
 def torchvision_model(**values):
-    section = config.TorchvisionModel(name="torchvision", architecture="resnet18", **values)
+    section = schema.TorchvisionModel(name="torchvision", architecture="resnet18", **values)
     return build_model(section, 5, DATA, 0)
 
 
@@ -98,7 +98,7 @@ def test_resnet10_is_the_long_tailed_literatures():
         expected += (before + width) * width * 3 * 3 + 2 * 2 * width
         expected += before * width + 2 * width if before < width else 0  # the shortcut
     expected += (512 + 1) * classes
-    section = config.TorchvisionModel(name="torchvision", architecture="resnet10")
+    section = schema.TorchvisionModel(name="torchvision", architecture="resnet10")
     network = build_model(section, classes, DATA, 0)
     assert sum(parameter.numel() for parameter in network.parameters()) == expected == 5_418_792
     shapes = [network.network.get_submodule(f"layer{n}")(torch.zeros(1, w, 8, 8)).shape for n, w in zip((1, 2), (64, 64))]
@@ -129,7 +129,7 @@ def test_given_weights_begin_both_branches_and_drawn_ones_differ(tmp_path):
 
 
 def test_two_branches_are_a_resnets():
-    section = config.TorchvisionModel(name="torchvision", architecture="resnet10", branches=2)
+    section = schema.TorchvisionModel(name="torchvision", architecture="resnet10", branches=2)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert build_model(section, 7, DATA, 0)(images).shape == (2, 7), "whose last stage is one block"
     for architecture in ("mobilenet_v2", "regnet_x_400mf"):
@@ -140,7 +140,7 @@ def test_two_branches_are_a_resnets():
 
 def test_an_unknown_architecture_and_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="torchvision has no classifier 'resnet19'; did you mean 'resnet1"):
-        build_model(config.TorchvisionModel(name="torchvision", architecture="resnet19"), 5, DATA, 0)
+        build_model(schema.TorchvisionModel(name="torchvision", architecture="resnet19"), 5, DATA, 0)
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="do not fit resnet18: conv1.weight"):
         torchvision_model(weights=str(tmp_path / "weights.safetensors"))
@@ -169,7 +169,7 @@ def test_a_layer_that_is_missing_is_not_excused_by_its_width(tmp_path):
 
     state = {name: value for name, value in resnet18(num_classes=512).state_dict().items() if "layer4.1.conv1" not in name}
     save_file(state, tmp_path / "weights.safetensors")
-    section = config.TorchvisionModel(
+    section = schema.TorchvisionModel(
         name="torchvision", architecture="resnet18", weights=str(tmp_path / "weights.safetensors")
     )
     with pytest.raises(UserError, match="do not fit resnet18: layer4.1.conv1.weight"):

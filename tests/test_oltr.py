@@ -6,18 +6,19 @@ import tiny
 import torch
 from scipy.special import log_softmax, softmax
 
-from pipeline import UserError, config, losses, runs
-from pipeline.data import datasets
-from pipeline.data.images import Batch, open_images
-from pipeline.evaluate import evaluate_run, load_model
-from pipeline.methods import Setting, build_method
-from pipeline.models import build_model, classifier, memory, new_parts
-from pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
-from pipeline.student import train_student
-from pipeline.teacher import train_teacher
+from offline_bkd.pipeline import UserError, runs, schema
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import Batch, open_images
+from offline_bkd.pipeline.evaluate import evaluate_run, load_model
+from offline_bkd.pipeline.models import build_model, classifier, memory, new_parts
+from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
+from offline_bkd.pipeline.student import train_student
+from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.training import losses
+from offline_bkd.pipeline.training.methods import Setting, build_method
 
 OLTR = "student.method={name: oltr}", "student.model.memory=true"
-DATA = config.Digits(name="digits")
+DATA = schema.Digits(name="digits")
 
 
 def drawn(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -106,12 +107,12 @@ def test_the_memorys_loss_is_the_papers_and_its_gradient_that_of_finite_differen
 
 
 def network(section=None, size=(8, 8), **values):
-    section = section or config.CifarResNet(name="cifar_resnet", depth=8, width=4, memory=True, **values)
+    section = section or schema.CifarResNet(name="cifar_resnet", depth=8, width=4, memory=True, **values)
     return build_model(section, 10, DATA, 0, size)
 
 
 def test_a_network_with_a_memory_is_the_plain_one_with_parts_added():
-    plain = build_model(config.CifarResNet(name="cifar_resnet", depth=8, width=4), 10, DATA, 0)
+    plain = build_model(schema.CifarResNet(name="cifar_resnet", depth=8, width=4), 10, DATA, 0)
     found, new = network(size=(8, 12)), tuple(new_parts(network()))
     assert {name for name in found.state_dict() if not name.startswith(new)} == {
         name for name in plain.state_dict() if not name.startswith("network.fc.")
@@ -129,7 +130,7 @@ def test_a_network_with_a_memory_is_the_plain_one_with_parts_added():
 @pytest.mark.parametrize("side", [64, 70])
 def test_torchvisions_resnets_may_have_a_memory_and_others_may_not(side):
     def section(name):
-        return config.TorchvisionModel(name="torchvision", architecture=name, memory=True)
+        return schema.TorchvisionModel(name="torchvision", architecture=name, memory=True)
 
     found = network(section("resnet10"), (side, side)).eval()
     assert found.network.layer4[-1].spatial.out_features == (4 if side == 64 else 9)

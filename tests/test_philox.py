@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cache import philox
+from offline_bkd.cache import philox
 
 VECTORS = [  # the known answers that are published with Random123
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

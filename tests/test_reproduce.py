@@ -12,9 +12,9 @@ import tiny
 import yaml
 from click.testing import CliRunner
 
-import cli
-from pipeline import UserError, reproduce, runs
-from pipeline.config import dump_config, load_config
+from offline_bkd import cli
+from offline_bkd.pipeline import UserError, reproduce, runs
+from offline_bkd.pipeline.config import dump_config, load_config
 
 ROOT = Path(__file__).parent.parent
 TABLES = sorted((ROOT / "configs" / "tables").glob("*.yaml"))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from cache import philox
-from cache.views import CropFlip, RandomResizedCrop
-from pipeline import samplers
+from offline_bkd.cache import philox
+from offline_bkd.cache.views import CropFlip, RandomResizedCrop
+from offline_bkd.pipeline.training import samplers
 
 COUNTS = np.array([500, 60, 9, 1])
 LABEL = np.random.default_rng(0).permutation(np.repeat(np.arange(4), COUNTS))

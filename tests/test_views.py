@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from cache import views
-from cache.views import CropFlip, RandomResizedCrop
+from offline_bkd.cache import views
+from offline_bkd.cache.views import CropFlip, RandomResizedCrop
 
 CROP = RandomResizedCrop(size=224, count=8, seed=11)
 GOLDEN = [

@@ -10,18 +10,18 @@ import pytest
 import tiny
 import torch
 
-from cache import CacheError, open_cache
-from pipeline import UserError, runs
-from pipeline.data import datasets
-from pipeline.data.images import open_images
-from pipeline.dump import dump_logits, load_teacher
-from pipeline.methods import Setting, build_method
-from pipeline.models import build_model
-from pipeline.samplers import instance_balanced
-from pipeline.student import open_matching_cache, train_student
-from pipeline.targets import Targets
-from pipeline.teacher import train_teacher
-from pipeline.verify import verify_cache
+from offline_bkd.cache import CacheError, open_cache
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.dump import dump_logits, load_teacher
+from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.student import open_matching_cache, train_student
+from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.training.methods import Setting, build_method
+from offline_bkd.pipeline.training.samplers import instance_balanced
+from offline_bkd.pipeline.training.targets import Targets
+from offline_bkd.pipeline.verify import verify_cache
 
 STEPS = 56
 
@@ -181,7 +181,7 @@ def test_a_cache_with_another_class_order_is_refused(cache):
 
 
 def test_an_incomplete_cache_is_refused_and_a_resumed_one_is_the_uninterrupted_one(tmp_path, teacher_run, cache, monkeypatch):
-    from cache import CacheWriter
+    from offline_bkd.cache import CacheWriter
 
     config, write, written = tiny.experiment("cache.encoding.dtype=float32"), CacheWriter.write, []
 
@@ -208,7 +208,7 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
     """Random-resized crops of image files: dumped, trained from, with the next plane read ahead."""
     from test_datasets import folder_of_images
 
-    from pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.teacher import train_teacher
 
     folder_of_images(tmp_path)
     config = tiny.experiment(
@@ -238,7 +238,7 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
 
 
 def test_planes_too_large_for_memory_lie_in_a_scratch_file(cache, monkeypatch):
-    from pipeline import targets
+    from offline_bkd.pipeline.training import targets
 
     config = tiny.experiment()
     expected = losses_of(config, cached(cache, config))
@@ -254,7 +254,7 @@ def test_planes_too_large_for_memory_lie_in_a_scratch_file(cache, monkeypatch):
 def test_verify_agrees_with_the_teacher_and_notices_another(tmp_path, teacher_run, cache):
     report = verify_cache(str(cache), [str(teacher_run)], 2, None, (), tiny.CPU)
     assert report["passed"] and report["worst"] < 1e-6 and len(report["views"]) == 2 and len(report["classes"]) == 10
-    from pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.teacher import train_teacher
 
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
     with pytest.raises(CacheError, match="teacher.digest"):
@@ -293,9 +293,9 @@ def test_a_checkpoint_that_is_not_the_summarys_is_refused(tmp_path, teacher_run)
 def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes_no_byte(tmp_path, monkeypatch):
     from test_datasets import folder_of_images
 
-    from cache import CacheWriter
-    from pipeline import dump
-    from pipeline.teacher import train_teacher
+    from offline_bkd.cache import CacheWriter
+    from offline_bkd.pipeline import dump
+    from offline_bkd.pipeline.teacher import train_teacher
 
     folder_of_images(tmp_path)
     views = "views={name: random_resized_crop, size: 8, count: 5}"
@@ -324,7 +324,7 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
 
 
 def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sample(tmp_path, teacher_run, monkeypatch):
-    from pipeline import dump
+    from offline_bkd.pipeline import dump
 
     def poisoned(*arguments):
         found = infer(*arguments).clone()
@@ -339,7 +339,7 @@ def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sampl
 
 
 def test_several_teachers_are_averaged_or_kept_apart(tmp_path, teacher_run):
-    from pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.teacher import train_teacher
 
     config = tiny.experiment("cache.encoding.dtype=float32")
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
@@ -381,7 +381,7 @@ def test_features_are_named_after_folders_that_may_name_them(tmp_path, teacher_r
 
 
 def test_a_run_goes_on_with_the_cache_it_began_with_and_with_no_other(tmp_path, cache, teacher_run, monkeypatch):
-    from pipeline import engine
+    from offline_bkd.pipeline.training import engine
 
     config = tiny.experiment("student.training.epochs=3")
     half = tiny.experiment("student.training.epochs=3", "cache.encoding.dtype=float16")
@@ -412,7 +412,7 @@ def test_a_folder_has_one_writer_and_what_was_cut_before_it_began_is_no_run(tmp_
 
 
 def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
-    from pipeline.report import write_report
+    from offline_bkd.pipeline.show.report import write_report
 
     folders = {}
     for name, epochs, seed in (("a", 1, 0), ("b", 1, 1), ("c", 2, 0)):
@@ -447,7 +447,7 @@ def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
     ],
 )
 def test_a_damaged_run_is_named(tmp_path, teacher_run, file, damage, message):
-    from pipeline.evaluate import evaluate_run
+    from offline_bkd.pipeline.evaluate import evaluate_run
 
     shutil.copytree(teacher_run, tmp_path / "run")
     path = tmp_path / "run" / file
@@ -484,7 +484,7 @@ def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_wr
 
 
 def test_features_are_dumped_beside_the_probabilities(tmp_path, teacher_run):
-    from pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.teacher import train_teacher
 
     config = tiny.experiment("cache.encoding.dtype=float32", "cache.features=true")
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)

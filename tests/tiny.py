@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import runs
-from pipeline.config import Experiment, load_config
+from offline_bkd.pipeline import runs
+from offline_bkd.pipeline.config import load_config
+from offline_bkd.pipeline.schema import Experiment
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 CPU = torch.device("cpu")

@@ -23,9 +23,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pydantic import FailFast, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
-from cache import philox
-from pipeline import UserError, config, metrics
-from pipeline.progress import Progress
+from offline_bkd.cache import philox
+from offline_bkd.pipeline import UserError, config, metrics, schema
+from offline_bkd.pipeline.show.progress import Progress
 
 MOST_CLASSES = 100_000
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -151,7 +151,7 @@ class Dataset:
             raise UserError(f"{self.describe(row)} cannot be read: {getattr(error, 'strerror', error)}")
 
 
-def load(section: config.Data, shot: str | None = None, download: bool = True) -> tuple[Dataset, Dataset]:
+def load(section: schema.Data, shot: str | None = None, download: bool = True) -> tuple[Dataset, Dataset]:
     """The training part, made long-tailed as `section` says, and the test part, whole.
 
     With `shot`, a shot group of metrics.py, only the samples of its classes, in both parts; all classes keep their names
@@ -218,7 +218,7 @@ def long_tailed(dataset: Dataset, ratio: float, largest: int | None, seed: int) 
     return dataset.take(np.sort(kept))
 
 
-def _digits(section: config.Digits, root: Path) -> tuple[Dataset, Dataset]:
+def _digits(section: schema.Digits, root: Path) -> tuple[Dataset, Dataset]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -234,11 +234,11 @@ def _digits(section: config.Digits, root: Path) -> tuple[Dataset, Dataset]:
     return whole.take(np.setdiff1d(np.arange(len(whole)), test)), whole.take(test)
 
 
-def _parquet(section: config.Parquet, root: Path) -> tuple[Dataset, Dataset]:
+def _parquet(section: schema.Parquet, root: Path) -> tuple[Dataset, Dataset]:
     return _parquet_part(section, root, section.train), _parquet_part(section, root, section.test)
 
 
-def _parquet_part(section: config.Parquet, root: Path, pattern: str) -> Dataset:
+def _parquet_part(section: schema.Parquet, root: Path, pattern: str) -> Dataset:
     import pyarrow
     import pyarrow.parquet
 
@@ -292,7 +292,7 @@ def _class_names(schema, label: str) -> list[str] | None:
         return None
 
 
-def _cifar(section: config.Cifar, root: Path, download: bool) -> tuple[Dataset, Dataset]:
+def _cifar(section: schema.Cifar, root: Path, download: bool) -> tuple[Dataset, Dataset]:
     from torchvision import datasets
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[section.name]
@@ -314,7 +314,7 @@ def _cifar(section: config.Cifar, root: Path, download: bool) -> tuple[Dataset, 
     )
 
 
-def _imagefolder(section: config.ImageFolder, root: Path) -> tuple[Dataset, Dataset]:
+def _imagefolder(section: schema.ImageFolder, root: Path) -> tuple[Dataset, Dataset]:
     return _folder_part(root / section.train), _folder_part(root / section.test)
 
 
@@ -337,7 +337,7 @@ def _folder_part(root: Path) -> Dataset:
     )
 
 
-def _image_list(section: config.ImageList, root: Path) -> tuple[Dataset, Dataset]:
+def _image_list(section: schema.ImageList, root: Path) -> tuple[Dataset, Dataset]:
     parts = [_read_list(root / name) for name in (section.train, section.test)]
     if section.classes:
         classes = _read(root / section.classes, "data.classes").decode(errors="replace").rstrip().splitlines()
@@ -393,7 +393,7 @@ class _INaturalist(TypedDict):
     annotations: Annotated[list[_Annotation], FailFast()]
 
 
-def _inaturalist(section: config.INaturalist, root: Path) -> tuple[Dataset, Dataset]:
+def _inaturalist(section: schema.INaturalist, root: Path) -> tuple[Dataset, Dataset]:
     return _inaturalist_part(root, section.train), _inaturalist_part(root, section.test)
 
 

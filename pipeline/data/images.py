@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cache.views import CropFlip, RandomResizedCrop
-from pipeline import UserError
-from pipeline.data.datasets import Dataset
+from offline_bkd.cache.views import CropFlip, RandomResizedCrop
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.data.datasets import Dataset
 
 
 class Batch(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline import UserError, config
-from pipeline.models.cifar_resnet import CifarResNet
-from pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
+from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline.models.cifar_resnet import CifarResNet
+from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
 
 
 class Classifier(nn.Module):
@@ -78,9 +78,9 @@ class BranchedResNet(nn.Module):
 
 
 def build_model(
-    section: config.Model,
+    section: schema.Model,
     classes: int,
-    data: config.Data,
+    data: schema.Data,
     seed: int,
     image_size: tuple[int, int] | None = None,
     members: torch.Tensor | None = None,
@@ -129,7 +129,7 @@ def _names(model: nn.Module, *kinds: type) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _branch(network: nn.Module, section: config.TorchvisionModel, classes: int) -> BranchedResNet:
+def _branch(network: nn.Module, section: schema.TorchvisionModel, classes: int) -> BranchedResNet:
     """The same network with its last block twice."""
     from torchvision.models import ResNet
 
@@ -141,7 +141,7 @@ def _branch(network: nn.Module, section: config.TorchvisionModel, classes: int) 
     return BranchedResNet(network, classes, drawn=section.weights is None)
 
 
-def _attend(network: nn.Module, section: config.Network, image_size: tuple[int, int]) -> None:
+def _attend(network: nn.Module, section: schema.Network, image_size: tuple[int, int]) -> None:
     """Lets the last stage of a ResNet end in modulated attention."""
     stage, stride = (network.blocks, 4) if section.name == "cifar_resnet" else (getattr(network, "layer4", None), 32)
     if stage is None:
@@ -152,7 +152,7 @@ def _attend(network: nn.Module, section: config.Network, image_size: tuple[int, 
     stage.append(ModulatedAttention(classifier(network).in_features, *(math.ceil(side / stride) for side in image_size)))
 
 
-def _fit_head(network: nn.Module, section: config.Network, classes: int) -> None:
+def _fit_head(network: nn.Module, section: schema.Network, classes: int) -> None:
     """Puts what `section` asks for after the pooled features in the place of the last layer."""
     if section.projection is None and section.cosine_scale is None and not section.memory:
         return
@@ -173,7 +173,7 @@ def _fit_head(network: nn.Module, section: config.Network, classes: int) -> None
     setattr(network.get_submodule(parent), child, nn.Sequential(*layers))
 
 
-def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
+def _torchvision(section: schema.TorchvisionModel, classes: int) -> nn.Module:
     """torchvision's classifier; given weights load into every part but a last layer of another width."""
     from torchvision import models
 
@@ -199,7 +199,7 @@ def _torchvision(section: config.TorchvisionModel, classes: int) -> nn.Module:
     return network
 
 
-def own_weights(section: config.TorchvisionModel):
+def own_weights(section: schema.TorchvisionModel):
     """torchvision's own weights that `section` names. Raises UserError if there are none of that name."""
     from torchvision import models
 
@@ -212,7 +212,7 @@ def own_weights(section: config.TorchvisionModel):
     return known[section.weights]
 
 
-def _load_weights(section: config.TorchvisionModel) -> dict:
+def _load_weights(section: schema.TorchvisionModel) -> dict:
     from safetensors.torch import load_file
 
     own = own_weights(section) if section.downloads else None

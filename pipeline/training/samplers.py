@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cache import philox
+from offline_bkd.cache import philox
 
 
 def instance_balanced(seed: int, epoch: int, sample_id: np.ndarray) -> np.ndarray:

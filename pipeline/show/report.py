@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import UserError, metrics, runs
-from pipeline.show import COLUMNS
+from offline_bkd.pipeline import UserError, metrics, runs
+from offline_bkd.pipeline.show.terminal import COLUMNS
 
 NAMES = {
     "teacher": "teacher",

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cache import Cache, CropFlip
-from cache.planes import Planes, row_format
+from offline_bkd.cache import Cache, CropFlip
+from offline_bkd.cache.planes import Planes, row_format
 
 ROOM = 0.5  # of the memory there is, for planes
 

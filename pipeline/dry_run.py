@@ -8,20 +8,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import Cache
-from cache.planes import row_format
-from cache.views import CropFlip
-from cache.writer import refuse_taken
-from pipeline import engine, losses, runs, show
-from pipeline.config import Experiment, dump_config
-from pipeline.data import datasets
-from pipeline.data.images import open_images
-from pipeline.dump import cache_paths, load_teachers, notes_on_teachers
-from pipeline.evaluate import infer
-from pipeline.methods import refuse_width
-from pipeline.models import build_model, own_weights
-from pipeline.recipe import notes_on_training, refuse_device, refuse_unfit, take_backbone
-from pipeline.student import open_matching_cache, refuse_sources
+from offline_bkd.cache import Cache
+from offline_bkd.cache.planes import row_format
+from offline_bkd.cache.views import CropFlip
+from offline_bkd.cache.writer import refuse_taken
+from offline_bkd.pipeline import runs
+from offline_bkd.pipeline.config import dump_config
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.dump import cache_paths, load_teachers, notes_on_teachers
+from offline_bkd.pipeline.evaluate import infer
+from offline_bkd.pipeline.models import build_model, own_weights
+from offline_bkd.pipeline.recipe import notes_on_training, refuse_device, refuse_unfit, take_backbone
+from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.show import terminal
+from offline_bkd.pipeline.student import open_matching_cache, refuse_sources
+from offline_bkd.pipeline.training import engine, losses
+from offline_bkd.pipeline.training.methods import refuse_width
 
 
 def show_plan(
@@ -93,7 +96,7 @@ def show_plan(
     print(dump_config(config))
     for note in notes:
         print(f"note: {note}")
-    show.facts(facts, f"{config.name}: {stage}, nothing written")
+    terminal.facts(facts, f"{config.name}: {stage}, nothing written")
 
 
 def _there(place: str) -> bool:

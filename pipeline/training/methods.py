@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline import UserError, losses, metrics, samplers
-from pipeline.models import classifier, memory
-from pipeline.targets import Targets
+from offline_bkd.pipeline import UserError, metrics
+from offline_bkd.pipeline.models import classifier, memory
+from offline_bkd.pipeline.training import losses, samplers
+from offline_bkd.pipeline.training.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)

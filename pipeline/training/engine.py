@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cache import philox
-from pipeline import UserError, runs, samplers
-from pipeline.config import Training
-from pipeline.data.images import Batch
-from pipeline.progress import Progress
+from offline_bkd.cache import philox
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.data.images import Batch
+from offline_bkd.pipeline.schema import Training
+from offline_bkd.pipeline.show.progress import Progress
+from offline_bkd.pipeline.training import samplers
 
 CHECK_EVERY = 50  # steps between looks at the device: often enough to stop a diverged run, rarely enough to cost nothing
 

@@ -1,0 +1,390 @@
+"""The schema of an experiment: one YAML file, checked as a whole before anything runs.
+
+Unknown keys, wrong types and impossible values are all reported at once, each with the nearest right name.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+
+from offline_bkd.cache.views import CropFlip, RandomResizedCrop
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+Positive = Annotated[int, Strict(), Field(gt=0)]
+Temperature = Annotated[float, Field(ge=0.01, le=1000)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _share_of_epochs(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError(f"a share of the epochs, from 0 to below 1 (epoch 160 of 200 is 0.8); found {value:g}")
+    return value
+
+
+ShareOfEpochs = Annotated[float, AfterValidator(_share_of_epochs)]
+PerChannel = tuple[float, float, float]
+PositivePerChannel = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+class Data(Section):
+    """What every data set has: where it is, how its training part is made long-tailed, how pixels are normalised."""
+
+    root: str = "."  # folder that relative paths start from; ~ and ${VARIABLES} are expanded
+    imbalance_ratio: Annotated[float, Field(ge=1)] | None = None  # n_max / n_min; null keeps every training sample
+    max_per_class: Positive | None = None  # n_max; null takes the first class's size
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**64)] = 0  # which samples stay
+    mean: PerChannel = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
+    std: PositivePerChannel = (0.229, 0.224, 0.225)
+    workers: Annotated[int, Strict(), Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
+
+
+class Digits(Data):
+    """scikit-learn's handwritten digits: 8x8 images, 10 classes, embedded, the last 40 of each class for testing."""
+
+    name: Literal["digits"]
+
+
+class Parquet(Data):
+    """Parquet in the Hugging Face layout: an image struct with `bytes`, an integer label column."""
+
+    name: Literal["parquet"]
+    train: str  # a file or a pattern such as train-*.parquet
+    test: str
+    image: str = "image"
+    label: str = "label"
+
+
+class Cifar(Data):
+    """CIFAR-10 or CIFAR-100 through torchvision, downloaded into `root` where it is missing."""
+
+    name: Literal["cifar10", "cifar100"]
+
+
+class ImageFolder(Data):
+    """A folder for each class, of image files; classes are the folders' sorted names."""
+
+    name: Literal["imagefolder"]
+    train: str = "train"
+    test: str = "test"
+
+
+class ImageList(Data):
+    """Text files of lines `relative/path.jpg label`, as ImageNet-LT and Places-LT are given; paths start from `root`."""
+
+    name: Literal["image_list"]
+    train: str
+    test: str
+    classes: str | None = None  # a file with a class name on each line; null names the classes 0, 1, …
+
+
+class INaturalist(Data):
+    """The JSON files of iNaturalist 2017 and 2018: images, an annotation for each, categories; paths start from `root`."""
+
+    name: Literal["inaturalist"]
+    train: str
+    test: str
+
+
+class Network(Section):
+    """What every network may have at its end."""
+
+    projection: Positive | None = None  # a layer (linear, ReLU) of this width before the classifier
+    cosine_scale: Annotated[float, Field(gt=0)] | None = None  # null: a linear classifier; a number: s of a cosine classifier
+    memory: bool = False  # OLTR's modulated attention before pooling and memory of class centroids after it
+    branches: Literal[1, 2] = 1  # 2: a ResNet's last block exists twice, for method bbn
+
+
+class CifarResNet(Network):
+    """He et al.'s ResNets for small images, depth 6n + 2, with parameter-free (option A) shortcuts."""
+
+    name: Literal["cifar_resnet"]
+    depth: Positive = 32
+    width: Annotated[int, Strict(), Field(ge=2, multiple_of=2)] = 16  # channels of the first stage
+
+    @model_validator(mode="after")
+    def _depth(self):
+        if self.depth % 6 != 2 or self.depth < 8:
+            raise ValueError(f"depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110); found {self.depth}")
+        return self
+
+
+class TorchvisionModel(Network):
+    """Any of torchvision's classifiers, by its name there, and resnet10, which is ImageNet-LT's."""
+
+    name: Literal["torchvision"]
+    architecture: str
+    # a local .pth or .safetensors file, or the name of torchvision's own, downloaded: IMAGENET1K_V1; DEFAULT is its newest
+    weights: str | None = None
+
+    @property
+    def downloads(self) -> bool:
+        """Whether `weights` are torchvision's own; files have a suffix."""
+        return self.weights is not None and not Path(self.weights).suffix
+
+
+class Constant(Section):
+    name: Literal["constant"]
+
+
+class Step(Section):
+    """A linear rise over whole epochs, then a factor `gamma` at each milestone (the BKD paper's CIFAR recipe)."""
+
+    name: Literal["step"]
+    warmup_epochs: Annotated[int, Strict(), Field(ge=0)] = 5
+    milestones: tuple[Positive, ...] = (160, 180)
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.01
+
+
+class Cosine(Section):
+    """Half a cosine from the base learning rate to zero, step by step."""
+
+    name: Literal["cosine"]
+
+
+class OneCycle(Section):
+    """A linear rise over `warmup` of all steps, then a linear fall to zero."""
+
+    name: Literal["one_cycle"]
+    warmup: Fraction = 0.25
+
+
+class Training(Section):
+    """Stochastic gradient descent with momentum."""
+
+    epochs: Positive = 200
+    batch_size: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    # of the forward pass; weights and losses stay float32. On a GPU torch multiplies in TF32 within float32's convolutions
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = True  # the memory format of images, weights and activations; false: contiguous
+    fused: bool = True  # the optimiser steps all weights in one call; false: tensor by tensor
+    # torch.compile: a start of about a minute for faster steps; cuda_graphs also launches each pass as one
+    compile: Literal[False, True, "cuda_graphs"] = False
+    evaluate_every: Positive = 1  # epochs between evaluations on the test set; the last epoch always is
+
+    @model_validator(mode="after")
+    def _momentum(self):
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum; set momentum, usually 0.9, or leave out nesterov")
+        return self
+
+
+class Method(Section):
+    """A way to train a student."""
+
+    learns_from: ClassVar[Literal["probabilities", "experts", "features", "backbone"] | None] = None  # a cache's; a run's
+
+
+class CE(Method):
+    """Cross-entropy alone."""
+
+    name: Literal["ce"]
+    sampler: Literal["instance_balanced", "class_balanced"] = "instance_balanced"
+
+
+class KD(Method):
+    """Cross-entropy and `alpha` T^2 KL to the teacher's tempered probabilities (Hinton et al., 2015)."""
+
+    learns_from = "probabilities"
+    name: Literal["kd"]
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Temperature | None = None  # null: the cache's; another follows from its probabilities
+
+
+class BKD(Method):
+    """KD from targets that are re-weighted by the effective number of samples (BKD, eq. 8)."""
+
+    learns_from = "probabilities"
+    name: Literal["bkd"]
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Temperature | None = None
+    beta: Fraction = 0.9999
+    reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights; 0.8 in the CIFAR-10 recipe
+
+
+class CB(Method):
+    """Cross-entropy weighted by the label's inverse effective number (Cui et al., 2019)."""
+
+    name: Literal["cb"]
+    beta: Fraction = 0.9999
+    reweight_from: ShareOfEpochs = 0.0
+
+
+class Focal(Method):
+    """Focal loss (Lin et al., 2017)."""
+
+    name: Literal["focal"]
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+
+
+class CBFocal(Method):
+    """Focal loss weighted by the label's inverse effective number (Cui et al., 2019)."""
+
+    name: Literal["cb_focal"]
+    beta: Fraction = 0.9999
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    reweight_from: ShareOfEpochs = 0.0
+
+
+class LogitAdjustment(Method):
+    """Cross-entropy of logits shifted by the log prior (Menon et al., 2021)."""
+
+    name: Literal["logit_adjustment"]
+    tau: Annotated[float, Field(ge=0)] = 1.0
+
+
+class LDAM(Method):
+    """Margins that grow for rare classes, with deferred re-weighting (Cao et al., 2019); needs a cosine classifier."""
+
+    name: Literal["ldam"]
+    max_margin: Annotated[float, Field(ge=0)] = 0.5
+    beta: Fraction = 0.9999
+    reweight_from: ShareOfEpochs = 0.8
+
+
+class CRT(Method):
+    """The backbone of another run, frozen, and a new classifier on class-balanced samples (Kang et al., 2020)."""
+
+    learns_from = "backbone"
+    name: Literal["crt"]
+
+
+class CBD(Method):
+    """(1 - alpha) CE + alpha beta (1 - cos) to the teachers' features, on class-balanced samples (CBD)."""
+
+    learns_from = "features"
+    name: Literal["cbd"]
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.4
+    beta: Annotated[float, Field(ge=0)] = 100.0
+
+
+class LFME(Method):
+    """Self-paced distillation from one expert a shot group, on class-balanced samples (Xiang et al., 2020).
+
+    An expert teaches less the more often the student has been right about its classes, beside the expert, in the epoch
+    before, and no longer once it is as often; images that their expert is unsure of come in as the epochs go. Both are
+    measured on the training images that an epoch visits: the authors use a validation set, which not all data have.
+    """
+
+    learns_from = "experts"
+    name: Literal["lfme"]
+    theta: Fraction = 0.3  # an expert teaches in full until the student is right this many times as often
+
+
+class OLTR(Method):
+    """Another run's backbone, all of it training on, with a memory of class centroids (Liu et al., 2019).
+
+    On class-balanced samples; needs model.memory. The authors draw four samples of a class in a row, here each is drawn
+    alone; their backbone learns at a tenth of the rest's rate, here one rate is for all.
+    """
+
+    learns_from = "backbone"
+    name: Literal["oltr"]
+
+
+class BBN(Method):
+    """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
+
+    Half of every batch goes to each branch, so a batch is twice as large as theirs, and what the branches share normalises
+    both halves together. Needs a ResNet of model.branches 2.
+    """
+
+    name: Literal["bbn"]
+
+
+class Probability(Section):
+    """The tempered probabilities themselves."""
+
+    name: Literal["probability"]
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class Klt(Section):
+    """Transform-coded log-probabilities, several times smaller."""
+
+    name: Literal["klt"]
+    max_error: Annotated[float, Field(gt=0, lt=1)] = 0.02  # mean total variation of the BKD target, held in every block
+
+
+class CacheSection(Section):
+    """What stage one writes."""
+
+    temperature: Temperature = 2.0
+    encoding: Annotated[Probability | Klt, Field(discriminator="name")] = Probability(name="probability")
+    features: bool = False  # also each teacher's last feature, L2-normalised, 8 bits a number
+    batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass
+
+
+Model = Annotated[CifarResNet | TorchvisionModel, Field(discriminator="name")]
+
+
+class Teacher(Section):
+    model: Model
+    training: Training = Training()
+    expert: Literal["many", "medium", "few"] | None = None  # learns the classes of this shot group alone, for method lfme
+    color_jitter: bool = False  # strong colour augmentation while training, as half of CBD's teachers have it
+
+    @model_validator(mode="after")
+    def _plain(self):
+        if self.model.branches != 1:
+            raise ValueError("a teacher has one branch: leave out teacher.model.branches; two are for students of method bbn")
+        if self.model.memory:
+            raise ValueError("a teacher has no memory: leave out teacher.model.memory; it is for students of method oltr")
+        return self
+
+
+class Student(Section):
+    model: Model
+    method: Annotated[
+        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | OLTR | BBN,
+        Field(discriminator="name"),
+    ] = BKD(name="bkd")
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _fits(self):
+        method, model = self.method.name, self.model
+        if method in ("ldam", "cbd") and model.cosine_scale is None:
+            usual = {"ldam": 30, "cbd": 20}[method]
+            raise ValueError(f"method {method} needs a cosine classifier: set student.model.cosine_scale, usually {usual}")
+        if (method == "oltr") != model.memory:
+            raise ValueError(
+                f"method {method} needs a network {'with' if method == 'oltr' else 'without'} a memory: set "
+                f"student.model.memory={'true' if method == 'oltr' else 'false'}"
+            )
+        if model.memory and model.cosine_scale is not None:
+            raise ValueError("a memory has its own cosine classifier: leave out student.model.cosine_scale")
+        if (method == "bbn") != (model.branches == 2):
+            raise ValueError(
+                f"method {method} needs a network of {'two branches' if method == 'bbn' else 'one branch'}: set "
+                f"student.model.branches={2 if method == 'bbn' else 1}; found {model.branches}"
+            )
+        if method == "bbn" and self.training.batch_size % 2:
+            raise ValueError(f"method bbn splits every batch in two: training.batch_size {self.training.batch_size} is odd")
+        return self
+
+
+class Experiment(Section):
+    """One experiment: a data set, its views, a teacher, a cache and a student."""
+
+    name: str
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0  # of initial weights, sample order and views drawn
+    data: Annotated[Digits | Parquet | Cifar | ImageFolder | ImageList | INaturalist, Field(discriminator="name")]
+    views: Annotated[CropFlip | RandomResizedCrop, Field(discriminator="name")]
+    teacher: Teacher
+    cache: CacheSection = CacheSection()
+    student: Student
+
+    def expert(self, stage: str) -> str | None:
+        """The shot group whose classes alone the network of `stage` knows, if it is an expert."""
+        return self.teacher.expert if stage == "teacher" else None
