@@ -93,7 +93,7 @@ def test_interrupted_and_resumed_is_uninterrupted_wherever_it_stopped(tmp_path, 
     config = tiny.experiment("student.training.epochs=4")
     train_student(config, str(cache), str(tmp_path / "whole"), tiny.CPU)
     writes = {"best.safetensors": 2, "summary.json": 1}.get(file, 3)
-    written, write = [], runs.write_whole
+    written, write = [], runs.folder.write_whole
 
     def stop_before(path, data):
         written.append(path.name)
@@ -102,7 +102,7 @@ def test_interrupted_and_resumed_is_uninterrupted_wherever_it_stopped(tmp_path, 
         write(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(runs, "write_whole", stop_before)
+        patch.setattr(runs.folder, "write_whole", stop_before)
         train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU)
     train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU, resume=True)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
@@ -299,7 +299,7 @@ def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, droppin
 def test_students_trained_at_once_are_those_trained_alone_even_after_an_interruption(tmp_path, cache, dropping, monkeypatch):
     for seed in (0, 1, 2):
         train_student(tiny.experiment(seed=seed), str(cache), str(tmp_path / f"alone-{seed}"), tiny.CPU)
-    written, write = [], runs.write_whole
+    written, write = [], runs.folder.write_whole
 
     def stop_before(path, data):
         written.append(path.name)
@@ -309,7 +309,7 @@ def test_students_trained_at_once_are_those_trained_alone_even_after_an_interrup
 
     at_once = tiny.experiment(), str(cache), str(tmp_path / "at-once"), tiny.CPU
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(runs, "write_whole", stop_before)
+        patch.setattr(runs.folder, "write_whole", stop_before)
         train_student(*at_once, seeds=(0, 1, 2))
     train_student(*at_once, seeds=(0, 1, 2), resume=True)
     assert all(equal_runs(tmp_path / f"alone-{seed}", tmp_path / f"at-once-{seed}") for seed in (0, 1, 2))

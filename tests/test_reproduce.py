@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from offline_bkd import cli
 from offline_bkd.pipeline import UserError, reproduce, runs
 from offline_bkd.pipeline.config import dump_config, load_config
+from offline_bkd.pipeline.reproduce import execution, results
 
 ROOT = Path(__file__).parent.parent
 TABLES = sorted((ROOT / "configs" / "tables").glob("*.yaml"))
@@ -192,7 +193,7 @@ def test_a_picture_has_every_cell_on_the_line_of_its_row(monkeypatch, tmp_path):
     ]
     drawn, errorbar = [], Axes.errorbar
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **named: (drawn.append((x, y)), errorbar(self, x, y, **named))[1])
-    reproduce._draw(table, values, "A table", tmp_path / "table.png")
+    results._draw(table, values, "A table", tmp_path / "table.png")
     assert drawn == [(0, 0), (1, 1), (2, 1), (3, 2)]
 
 
@@ -295,7 +296,7 @@ class InThisProcess:
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(reproduce, "Popen", InThisProcess)
+    monkeypatch.setattr(execution, "Popen", InThisProcess)
 
 
 def invoke(table, out, *options):
@@ -344,11 +345,11 @@ def test_what_another_command_has_running_is_waited_for(tmp_path, monkeypatch):
     def wait_for_a_line(command, **named):
         return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, **named)
 
-    monkeypatch.setattr(reproduce, "Popen", wait_for_a_line)
+    monkeypatch.setattr(execution, "Popen", wait_for_a_line)
     theirs, ours = (reproduce.Job(tmp_path / "run", []) for _ in range(2))
     assert theirs.begin(1)
-    monkeypatch.setattr(reproduce, "Popen", InThisProcess)
-    waiting = threading.Thread(target=reproduce._run, args=([ours], 1, 1, 1))
+    monkeypatch.setattr(execution, "Popen", InThisProcess)
+    waiting = threading.Thread(target=execution.run_jobs, args=([ours], 1, 1, 1))
     waiting.start()
     waiting.join(timeout=1)
     assert waiting.is_alive() and ours.process is None and not ours.failed
@@ -367,7 +368,7 @@ def test_interrupted_it_goes_on_where_it_was(table, tmp_path, monkeypatch):
     assert process.wait() == 130
     assert b"interrupted" in process.stderr.read()
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "Popen", InThisProcess)
+        patch.setattr(execution, "Popen", InThisProcess)
         found = invoke(table, out, "--seeds", "0")
     assert found.exit_code == 0, found.output
     assert len(list(out.rglob("summary.json"))) == 5

@@ -25,6 +25,10 @@ LAYERS = [
         "pipeline.models.cifar_resnet",
         "pipeline.models.oltr",
         "pipeline.runs",
+        "pipeline.runs.folder",
+        "pipeline.runs.record",
+        "pipeline.runs.start",
+        "pipeline.runs.weights",
         "pipeline.training.targets",
     },
     {"pipeline.data.images", "pipeline.models", "pipeline.show.report"},
@@ -32,7 +36,10 @@ LAYERS = [
     {"pipeline.dump"},
     {"pipeline.recipe"},
     {"pipeline.teacher", "pipeline.student"},
-    {"pipeline.dry_run", "pipeline.verify", "pipeline.reproduce"},
+    {"pipeline.dry_run", "pipeline.verify", "pipeline.reproduce.table", "pipeline.reproduce.execution"},
+    {"pipeline.reproduce.plan"},
+    {"pipeline.reproduce.results"},
+    {"pipeline.reproduce"},
     {"cli"},
 ]
 DOCUMENTED = {"", "pipeline.data", "pipeline.show", "pipeline.training"}  # packages that hold a docstring, or names, alone

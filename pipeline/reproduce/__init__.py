@@ -1,0 +1,43 @@
+"""Published tables by one command: every run of a table, resumed or new, and ours beside the published numbers.
+
+A table is a YAML file: columns are experiments, rows are what is changed in them, each by a file that has a base or by
+overrides. Each run is a process of its own with its own folder, so that whatever interrupts the command, the same command
+goes on. Teachers and caches are shared by all rows that ask for the same ones.
+
+    OUT/<column>/teacher-<key>-<seed>   cache-<key>.zarr   <row>-<key>-<seed>   and a .log beside each
+    OUT/table.md  table.csv  table.json  table.png
+
+A key is a digest of all that goes in, so a folder never holds another experiment than its name says.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.reproduce.execution import Job, run_jobs
+from offline_bkd.pipeline.reproduce.plan import plan
+from offline_bkd.pipeline.reproduce.results import refuse_other, write_table
+from offline_bkd.pipeline.reproduce.table import Table, load_table, select
+
+__all__ = ["Job", "Table", "load_table", "plan", "refuse_other", "reproduce", "select", "write_table"]
+
+
+def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick: bool, at_once: int | None) -> list[Job]:
+    """Runs what is missing of `table`, a part of `whole`, and writes the table into `out`. Returns the jobs that failed."""
+    folder = Path(out)
+    jobs, cells = plan(whole, table, folder, device, quick)
+    before = refuse_other(whole, folder, quick)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}; name another folder")
+    cores = len(os.sched_getaffinity(0))
+    at_once = at_once or (min(4, cores) if device.type == "cuda" else cores)
+    run_jobs([job for job in jobs if not job.done], len(jobs), at_once, max(1, cores // at_once))
+    # What other commands have run in `out` stays in the table.
+    everything = select(whole, (), (), tuple(dict.fromkeys((*whole.seeds, *table.seeds, *before))), quick)
+    _, cells = plan(whole, everything, folder, device, quick)
+    write_table(everything, cells, folder, quick, asked=table.cells)
+    return [job for job in jobs if job.failed]

@@ -1,0 +1,121 @@
+"""The finished table: ours beside the published numbers, as Markdown, CSV, JSON and a picture."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.reproduce.plan import Cells
+from offline_bkd.pipeline.reproduce.table import Published, Table
+from offline_bkd.pipeline.show import terminal
+from offline_bkd.pipeline.show.report import spread
+
+
+def refuse_other(table: Table, folder: Path, quick: bool) -> list[int]:
+    """Raises UserError if `folder` is a file or holds another table than `table`; the seeds of what it holds of this."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    try:
+        earlier = json.loads((folder / "table.json").read_text())
+        title, seeds = earlier["title"], [seed for cell in earlier["cells"] for seed in cell["seeds"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'table.json'} is damaged ({error}); move it away, or name another --out")
+    if title != _title(table, quick):
+        raise UserError(f"--out {folder} holds another table ({title!r}); name another folder")
+    return seeds
+
+
+def write_table(table: Table, cells: Cells, folder: Path, quick: bool, asked: list[tuple[str, str]]) -> list[list[str]]:
+    """Writes table.md, .csv, .json and .png from the runs that are complete, and prints the table. Returns its rows.
+
+    A (column, row) that is not `asked` for has a line where there is a run of it.
+    """
+    title = _title(table, quick)
+    heading = ["data", "method", "seeds", *terminal.COLUMNS, "best epoch's all"]
+    note = "All, many, medium, few: top-1 of the last epoch, %."
+    if table.compared:
+        heading += ["published", "difference"]
+        note += f" Difference: our {table.published} epoch minus published."
+    rows, values = [heading], []
+    for column, name in table.cells:
+        jobs = [cells[name, column, seed] for seed in table.seeds]
+        summaries = [runs.open_run(job.out).summary() for job in jobs if job.done]
+        if summaries or (column, name) in asked:
+            published = table.rows[name].published.get(column)
+            rows.append([column, name, *_texts(table, summaries, published)])
+            values.append({"column": column, "row": name, **_numbers(summaries, published)})
+    rule = ["---", "---"] + ["---:"] * (len(heading) - 2)
+    lines = [f"# {title}", "", note, "", *["| " + " | ".join(row) + " |" for row in (heading, rule, *rows[1:])]]
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    content = {"title": title, "published": table.published, "cells": values}
+    runs.write_whole(folder / "table.md", ("\n".join(lines) + "\n").encode())
+    runs.write_whole(folder / "table.csv", text.getvalue().encode())
+    runs.write_whole(folder / "table.json", (json.dumps(content, indent=1) + "\n").encode())
+    _draw(table, values, title, folder / "table.png")
+    terminal.table(rows, f"{title}\n{note}")
+    return rows
+
+
+def _title(table: Table, quick: bool) -> str:
+    if not quick:
+        return table.title
+    small = f"{table.title} — quick: a small recipe, not the papers'"
+    return f"{small}; published numbers are of the full one" if table.compared else small
+
+
+def _texts(table: Table, summaries: list[dict], published: Published | None) -> list[str]:
+    """A cell's line of the table, from the number of its seeds on."""
+
+    def over_seeds(epoch: str, key: str) -> str:
+        return spread([summary[epoch][key] for summary in summaries]) if summaries else "–"
+
+    texts = [str(len(summaries)), *[over_seeds("last", key) for key in terminal.COLUMNS.values()], over_seeds("best", "top1")]
+    if not table.compared:
+        return texts
+    if published is None:
+        return [*texts, "–", "–"]
+    ours = [summary[table.published]["top1"] for summary in summaries]
+    return [*texts, f"{published.all:.2f}", f"{np.mean(ours) - published.all:+.2f}" if ours else "–"]
+
+
+def _numbers(summaries: list[dict], published: Published | None) -> dict:
+    return {
+        "seeds": [summary["seed"] for summary in summaries],
+        "last": {label: [summary["last"][key] for summary in summaries] for label, key in terminal.COLUMNS.items()},
+        "best": [summary["best"]["top1"] for summary in summaries],
+        "published": published and published.model_dump(),
+    }
+
+
+def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
+    """Accuracy of each row, ours with its spread and published, a panel for each column."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    present = {cell["row"] for cell in values}
+    names, columns = [name for name in table.rows if name in present], list(dict.fromkeys(cell["column"] for cell in values))
+    figure = Figure(figsize=(2 + 3.2 * len(columns), 1.6 + 0.3 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)
+    for axes, column in zip(panels[0], columns):
+        for cell in [value for value in values if value["column"] == column]:
+            place = names.index(cell["row"])
+            ours = cell["last"]["all"] if table.published == "last" else cell["best"]
+            if ours:
+                axes.errorbar(np.mean(ours), place, xerr=np.std(ours, ddof=1) if len(ours) > 1 else None, fmt="o", color="C0")
+            if cell["published"]:
+                axes.plot(cell["published"]["all"], place, "|", color="C1", markersize=12, markeredgewidth=2)
+        axes.set(title=column, xlabel=f"top-1 of the {table.published} epoch (%)")
+        axes.grid(alpha=0.3, axis="x")
+    panels[0][0].set_yticks(range(len(names)), names)
+    panels[0][0].set_ylim(len(names) - 0.5, -0.5)
+    if table.compared:
+        handles = [Line2D([], [], marker="o", ls="", color="C0"), Line2D([], [], marker="|", ls="", color="C1")]
+        figure.legend(handles, ["ours", "published"], loc="outside lower center", ncols=2)
+    figure.suptitle(title, wrap=True, fontsize="medium")
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,34 @@
+"""A run's folder: what it holds, how it is made, read and resumed.
+
+    config.yaml            the resolved experiment
+    environment.json       versions, device, threads, command
+    log.txt                what was printed
+    metrics.jsonl          one object an epoch
+    summary.json           scores of the last and the best epoch; its presence says that the run is complete
+    last.safetensors       weights after the last epoch that ended
+    best.safetensors       weights of the best evaluated epoch by test accuracy (reported as best, chosen by nothing)
+    state.safetensors      what resuming needs beside: optimiser, epoch; removed when the run is complete
+    *.png                  curves, accuracy by class
+
+Every file is written under another name, synchronised and renamed, so it is whole or absent.
+"""
+
+from offline_bkd.pipeline.runs.folder import Run, experiment_of, open_run, write_whole
+from offline_bkd.pipeline.runs.record import device_name, difference, environment, peak_memory
+from offline_bkd.pipeline.runs.start import begun, refuse_taken, start_run
+from offline_bkd.pipeline.runs.weights import digest
+
+__all__ = [
+    "Run",
+    "begun",
+    "device_name",
+    "difference",
+    "digest",
+    "environment",
+    "experiment_of",
+    "open_run",
+    "peak_memory",
+    "refuse_taken",
+    "start_run",
+    "write_whole",
+]

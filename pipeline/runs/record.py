@@ -1,0 +1,106 @@
+"""What a run says of itself: where it ran, what it reached, and what tells it from other runs."""
+
+import os
+import platform
+import resource
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, NonNegativeInt, model_validator
+
+from offline_bkd.pipeline.schema import Experiment
+
+PACKAGES = ("torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
+
+
+class Scores(BaseModel):
+    epoch: int
+    top1: float
+    many: float | None
+    medium: float | None
+    few: float | None
+    per_class: list[float | None]
+
+
+class Summary(BaseModel):
+    """What other commands read of summary.json."""
+
+    method: str
+    seed: int
+    classes: list[str]
+    class_counts: list[NonNegativeInt]
+    dataset: dict
+    test_dataset: dict
+    teacher: dict | None
+    digest: str
+    last: Scores
+    best: Scores
+
+    @model_validator(mode="after")
+    def _of_every_class(self):
+        if any(len(part) != len(self.classes) for part in (self.class_counts, self.last.per_class, self.best.per_class)):
+            raise ValueError(f"class_counts and per_class are not of {len(self.classes)} classes")
+        return self
+
+
+class Environment(BaseModel):
+    """What other commands read of environment.json."""
+
+    stage: Literal["teacher", "student"]
+    device: str
+    packages: dict[str, str]
+    threads: int
+    learns_from: str | None
+
+
+def environment(stage: str, device: torch.device) -> dict:
+    """What a run ran on, for its record."""
+    versions = {"torch": torch.__version__}  # with its build, which the package's metadata leave out
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "stage": stage,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({os.cpu_count()} cores)"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes of the device's memory that this process has used so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def settings(config: Experiment, stage: str) -> dict:
+    """What tells a run of `stage` from others: what it looks at. What its cache is stands in learns_from."""
+    values = config.model_dump(mode="json", include={"seed", "data", "views", stage})
+    del values["data"]["workers"]  # who reads the images changes no result
+    return values
+
+
+def difference(old, new, key: str = "") -> str | None:
+    """The first difference between two nested dictionaries in words, or None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            if changed := difference(old.get(name), new.get(name), f"{key}.{name}" if key else name):
+                return changed
+        return None
+    return None if old == new else f"{key} was {old!r} and is now {new!r}"

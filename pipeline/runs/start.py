@@ -1,0 +1,95 @@
+"""How a run begins or goes on: who may write into a folder, and with what."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.config import dump_config
+from offline_bkd.pipeline.runs.folder import Run, write_whole
+from offline_bkd.pipeline.runs.record import difference, environment, settings
+from offline_bkd.pipeline.schema import Experiment
+
+
+def refuse_taken(folder: str | Path, resume: bool) -> None:
+    """Raises UserError if `folder` cannot be a new run's, or with `resume` goes on with one. Writes nothing."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    if begun(folder):
+        if not resume:
+            raise UserError(f"--out {folder} is not empty; add --resume to go on with the run in it, or name another folder")
+        if not (folder / "config.yaml").exists():
+            raise UserError(f"--out {folder} holds no run to resume; name another folder")
+
+
+@contextmanager
+def start_run(
+    folder: str | Path,
+    config: Experiment,
+    stage: str,
+    device: torch.device,
+    resume: bool,
+    learns_from: str | None = None,
+    label: str = "",
+) -> Iterator[Run]:
+    """A folder for `stage` ("teacher" or "student") of `config`: new, or the same run's with `resume`.
+
+    A context: until it ends, no other command may write into the folder.
+
+    `learns_from`: the digest of the cache, or of the other run's network, that the run learns from. Raises UserError if
+    the folder is not empty and `resume` is not given, if it holds something else, or if another command is writing into it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error.strerror}; name another folder")
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command is writing into {folder}; wait for it, or name another folder")
+        refuse_taken(folder, resume)
+        run, record = Run(folder, label), environment(stage, device) | {"learns_from": learns_from}
+        if begun(folder):
+            _refuse_other(run, config, record)
+        else:  # config.yaml comes last: a folder that was left before it holds no run
+            write_whole(folder / "environment.json", (json.dumps(record, indent=1) + "\n").encode())
+            write_whole(folder / "config.yaml", dump_config(config).encode())
+        yield run
+    finally:
+        os.close(lock)  # which frees it, as the end of the process does
+
+
+def begun(folder: Path) -> bool:
+    """Whether there is anything in `folder` but what a run writes before it has begun."""
+    return folder.is_dir() and any(path.name != "environment.json" and path.suffix != ".partial" for path in folder.iterdir())
+
+
+def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
+    found = run.environment()
+    if found["stage"] != record["stage"]:
+        raise UserError(f"--out {run.folder} holds a {found['stage']}'s run, not a {record['stage']}'s; name another folder")
+    old, new = (settings(one, record["stage"]) for one in (run.config(), config))
+    if changed := difference(old, new):
+        raise UserError(f"cannot resume {run.folder}: {changed}; use the same configuration or another folder")
+    if found["learns_from"] != record["learns_from"]:
+        raise UserError(f"cannot resume {run.folder}: it began with another cache or backbone; name that, or another folder")
+    if found["device"] != record["device"]:
+        raise UserError(
+            f"cannot resume {run.folder} on {record['device']}: it began on {found['device']}, which rounds differently; "
+            "go on there, or name another folder"
+        )
+    for name, old, new in (
+        ("torch", found["packages"]["torch"], record["packages"]["torch"]),
+        ("threads", found["threads"], record["threads"]),
+    ):
+        if old != new:
+            run.log(f"note: the run began with {name} {old} and goes on with {new}; results may differ in the last bits")
