@@ -18,7 +18,7 @@ from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.dump import cache_paths, load_teachers, notes_on_teachers
 from offline_bkd.pipeline.evaluate import infer
-from offline_bkd.pipeline.models import build_model, own_weights
+from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
 from offline_bkd.pipeline.recipe import notes_on_training, refuse_device, refuse_unfit, take_backbone
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show import terminal
@@ -60,14 +60,13 @@ def show_plan(
     samples, classes, views = len(training_set), len(training_set.classes), config.views.count
     images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
     network = section.model
-    named = network.name == "torchvision" and network.downloads
-    if network.name == "torchvision" and (stage == "dump" or named):
-        network = network.model_copy(update={"weights": None})  # no size or time depends on them
+    if stage == "dump" or network.downloads:
+        network = network.without_weights()  # no size or time depends on them
     model = build_model(
         network, classes, config.data, config.seed, images[0].crop_size, channels_last=section.training.channels_last
     ).to(device)
-    if stage != "dump" and named:
-        own_weights(section.model)
+    if stage != "dump" and section.model.downloads:
+        refuse_unknown_weights(section.model)
     if backbone and _there(backbone):
         take_backbone(model, section.model, runs.open_run(backbone), training_set)
     if found and config.student.method.learns_from == "features":

@@ -33,8 +33,7 @@ def evaluate(model: torch.nn.Module, images, class_counts: np.ndarray, precision
 def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, classes: int) -> torch.nn.Module:
     """The run's model at `checkpoint` ("last" or "best"), on the CPU."""
     section, training = getattr(experiment, run.stage).model, getattr(experiment, run.stage).training
-    if section.name == "torchvision":
-        section = section.model_copy(update={"weights": None})  # the checkpoint has them all
+    section = section.without_weights()  # the checkpoint has them all
     members = torch.ones(classes, dtype=torch.bool) if experiment.expert(run.stage) else None  # which, the checkpoint says
     size = run.summary().get("image_size")
     model = build_model(section, classes, experiment.data, 0, size, members, training.channels_last)

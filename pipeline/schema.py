@@ -98,6 +98,15 @@ class Network(Section):
     memory: bool = False  # OLTR's modulated attention before pooling and memory of class centroids after it
     branches: Literal[1, 2] = 1  # 2: a ResNet's last block exists twice, for method bbn
 
+    @property
+    def downloads(self) -> bool:
+        """Whether its initial weights come over the network."""
+        return False
+
+    def without_weights(self) -> "Network":
+        """The same network, its initial weights drawn instead of loaded."""
+        return self
+
 
 class CifarResNet(Network):
     """He et al.'s ResNets for small images, depth 6n + 2, with parameter-free (option A) shortcuts."""
@@ -125,6 +134,9 @@ class TorchvisionModel(Network):
     def downloads(self) -> bool:
         """Whether `weights` are torchvision's own; files have a suffix."""
         return self.weights is not None and not Path(self.weights).suffix
+
+    def without_weights(self) -> "TorchvisionModel":
+        return self.model_copy(update={"weights": None})
 
 
 class Constant(Section):

@@ -1,0 +1,88 @@
+"""From a section of the configuration to a network with its initial weights."""
+
+import math
+
+import torch
+from torch import nn
+
+from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline.models.cifar_resnet import CifarResNet
+from offline_bkd.pipeline.models.heads import classifier, classifier_name, replace_classifier
+from offline_bkd.pipeline.models.image_classifier import ImageClassifier
+from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention
+
+
+def build_model(
+    section: schema.Network,
+    classes: int,
+    data: schema.Data,
+    seed: int,
+    image_size: tuple[int, int] | None = None,
+    members: torch.Tensor | None = None,
+    channels_last: bool = True,
+) -> ImageClassifier:
+    """A network with `classes` outputs, its initial weights drawn from `seed` alone.
+
+    `image_size`: (height, width), which a network with a memory is made for. `members`: bool [C], the classes that an
+    expert answers for. `channels_last`: the memory format.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _build_network(section, classes)
+        if section.memory:
+            _add_attention(network, section, image_size)
+        replace_classifier(network, section, classes)
+    return ImageClassifier(network, data.mean, data.std, members, channels_last)
+
+
+def refuse_unknown_weights(section: schema.Network) -> None:
+    """Raises UserError if the weights that a section would download are not known by that name. Downloads nothing."""
+    from offline_bkd.pipeline.models.torchvision_models import torchvision_weights
+
+    torchvision_weights(section)
+
+
+def memory(model: nn.Module) -> Memory:
+    """The memory of a network that has one."""
+    return model.get_submodule(_names(model, Memory)[0])
+
+
+def new_parts(model: nn.Module) -> list[str]:
+    """The names of the modules that a backbone leaves out: the last layer, and what OLTR adds."""
+    return [classifier_name(model), *_names(model, ModulatedAttention, Memory)]
+
+
+def _names(model: nn.Module, *kinds: type) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _build_network(section: schema.Network, classes: int) -> nn.Module:
+    if section.name == "cifar_resnet":
+        return CifarResNet(section.depth, section.width, classes, section.branches)
+    from offline_bkd.pipeline.models.torchvision_models import build_torchvision  # a second's import, for these alone
+
+    network = build_torchvision(section, classes)
+    return _branch(network, section, classes) if section.branches == 2 else network
+
+
+def _branch(network: nn.Module, section: schema.TorchvisionModel, classes: int) -> nn.Module:
+    """The same network with its last block twice."""
+    from offline_bkd.pipeline.models.branches import BranchedResNet, ResNet
+
+    if not isinstance(network, ResNet):
+        raise UserError(
+            f"two branches are the last block of a ResNet twice, which {section.architecture} is not; "
+            "choose a resnet, or leave out model.branches and method bbn"
+        )
+    return BranchedResNet(network, classes, drawn=section.weights is None)
+
+
+def _add_attention(network: nn.Module, section: schema.Network, image_size: tuple[int, int]) -> None:
+    """Lets the last stage of a ResNet end in modulated attention."""
+    stage, stride = (network.blocks, 4) if section.name == "cifar_resnet" else (getattr(network, "layer4", None), 32)
+    if stage is None:
+        raise UserError(
+            f"a memory's attention follows the last stage of a ResNet, which {section.architecture} is not; "
+            "choose a resnet, or leave out model.memory"
+        )
+    stage.append(ModulatedAttention(classifier(network).in_features, *(math.ceil(side / stride) for side in image_size)))

@@ -1,0 +1,55 @@
+"""What comes after the pooled features: the last layer, which one it is, and what may stand in its place.
+
+Shapes: B images, D features, C classes.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from offline_bkd.pipeline.models.oltr import Memory, SquashedCosineClassifier
+from offline_bkd.pipeline.schema import Network
+
+
+class CosineClassifier(nn.Module):
+    """Features [B, D] to the cosines of their angles with each class's weight, times `scale`: [B, C]."""
+
+    def __init__(self, inputs: int, classes: int, scale: float):
+        super().__init__()
+        self.in_features, self.scale = inputs, scale
+        self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(classes, inputs)))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.scale * functional.linear(functional.normalize(features), functional.normalize(self.weight))
+
+
+def classifier(model: nn.Module) -> nn.Module:
+    """The last layer, whose input [B, D] (`in_features`) is the network's feature."""
+    return model.get_submodule(classifier_name(model))
+
+
+def classifier_name(model: nn.Module) -> str:
+    """The last layer's name among the model's modules."""
+    kinds = nn.Linear, CosineClassifier, SquashedCosineClassifier
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)][-1]
+
+
+def replace_classifier(network: nn.Module, section: Network, classes: int) -> None:
+    """Puts the projection and the classifier that `section` asks for in the place of the last layer."""
+    if section.projection is None and section.cosine_scale is None and not section.memory:
+        return
+    name = classifier_name(network)
+    layers, inputs = [], network.get_submodule(name).in_features
+    if section.projection is not None:
+        layers += [nn.Linear(inputs, section.projection), nn.ReLU()]
+        nn.init.kaiming_normal_(layers[0].weight)
+        inputs = section.projection
+    if section.memory:
+        layers.append(Memory(inputs, classes))
+    elif section.cosine_scale is None:
+        layers.append(nn.Linear(inputs, classes))
+        nn.init.kaiming_normal_(layers[-1].weight)
+    else:
+        layers.append(CosineClassifier(inputs, classes, section.cosine_scale))
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, nn.Sequential(*layers))

@@ -1,0 +1,50 @@
+"""torchvision's classifiers by name, from scratch, from a file or from torchvision's own weights."""
+
+import difflib
+
+from torch import nn
+from torchvision import models
+
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.models.heads import classifier_name
+from offline_bkd.pipeline.models.weights import read_weights
+from offline_bkd.pipeline.schema import TorchvisionModel
+
+
+def build_torchvision(section: TorchvisionModel, classes: int) -> nn.Module:
+    """The network of `section`; given weights load into every part but a last layer of another width.
+
+    Raises UserError for a name that torchvision does not know and for weights that cannot be read or do not fit.
+    """
+    known = [*models.list_models(module=models), "resnet10"]
+    if section.architecture not in known:
+        near = difflib.get_close_matches(section.architecture, known, 3) or ["resnet50"]
+        raise UserError(
+            f"torchvision has no classifier {section.architecture!r}; did you mean {' or '.join(map(repr, near))}?"
+        )
+    if section.architecture == "resnet10":  # ImageNet-LT's; torchvision names none below 18 but has their parts
+        network = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes)
+    else:
+        network = models.get_model(section.architecture, weights=None, num_classes=classes)
+    if section.weights is None:
+        return network
+    download = torchvision_weights(section).get_state_dict if section.downloads else None
+    state = read_weights(section, download)
+    own = network.state_dict()
+    unfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    last = classifier_name(network)
+    if unexpected := [key for key in unfit if key.rpartition(".")[0] != last]:
+        raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
+    network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
+    return network
+
+
+def torchvision_weights(section: TorchvisionModel) -> models.WeightsEnum:
+    """torchvision's own weights that `section` names. Raises UserError if there are none of that name."""
+    known = {} if section.architecture == "resnet10" else models.get_model_weights(section.architecture).__members__
+    if section.weights not in known:
+        there = f"{', '.join(known)} are torchvision's" if known else "torchvision has none"
+        raise UserError(
+            f"there are no weights {section.weights!r} of {section.architecture}; {there}; or give a .safetensors or .pth file"
+        )
+    return known[section.weights]
