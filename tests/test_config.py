@@ -71,15 +71,18 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("data={name: image_list, train: a, test: b, class: c}", r"data\.class: unknown key; did you mean 'classes'\?"),
         ("studnet.training.epochs=5", r"studnet: unknown key; did you mean 'student'\?"),
         ("a..b=1", r"an override is key=value"),
-        ("data.mean.0=0.5", r"'mean' holds a value, not a section"),
+        ("data.mean.0=0.5", r"data\.mean: .*valid tuple; found \{'0': 0\.5\}"),
+        ("student=3", r"student: a section \(key: value\) is meant; found 3"),
+        ("student.method=bkd", r"student\.method: a section \(key: value\) is meant; found 'bkd'"),
+        ("views=3", r"views: a section \(key: value\) is meant; found 3"),
         ("data.std=[0, 1, 1]", r"data\.std\.0: .*greater than 0"),
         ("data.mean=[.nan, 0, 0]", r"data\.mean\.0: .*finite"),
         ("student.training.learning_rate=.inf", r"learning_rate: .*finite"),
         ("epochs", r"an override is key=value"),
-        ("name.first=1", r"'name' holds a value, not a section"),
-        ("name=[1", r"the value is not YAML \(.*\); quote it"),
-        ("name=\x01", r"the value is not YAML \(special characters are not allowed\); quote it"),
-        ("student.training={epochs: 5, epochs: 3}", r"the value is not YAML \(the key 'epochs' comes twice\)"),
+        ("name.first=1", r"name: .*valid string; found \{'first': 1\}"),
+        ("name=[1", r"the value is not plain YAML \(.*\); quote it"),
+        ("name=\x01", r"the value is not plain YAML \(special characters are not allowed\); quote it"),
+        ("student.training={epochs: 5, epochs: 3}", r"the value is not plain YAML \(line 1: the key 'epochs' comes twice\)"),
         ("student.method.name=[1]", r"student\.method\.name: '\[1\]' is not known; known are bbn, bkd"),
         ("student.training={nesterov: true, momentum: 0}", r"nesterov needs momentum; set momentum, usually 0\.9"),
     ],
@@ -100,40 +103,53 @@ def test_an_override_reaches_only_the_section_it_names_though_the_file_shares_it
     assert (config.teacher.training.epochs, config.student.training.epochs) == (2, 7)
 
 
+def nested(key, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
 @pytest.mark.parametrize("by", ["override", "file"])
-def test_another_kind_of_section_keeps_what_both_know_and_mean_alike(by, tmp_path):
+def test_a_section_of_another_name_keeps_what_its_kinds_all_have_and_else_starts_from_defaults(by, tmp_path):
     def changed(section, name, *before):
         if by == "override":
             return tiny.experiment(*before, f"{section}.name={name}")
         (tmp_path / "whole.yaml").write_text(dump_config(tiny.experiment(*before)))
-        *parents, last = section.split(".")
-        nested = {last: {"name": name}}
-        for parent in reversed(parents):
-            nested = {parent: nested}
-        (tmp_path / "own.yaml").write_text(yaml.safe_dump({"base": "whole.yaml", **nested}))
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({"base": "whole.yaml", **nested(f"{section}.name", name)}))
         return load_config(tmp_path / "own.yaml")
 
-    found = changed("teacher.training.schedule", "cosine", "teacher.training.schedule={name: step, gamma: 0.5}")
-    assert found.teacher.training.schedule.name == "cosine"
+    found = changed("teacher.training.schedule", "constant", "teacher.training.schedule={name: step, gamma: 0.5}")
+    assert found.teacher.training.schedule.name == "constant"
     assert changed("cache.encoding", "klt").cache.encoding.max_error == 0.02
     data = changed("data", "cifar10").data
-    assert (data.name, data.imbalance_ratio, data.mean) == ("cifar10", 20, (0.305, 0.305, 0.305)), "nothing is forgotten"
+    assert (data.name, data.imbalance_ratio, data.mean) == ("cifar10", 20, (0.305, 0.305, 0.305)), "what every data set has"
+    data = changed("data", "imagefolder", "data={name: parquet, train: a, test: b, max_per_class: 9}").data
+    assert (data.max_per_class, data.train) == (9, "train"), "what some have"
     found = changed("student.method", "cb", "student.method={name: bkd, reweight_from: 0.8, beta: 0.9}").student.method
     assert (found.reweight_from, found.beta) == (0, 0.9999), "a method is as its own paper has it"
 
 
-def test_what_another_method_would_forget_is_not_forgotten_in_silence():
-    with pytest.raises(UserError, match=r"another student\.method would not keep alpha, given before it; give the name first"):
-        tiny.experiment("student.method.alpha=3", "student.method.name=kd")
-    assert tiny.experiment("student.method.name=kd", "student.method.alpha=3").student.method.alpha == 3
-    assert tiny.experiment("student.method.alpha=3", "student.method.name=bkd").student.method.alpha == 3
+def test_overrides_may_stand_in_any_order():
+    for overrides in (["alpha=3", "name=kd"], ["name=kd", "alpha=3"], ["name=cb", "name=kd", "alpha=2", "alpha=3"]):
+        method = tiny.experiment(*[f"student.method.{override}" for override in overrides]).student.method
+        assert (method.name, method.alpha) == ("kd", 3)
+
+
+def test_an_override_may_replace_a_whole_section():
+    schedule = (
+        "teacher.training.schedule={name: step, gamma: 0.5}",
+        "teacher.training.schedule={name: step, warmup_epochs: 1}",
+    )
+    schedule = tiny.experiment(*schedule, "teacher.training.schedule.milestones=[7]").teacher.training.schedule
+    assert (schedule.gamma, schedule.warmup_epochs, schedule.milestones) == (0.01, 1, (7,))
+    assert tiny.experiment("data={name: digits}").data.imbalance_ratio is None
+    assert tiny.experiment("data={name: digits, root: a}", "data.name=cifar10").data.imbalance_ratio is None
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is not YAML"),
-        ("a: 1\nb: {c: 1, c: 2}", "the key 'c' comes twice.* line 2"),
+        ("a: [", "is not plain YAML: line 1"),
         ("- 1", "holds no mapping"),
         (None, "cannot read the configuration"),
     ],
@@ -190,10 +206,12 @@ def test_another_base_can_be_named_from_the_folder_of_the_command(files, monkeyp
     [
         ("base: no.yaml", "cannot read the configuration .*no.yaml"),
         ("base: 3", "base: names a file; found 3"),
+        ("base: /dev/zero", "own.yaml: base: /dev/zero is no regular file; name a file"),
+        ("base: .", "own.yaml: base: .* is a folder; name a file"),
         ("base: own.yaml", "base: .*own.yaml leads back to itself; name a file that is complete without it"),
         ("base: other.yaml", "base: .*own.yaml leads back to itself"),
         ("base: whole.yaml\nstudent: {method: {alpa: 1}}", r"student\.method\.alpa: unknown key; did you mean 'alpha'"),
-        ("base: whole.yaml\nstudent: 3", r"student: .*; found 3"),
+        ("base: whole.yaml\nstudent: 3", r"student: a section \(key: value\) is meant; found 3"),
     ],
 )
 def test_what_is_wrong_with_a_base_is_named(files, text, message):

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"cache"},
     {"pipeline"},
-    {"pipeline.schema"},
+    {"pipeline.schema", "pipeline.yaml_files"},
     {
         "pipeline.config",
         "pipeline.metrics",

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, Strict, ValidationError
 
 from offline_bkd.pipeline import UserError
-from offline_bkd.pipeline.config import explain, read_yaml
+from offline_bkd.pipeline.config import explain
 from offline_bkd.pipeline.schema import Section
+from offline_bkd.pipeline.yaml_files import read_yaml
 
 TABLES = Path(__file__).parent.parent.parent / "configs" / "tables"
 SECTIONS = ("data", "views", "teacher", "cache", "student")
