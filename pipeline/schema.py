@@ -95,6 +95,9 @@ class Network(Section):
 
     projection: Positive | None = None  # a layer (linear, ReLU) of this width before the classifier
     cosine_scale: Annotated[float, Field(gt=0)] | None = None  # null: a linear classifier; a number: s of a cosine classifier
+    # how its weights are drawn, whose length divides their gradient: of length one (LDAM's code), or Glorot's uniform (CBD's)
+    cosine_init: Literal["unit", "glorot"] = "unit"
+    zero_init_residual: bool = False  # a ResNet's blocks begin as their shortcuts: the last scale of each is zero (CBD's code)
     memory: bool = False  # OLTR's modulated attention before pooling and memory of class centroids after it
     branches: Literal[1, 2] = 1  # 2: a ResNet's last block exists twice, for method bbn
 
@@ -134,6 +137,12 @@ class TorchvisionModel(Network):
     def downloads(self) -> bool:
         """Whether `weights` are torchvision's own; files have a suffix."""
         return self.weights is not None and not Path(self.weights).suffix
+
+    @model_validator(mode="after")
+    def _drawn_or_loaded(self):
+        if self.weights is not None and self.zero_init_residual:
+            raise ValueError("weights say how blocks begin; leave out zero_init_residual, or the weights")
+        return self
 
     def without_weights(self) -> "TorchvisionModel":
         return self.model_copy(update={"weights": None})

@@ -1,5 +1,6 @@
 """Networks: the published sizes, the published shortcuts, initial weights from the seed, normalisation inside."""
 
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from offline_bkd.pipeline import UserError, schema
-from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.config import load_config
+from offline_bkd.pipeline.models import build_model, classifier
+from offline_bkd.pipeline.models.heads import CosineClassifier
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 DATA = schema.Digits(name="digits", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
 
 
@@ -71,6 +75,76 @@ def test_normalisation_is_part_of_the_model():
     expected = network.network((images / 255 - mean) / std)
     torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
     assert {"mean", "std"} <= set(network.state_dict())
+
+
+def test_a_cosine_classifiers_weights_begin_at_length_one_as_in_ldams_code():
+    weight = CosineClassifier(64, 500, 30).weight.detach()
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(500))
+    scaled = weight * (64 / 3) ** 0.5  # of a point drawn from the cube [-1, 1]^64, |x|^2 is 64/3 on average
+    assert scaled.abs().max() < 1.3 and scaled.abs().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_or_as_glorot_has_them_in_cbds_code():
+    section = schema.CifarResNet(name="cifar_resnet", depth=8, cosine_scale=20, cosine_init="glorot")
+    weight = classifier(build_model(section, 500, DATA, 0)).weight.detach()
+    bound = (6 / (64 + 500)) ** 0.5
+    assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("architecture", ["cifar_resnet", "resnet10", "resnet50"])
+def test_blocks_whose_last_scale_is_zero_begin_as_their_shortcuts(architecture):
+    if architecture == "cifar_resnet":
+        section = schema.CifarResNet(name="cifar_resnet", depth=14, width=4, zero_init_residual=True)
+    else:
+        section = schema.TorchvisionModel(name="torchvision", architecture=architecture, zero_init_residual=True)
+    network = build_model(section, 5, DATA, 0).network
+    plain = build_model(section.model_copy(update={"zero_init_residual": False}), 5, DATA, 0).network.state_dict()
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, plain[name])}
+    blocks = [(name, block) for name, block in network.named_modules() if hasattr(block, "bn2")]
+    last = "bn3" if architecture == "resnet50" else "bn2"
+    assert changed == {f"{name}.{last}.weight" for name, _ in blocks} and len(blocks) > 3
+    for _, block in blocks:
+        x = torch.rand(2, block.conv1.in_channels, 8, 8)
+        if architecture == "cifar_resnet":
+            shortcut = x[:, :, :: block.stride, :: block.stride]
+            missing = block.conv1.out_channels - block.conv1.in_channels
+            zeros = [shortcut.new_zeros(2, size, *shortcut.shape[2:]) for size in (missing // 2, missing - missing // 2)]
+            shortcut = torch.cat([zeros[0], shortcut, zeros[1]], dim=1)
+        else:
+            shortcut = block.downsample(x) if block.downsample else x
+        torch.testing.assert_close(block(x), shortcut.relu())
+
+
+def test_only_a_resnets_blocks_have_a_last_scale():
+    for architecture in ("mobilenet_v2", "convnext_tiny"):  # the second's constructor would swallow torchvision's own option
+        section = schema.TorchvisionModel(name="torchvision", architecture=architecture, zero_init_residual=True)
+        with pytest.raises(UserError, match=f"is for a ResNet, which {architecture} is not; leave it out"):
+            build_model(section, 5, DATA, 0)
+    with pytest.raises(ValueError, match="weights say how blocks begin; leave out zero_init_residual"):
+        schema.TorchvisionModel(name="torchvision", architecture="resnet18", weights="DEFAULT", zero_init_residual=True)
+
+
+def test_the_classifier_of_two_branches_begins_as_in_bbns_code():
+    """A linear layer as torch has it: uniform within 1 / sqrt(D); one branch has Kaiming's normal weights."""
+    section = schema.CifarResNet(name="cifar_resnet", depth=8, branches=2)
+    weight = build_model(section, 500, DATA, 0).network.fc.weight
+    assert weight.shape == (500, 128) and weight.abs().max() <= 128**-0.5
+    assert weight.std().item() == pytest.approx((3 * 128) ** -0.5, rel=0.01)
+    assert build(classes=500).network.fc.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.01)
+
+
+CBD_ROWS = sorted(
+    path for path in CONFIGS.glob("**/*.yaml") if "cbd" in str(path.relative_to(CONFIGS)) and "tables" not in path.parts
+)
+
+
+@pytest.mark.parametrize("path", CBD_ROWS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_cbds_networks_begin_as_in_its_code(path, monkeypatch):
+    monkeypatch.setenv("OFFLINE_BKD_DATA", "nowhere")
+    config = load_config(path)
+    for network in (config.teacher.model, config.student.model):
+        assert network.cosine_scale == 20 and network.cosine_init == "glorot"
+        assert network.zero_init_residual == (getattr(network, "weights", None) is None), "what is pretrained is not drawn"
 
 
 def torchvision_model(**values):

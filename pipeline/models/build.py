@@ -58,7 +58,7 @@ def _names(model: nn.Module, *kinds: type) -> list[str]:
 
 def _build_network(section: schema.Network, classes: int) -> nn.Module:
     if section.name == "cifar_resnet":
-        return CifarResNet(section.depth, section.width, classes, section.branches)
+        return CifarResNet(section.depth, section.width, classes, section.branches, section.zero_init_residual)
     from offline_bkd.pipeline.models.torchvision_models import build_torchvision  # a second's import, for these alone
 
     network = build_torchvision(section, classes)

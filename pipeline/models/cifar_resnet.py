@@ -27,9 +27,13 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Normalised images [B, 3, H, W] to logits [B, C]. With two branches the last block exists twice (BBN, section 4.2)."""
+    """Normalised images [B, 3, H, W] to logits [B, C].
 
-    def __init__(self, depth: int, width: int, classes: int, branches: int = 1):
+    With two branches the last block exists twice (BBN, section 4.2), and the classifier begins as torch has a linear layer,
+    as in BBN's code. `zero_init_residual`: every block begins as its shortcut.
+    """
+
+    def __init__(self, depth: int, width: int, classes: int, branches: int = 1, zero_init_residual: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -45,8 +49,10 @@ class CifarResNet(nn.Module):
             self.branches = nn.ModuleList(BasicBlock(*last) for _ in range(branches))
         self.fc = nn.Linear(branches * inputs, classes)
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, nn.Conv2d) or (module is self.fc and branches == 1):
                 nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, BasicBlock) and zero_init_residual:
+                nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.shared(x)

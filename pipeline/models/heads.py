@@ -3,6 +3,8 @@
 Shapes: B images, D features, C classes.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -12,12 +14,17 @@ from offline_bkd.pipeline.schema import Network
 
 
 class CosineClassifier(nn.Module):
-    """Features [B, D] to the cosines of their angles with each class's weight, times `scale`: [B, C]."""
+    """Features [B, D] to the cosines of their angles with each class's weight, times `scale`: [B, C].
 
-    def __init__(self, inputs: int, classes: int, scale: float):
+    The weights [C, D] begin with the directions of points in a cube and length one (`init` "unit"), or as Glorot's uniform.
+    """
+
+    def __init__(self, inputs: int, classes: int, scale: float, init: Literal["unit", "glorot"] = "unit"):
         super().__init__()
         self.in_features, self.scale = inputs, scale
-        self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(classes, inputs)))
+        weight = torch.empty(classes, inputs)
+        weight = functional.normalize(weight.uniform_(-1, 1)) if init == "unit" else nn.init.xavier_uniform_(weight)
+        self.weight = nn.Parameter(weight)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.scale * functional.linear(functional.normalize(features), functional.normalize(self.weight))
@@ -50,6 +57,6 @@ def replace_classifier(network: nn.Module, section: Network, classes: int) -> No
         layers.append(nn.Linear(inputs, classes))
         nn.init.kaiming_normal_(layers[-1].weight)
     else:
-        layers.append(CosineClassifier(inputs, classes, section.cosine_scale))
+        layers.append(CosineClassifier(inputs, classes, section.cosine_scale, section.cosine_init))
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Sequential(*layers))

@@ -4,6 +4,7 @@ import difflib
 
 from torch import nn
 from torchvision import models
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.models.heads import classifier_name
@@ -14,7 +15,8 @@ from offline_bkd.pipeline.schema import TorchvisionModel
 def build_torchvision(section: TorchvisionModel, classes: int) -> nn.Module:
     """The network of `section`; given weights load into every part but a last layer of another width.
 
-    Raises UserError for a name that torchvision does not know and for weights that cannot be read or do not fit.
+    Raises UserError for a name that torchvision does not know, for what is asked of a network that is no ResNet, and for
+    weights that cannot be read or do not fit.
     """
     known = [*models.list_models(module=models), "resnet10"]
     if section.architecture not in known:
@@ -23,9 +25,11 @@ def build_torchvision(section: TorchvisionModel, classes: int) -> nn.Module:
             f"torchvision has no classifier {section.architecture!r}; did you mean {' or '.join(map(repr, near))}?"
         )
     if section.architecture == "resnet10":  # ImageNet-LT's; torchvision names none below 18 but has their parts
-        network = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes)
+        network = models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=classes)
     else:
         network = models.get_model(section.architecture, weights=None, num_classes=classes)
+    if section.zero_init_residual:
+        _zero_last_scales(network, section)
     if section.weights is None:
         return network
     download = torchvision_weights(section).get_state_dict if section.downloads else None
@@ -37,6 +41,15 @@ def build_torchvision(section: TorchvisionModel, classes: int) -> nn.Module:
         raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
     return network
+
+
+def _zero_last_scales(network: nn.Module, section: TorchvisionModel) -> None:
+    """Lets the blocks of a ResNet begin as their shortcuts."""
+    if not isinstance(network, models.ResNet):
+        raise UserError(f"model.zero_init_residual is for a ResNet, which {section.architecture} is not; leave it out")
+    for block in network.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
 
 
 def torchvision_weights(section: TorchvisionModel) -> models.WeightsEnum:
