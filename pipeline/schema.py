@@ -38,8 +38,8 @@ class Data(Section):
     imbalance_ratio: Annotated[float, Field(ge=1)] | None = None  # n_max / n_min; null keeps every training sample
     max_per_class: Positive | None = None  # n_max; null takes the first class's size
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**64)] = 0  # which samples stay
-    mean: PerChannel = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
-    std: PositivePerChannel = (0.229, 0.224, 0.225)
+    mean: PerChannel | None = None  # of pixels in [0, 1]; null: the network's own, for all but timm's that of ImageNet
+    std: PositivePerChannel | None = None
     workers: Annotated[int, Strict(), Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
 
 
@@ -125,18 +125,28 @@ class CifarResNet(Network):
         return self
 
 
-class TorchvisionModel(Network):
-    """Any of torchvision's classifiers, by its name there, and resnet10, which is ImageNet-LT's."""
+class LibraryModel(Network):
+    """A network that a library knows by its name."""
 
-    name: Literal["torchvision"]
     architecture: str
-    # a local .pth or .safetensors file, or the name of torchvision's own, downloaded: IMAGENET1K_V1; DEFAULT is its newest
-    weights: str | None = None
+    weights: str | None = None  # initial ones: a local .pth or .safetensors file, or the library's own, downloaded
 
     @property
     def downloads(self) -> bool:
-        """Whether `weights` are torchvision's own; files have a suffix."""
+        """Whether `weights` are the library's own; files have a suffix."""
         return self.weights is not None and not Path(self.weights).suffix
+
+    def without_weights(self) -> "LibraryModel":
+        return self.model_copy(update={"weights": None})
+
+
+class TorchvisionModel(LibraryModel):
+    """Any of torchvision's classifiers, by its name there, and resnet10, which is ImageNet-LT's.
+
+    Its own weights have names, such as IMAGENET1K_V1; DEFAULT is the newest.
+    """
+
+    name: Literal["torchvision"]
 
     @model_validator(mode="after")
     def _drawn_or_loaded(self):
@@ -144,8 +154,27 @@ class TorchvisionModel(Network):
             raise ValueError("weights say how blocks begin; leave out zero_init_residual, or the weights")
         return self
 
-    def without_weights(self) -> "TorchvisionModel":
-        return self.model_copy(update={"weights": None})
+
+class TimmModel(LibraryModel):
+    """Any of timm's classifiers, by its name there: vit_tiny_patch16_224, or with the tag of its configuration and weights.
+
+    Its own weights are DEFAULT, from the hub that timm knows. What is null follows timm's configuration.
+    """
+
+    name: Literal["timm"]
+    input_size: Positive | None = None  # side of its images in pixels, of an architecture that takes one size alone
+    patch_size: Positive | None = None  # pixels
+    drop_path: Fraction | None = None  # how often a block is left out in training, at the last one
+
+    @model_validator(mode="after")
+    def _no_resnet_of_ours(self):
+        if self.memory or self.branches != 1:
+            raise ValueError(
+                "memory and branches change the last stage of a ResNet of cifar_resnet or torchvision; timm's stay whole"
+            )
+        if self.zero_init_residual:
+            raise ValueError("timm's ResNets begin as their shortcuts by themselves; leave out zero_init_residual")
+        return self
 
 
 class Constant(Section):
@@ -346,7 +375,7 @@ class CacheSection(Section):
     precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass
 
 
-Model = Annotated[CifarResNet | TorchvisionModel, Field(discriminator="name")]
+Model = Annotated[CifarResNet | TorchvisionModel | TimmModel, Field(discriminator="name")]
 
 
 class Teacher(Section):

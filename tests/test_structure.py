@@ -34,7 +34,7 @@ LAYERS = [
         "pipeline.training.targets",
     },
     {"pipeline.models.branches", "pipeline.models.heads"},
-    {"pipeline.models.torchvision_models"},
+    {"pipeline.models.timm_models", "pipeline.models.torchvision_models"},
     {"pipeline.models.build"},
     {"pipeline.data.images", "pipeline.models", "pipeline.show.report"},
     {"pipeline.training.engine", "pipeline.evaluate", "pipeline.training.methods"},

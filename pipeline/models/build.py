@@ -11,6 +11,8 @@ from offline_bkd.pipeline.models.heads import classifier, classifier_name, repla
 from offline_bkd.pipeline.models.image_classifier import ImageClassifier
 from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of pixels in [0, 1]
+
 
 def build_model(
     section: schema.Network,
@@ -23,23 +25,31 @@ def build_model(
 ) -> ImageClassifier:
     """A network with `classes` outputs, its initial weights drawn from `seed` alone.
 
-    `image_size`: (height, width), which a network with a memory is made for. `members`: bool [C], the classes that an
-    expert answers for. `channels_last`: the memory format.
+    `image_size`: (height, width), which a network with a memory is made for, and those that take one size are checked for.
+    `members`: bool [C], the classes that an expert answers for. `channels_last`: the memory format.
+
+    Raises UserError where `section` asks for what cannot be built or loaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _build_network(section, classes)
+        network = _build_network(section, classes, image_size)
         if section.memory:
             _add_attention(network, section, image_size)
         replace_classifier(network, section, classes)
-    return ImageClassifier(network, data.mean, data.std, members, channels_last)
+    own = getattr(network, "pretrained_cfg", IMAGENET)  # timm's
+    return ImageClassifier(network, data.mean or own["mean"], data.std or own["std"], members, channels_last)
 
 
 def refuse_unknown_weights(section: schema.Network) -> None:
     """Raises UserError if the weights that a section would download are not known by that name. Downloads nothing."""
-    from offline_bkd.pipeline.models.torchvision_models import torchvision_weights
+    if section.name == "timm":
+        from offline_bkd.pipeline.models.timm_models import refuse_unknown_timm_weights
 
-    torchvision_weights(section)
+        refuse_unknown_timm_weights(section)
+    else:
+        from offline_bkd.pipeline.models.torchvision_models import torchvision_weights
+
+        torchvision_weights(section)
 
 
 def memory(model: nn.Module) -> Memory:
@@ -56,10 +66,14 @@ def _names(model: nn.Module, *kinds: type) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _build_network(section: schema.Network, classes: int) -> nn.Module:
+def _build_network(section: schema.Network, classes: int, image_size: tuple[int, int] | None) -> nn.Module:
     if section.name == "cifar_resnet":
         return CifarResNet(section.depth, section.width, classes, section.branches, section.zero_init_residual)
-    from offline_bkd.pipeline.models.torchvision_models import build_torchvision  # a second's import, for these alone
+    if section.name == "timm":  # these libraries take seconds to import
+        from offline_bkd.pipeline.models.timm_models import build_timm
+
+        return build_timm(section, classes, image_size)
+    from offline_bkd.pipeline.models.torchvision_models import build_torchvision
 
     network = build_torchvision(section, classes)
     return _branch(network, section, classes) if section.branches == 2 else network

@@ -37,8 +37,13 @@ def classifier(model: nn.Module) -> nn.Module:
 
 def classifier_name(model: nn.Module) -> str:
     """The last layer's name among the model's modules."""
+    named = dict(model.named_modules())
+    for module in [*named.values()]:
+        if hasattr(module, "get_classifier"):  # timm's networks, whose last layer need not be the last that they name
+            inside = [*module.get_classifier().modules()]
+            named = {name: part for name, part in named.items() if any(part is other for other in inside)}
     kinds = nn.Linear, CosineClassifier, SquashedCosineClassifier
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)][-1]
+    return [name for name, module in named.items() if isinstance(module, kinds)][-1]
 
 
 def replace_classifier(network: nn.Module, section: Network, classes: int) -> None:

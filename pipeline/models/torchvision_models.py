@@ -8,7 +8,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.models.heads import classifier_name
-from offline_bkd.pipeline.models.weights import read_weights
+from offline_bkd.pipeline.models.weights import given_weights
 from offline_bkd.pipeline.schema import TorchvisionModel
 
 
@@ -32,11 +32,9 @@ def build_torchvision(section: TorchvisionModel, classes: int) -> nn.Module:
         _zero_last_scales(network, section)
     if section.weights is None:
         return network
-    download = torchvision_weights(section).get_state_dict if section.downloads else None
-    state = read_weights(section, download)
-    own = network.state_dict()
+    own, last = network.state_dict(), classifier_name(network)
+    state = given_weights(section, network, last, torchvision_weights(section).get_state_dict if section.downloads else None)
     unfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    last = classifier_name(network)
     if unexpected := [key for key in unfit if key.rpartition(".")[0] != last]:
         raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
