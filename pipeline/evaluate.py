@@ -42,8 +42,11 @@ def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, cl
         model.load_state_dict(tensors)
     except RuntimeError:
         raise UserError(f"{checkpoint}.safetensors in {run.folder} does not fit its config.yaml; restore both or train again")
-    if checkpoint == "last" and runs.digest(model.state_dict()) != run.summary()["digest"]:
-        raise UserError(f"last.safetensors in {run.folder} is not the checkpoint its summary.json describes; train again")
+    described = run.summary()["digest"] if checkpoint == "last" else run.summary().get("best_digest")
+    if described and runs.digest(model.state_dict()) != described:  # runs of earlier versions tell of their last alone
+        raise UserError(
+            f"{checkpoint}.safetensors in {run.folder} is not the checkpoint its summary.json describes; train again"
+        )
     return model.eval()
 
 

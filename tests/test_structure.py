@@ -27,6 +27,8 @@ LAYERS = [
         "pipeline.models.oltr",
         "pipeline.models.weights",
         "pipeline.runs",
+        "pipeline.runs.checksums",
+        "pipeline.runs.files",
         "pipeline.runs.folder",
         "pipeline.runs.record",
         "pipeline.runs.start",

@@ -454,7 +454,8 @@ def test_a_damaged_run_is_named(tmp_path, teacher_run, file, damage, message):
     if damage is None:
         path.unlink()
     elif damage == "width: 8":
-        path.write_text(path.read_text().replace("width: 4", damage))
+        lines = path.read_text().replace("width: 4", damage).splitlines(keepends=True)
+        path.write_text("".join(lines[:-1]))  # without its checksum, as earlier versions wrote it
     elif damage == "best":
         run = runs.Run(tmp_path / "run")
         run.save_tensors("last", {name: value * 2 for name, value in run.load_tensors("best")[0].items()})

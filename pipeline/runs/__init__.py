@@ -10,12 +10,14 @@
     state.safetensors      what resuming needs beside: optimiser, epoch; removed when the run is complete
     *.png                  curves, accuracy by class
 
-Every file is written under another name, synchronised and renamed, so it is whole or absent.
+Every file is written under another name, synchronised and renamed, so it is whole or absent; what is read again carries a
+checksum (checksums.py).
 """
 
-from offline_bkd.pipeline.runs.folder import Run, experiment_of, open_run, write_whole
+from offline_bkd.pipeline.runs.files import write_whole
+from offline_bkd.pipeline.runs.folder import Run, experiment_of, open_run
 from offline_bkd.pipeline.runs.record import device_name, difference, environment, peak_memory
-from offline_bkd.pipeline.runs.start import begun, refuse_taken, start_run
+from offline_bkd.pipeline.runs.start import begun, refuse_several_processes, refuse_taken, start_run
 from offline_bkd.pipeline.runs.weights import digest
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "experiment_of",
     "open_run",
     "peak_memory",
+    "refuse_several_processes",
     "refuse_taken",
     "start_run",
     "write_whole",

@@ -2,98 +2,84 @@
 
 import hashlib
 import json
-import os
+import re
 import time
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from offline_bkd.cache.storage import LocalStorage
 from offline_bkd.cache.views import to_json
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import load_config
-from offline_bkd.pipeline.runs import record
+from offline_bkd.pipeline.runs import record, weights
+from offline_bkd.pipeline.runs.checksums import JSON_FILE, JSON_LINE, YAML_FILE, add_checksum, parse_json, refuse_changed
+from offline_bkd.pipeline.runs.files import append, read, write_whole
 from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.show.terminal import printable
 
 
 class Run:
-    """An open run folder."""
+    """An open run folder. What it reads raises UserError if it is missing, damaged, or not as it was written."""
 
     def __init__(self, folder: Path, label: str = ""):
         self.folder, self.label = folder, label
 
     def log(self, line: str) -> None:
-        """Prints `line`, after the run's label, and keeps it in log.txt with the time."""
+        """Prints `line`, after the run's label, and keeps it in log.txt with the time until the run is complete."""
+        line = printable(line)
         print(f"{self.label}{line}", flush=True)
-        with open(self.folder / "log.txt", "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        if not self.has("summary.json"):  # a complete run may lie where nothing can be written
+            append(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def append_metrics(self, record: dict) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # before the state that says that the epoch is over
+        """Adds an epoch's record; it is on the disk before the state that says that the epoch is over."""
+        append(self.folder / "metrics.jsonl", add_checksum(json.dumps(record), JSON_LINE), sync=True)
 
     def metrics(self, epochs: int | None = None) -> list[dict]:
-        """One dictionary an epoch, oldest first: of all, or of the first `epochs`. Raises UserError if one is not there."""
+        """One dictionary an epoch, oldest first: of all, or of the first `epochs`."""
         path = self.folder / "metrics.jsonl"
         try:
-            records = [json.loads(line) for line in path.read_text().splitlines()[:epochs]]
-            if [record["epoch"] for record in records] != [*range(1, (len(records) if epochs is None else epochs) + 1)]:
+            lines = _lines(path)[:epochs]
+            records = [_checked(line, record.Epoch, JSON_LINE) for line in lines]
+            if [values["epoch"] for values in records] != [*range(1, (len(lines) if epochs is None else epochs) + 1)]:
                 raise ValueError("not every epoch is there once")
             return records
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is missing or damaged ({error}); restore it or train again")
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error)
 
     def rewind_metrics(self, epochs: int) -> None:
         """Forgets what was recorded after the first `epochs` epochs. Raises UserError if those are not there."""
         path = self.folder / "metrics.jsonl"
         if epochs:
             self.metrics(epochs)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        write_whole(path, "".join(lines[:epochs]).encode())
+        lines = _lines(path)[:epochs] if epochs else []
+        write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
     def save_tensors(self, name: str, tensors: dict[str, torch.Tensor], **metadata) -> None:
         """Writes name.safetensors with `metadata` (JSON values) in its header."""
-        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        header = {key: json.dumps(value) for key, value in metadata.items()}
-        write_whole(self.folder / f"{name}.safetensors", save(tensors, metadata=header))
+        write_whole(self.folder / f"{name}.safetensors", weights.to_safetensors(tensors, metadata))
 
     def load_tensors(self, name: str) -> tuple[dict[str, torch.Tensor], dict]:
         """The tensors, on the CPU, and the metadata of name.safetensors."""
         path = self.folder / f"{name}.safetensors"
         try:
-            with safe_open(path, "pt") as file:
-                metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-                return {key: file.get_tensor(key) for key in file.keys()}, metadata
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}")
+            return weights.from_safetensors(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the checkpoint {path}: {_reason(error)}; restore it or train again")
 
     @property
     def stage(self) -> str:
         """ "teacher" or "student"."""
         return self.environment()["stage"]
 
-    def _json(self, file: str, schema: type[BaseModel]) -> dict:
-        try:
-            values = json.loads((self.folder / file).read_text())
-            schema.model_validate(values)
-            return values
-        except ValidationError as error:
-            first = error.errors()[0]
-            found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        except (OSError, ValueError) as error:
-            found = error
-        raise UserError(f"{self.folder / file} is missing or damaged ({found}); restore it or train again")
-
     def has(self, file: str) -> bool:
         return (self.folder / file).exists()
 
     def write_summary(self, summary: dict) -> None:
-        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        """Writes summary.json, with the digest of the best epoch's weights, and so completes the run."""
+        best, _ = self.load_tensors("best")
+        self.write_json("summary.json", {**summary, "best_digest": weights.digest(best)})
         (self.folder / "state.safetensors").unlink(missing_ok=True)
 
     def summary(self) -> dict:
@@ -103,7 +89,22 @@ class Run:
         return self._json("environment.json", record.Environment)
 
     def config(self, overrides: tuple[str, ...] = ()) -> Experiment:
-        return load_config(self.folder / "config.yaml", overrides)
+        path = self.folder / "config.yaml"
+        try:
+            refuse_changed(read(path).decode(), YAML_FILE)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error)
+        return load_config(path, overrides)
+
+    def write_json(self, file: str, values: dict) -> None:
+        write_whole(self.folder / file, add_checksum(json.dumps(values, indent=1) + "\n", JSON_FILE).encode())
+
+    def _json(self, file: str, schema: type[BaseModel]) -> dict:
+        path = self.folder / file
+        try:
+            return _checked(read(path).decode(), schema, JSON_FILE)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error)
 
 
 def open_run(folder: str | Path) -> Run:
@@ -125,6 +126,26 @@ def experiment_of(run: Run) -> dict[str, str]:
     return {"method": run.summary()["method"], "settings": hashlib.sha256(text.encode()).hexdigest()[:12]}
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash at any moment `path` is the old file or the new one."""
-    LocalStorage(path.parent).write(path.name, data)
+def _lines(path: Path) -> list[str]:
+    """The lines of a file that ended; one that was being written when its command was killed has no end."""
+    return re.findall(r"([^\n]*)\n", read(path).decode())
+
+
+def _checked(text: str, schema: type[BaseModel], form) -> dict:
+    """The dictionary in `text`, as `schema` wants it and as it was written. Raises ValueError for another."""
+    values = parse_json(text)
+    schema.model_validate(values)
+    refuse_changed(text, form)
+    values.pop("checksum", None)
+    return values
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is missing or damaged ({_reason(error)}); restore it or train again")

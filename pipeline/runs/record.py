@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, NonNegativeInt, model_validator
+from pydantic import BaseModel, FiniteFloat, NonNegativeInt, model_validator
 
 from offline_bkd.pipeline.schema import Experiment
 
@@ -18,12 +18,27 @@ PACKAGES = ("torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "s
 
 
 class Scores(BaseModel):
+    """Of the test part, in percent."""
+
+    top1: FiniteFloat
+    many: FiniteFloat | None
+    medium: FiniteFloat | None
+    few: FiniteFloat | None
+    per_class: list[FiniteFloat | None]
+
+
+class ScoresOfEpoch(Scores):
     epoch: int
-    top1: float
-    many: float | None
-    medium: float | None
-    few: float | None
-    per_class: list[float | None]
+
+
+class Epoch(BaseModel):
+    """What other commands read of a line of metrics.jsonl."""
+
+    epoch: int
+    loss: FiniteFloat
+    seconds: FiniteFloat
+    data_share: FiniteFloat
+    test: Scores | None = None  # not every epoch is evaluated
 
 
 class Summary(BaseModel):
@@ -37,8 +52,8 @@ class Summary(BaseModel):
     test_dataset: dict
     teacher: dict | None
     digest: str
-    last: Scores
-    best: Scores
+    last: ScoresOfEpoch
+    best: ScoresOfEpoch
 
     @model_validator(mode="after")
     def _of_every_class(self):

@@ -1,7 +1,6 @@
 """How a run begins or goes on: who may write into a folder, and with what."""
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +10,16 @@ import torch
 
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import dump_config
-from offline_bkd.pipeline.runs.folder import Run, write_whole
+from offline_bkd.pipeline.runs.checksums import YAML_FILE, add_checksum
+from offline_bkd.pipeline.runs.files import write_whole
+from offline_bkd.pipeline.runs.folder import Run
 from offline_bkd.pipeline.runs.record import difference, environment, settings
 from offline_bkd.pipeline.schema import Experiment
 
 
 def refuse_taken(folder: str | Path, resume: bool) -> None:
     """Raises UserError if `folder` cannot be a new run's, or with `resume` goes on with one. Writes nothing."""
+    refuse_several_processes()
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
@@ -26,6 +28,15 @@ def refuse_taken(folder: str | Path, resume: bool) -> None:
             raise UserError(f"--out {folder} is not empty; add --resume to go on with the run in it, or name another folder")
         if not (folder / "config.yaml").exists():
             raise UserError(f"--out {folder} holds no run to resume; name another folder")
+
+
+def refuse_several_processes() -> None:
+    """Raises UserError where torchrun, or what sets the same variables, started this command more than once."""
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(
+            f"training runs in one process, but torchrun started {world} of it (WORLD_SIZE); "
+            "start the command without torchrun, or with --nproc-per-node 1"
+        )
 
 
 @contextmanager
@@ -61,8 +72,8 @@ def start_run(
         if begun(folder):
             _refuse_other(run, config, record)
         else:  # config.yaml comes last: a folder that was left before it holds no run
-            write_whole(folder / "environment.json", (json.dumps(record, indent=1) + "\n").encode())
-            write_whole(folder / "config.yaml", dump_config(config).encode())
+            run.write_json("environment.json", record)
+            write_whole(folder / "config.yaml", add_checksum(dump_config(config), YAML_FILE).encode())
         yield run
     finally:
         os.close(lock)  # which frees it, as the end of the process does
@@ -75,6 +86,8 @@ def begun(folder: Path) -> bool:
 
 def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     found = run.environment()
+    if run.has("summary.json"):
+        run.summary()  # which says that the run is complete, so it must be whole
     if found["stage"] != record["stage"]:
         raise UserError(f"--out {run.folder} holds a {found['stage']}'s run, not a {record['stage']}'s; name another folder")
     old, new = (settings(one, record["stage"]) for one in (run.config(), config))

@@ -1,5 +1,6 @@
 """What commands print: tables of plain values, readable on a terminal and in a file."""
 
+import re
 import sys
 
 from rich.console import Console
@@ -7,17 +8,26 @@ from rich.table import Table
 
 COLUMNS = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
 
+# what moves the cursor, recolours, or turns the order of what follows; and halves of characters, which cannot be printed
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with what a terminal would obey rather than show as its escape, such as \\x1b."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
 
 def table(rows: list[list[str]], title: str, heading: bool = True) -> None:
     """A table of text, its heading first."""
     shown = Table(show_header=heading)
     for index, name in enumerate(rows[0]):
-        shown.add_column(name, justify="left" if not index or not heading else "right", overflow="fold")
+        shown.add_column(printable(name), justify="left" if not index or not heading else "right", overflow="fold")
     for row in rows[heading:]:
-        shown.add_row(*row)
+        shown.add_row(*map(printable, row))
     # text of the user's is no markup; a file has no width to fit into
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
-    console.print(title)
+    for line in title.split("\n"):
+        console.print(printable(line))
     console.print(shown)
 
 

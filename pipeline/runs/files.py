@@ -1,0 +1,56 @@
+"""Files of a run: whole or absent, never anything but regular files, and every failure says which file it is about."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from offline_bkd.cache.storage import LocalStorage
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash at any moment `path` is the old file or the new one."""
+    with _naming(path):
+        LocalStorage(path.parent).write(path.name, data)
+
+
+def append(path: Path, line: str, sync: bool = False) -> None:
+    """Adds a line to a file; with `sync` it is on the disk when this returns."""
+    with _naming(path), open(_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> bytes:
+    """The file's bytes. Raises OSError also for what is no regular file: reading a pipe or a device may never end."""
+    with open(_regular(path, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raises OSError if there is no regular file at `path`."""
+    os.close(_regular(path, os.O_RDONLY))
+
+
+def _regular(path: Path, flags: int) -> int:
+    """A descriptor of the regular file at `path`; opening a pipe does not wait for its other end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "It is no regular file", str(path))
+    return descriptor
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError that leaves it, such as that of a full disk, names the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if not error.errno:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,194 @@
+"""A run's folder: what is believed of it, what is refused, and that it may lie where nothing can be written."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from offline_bkd.cache.storage import LocalStorage
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.evaluate import evaluate_run
+from offline_bkd.pipeline.teacher import train_teacher
+
+READERS = {
+    "config.yaml": lambda run: run.config(),
+    "environment.json": lambda run: run.environment(),
+    "metrics.jsonl": lambda run: run.metrics(2),
+    "summary.json": lambda run: run.summary(),
+    "last.safetensors": lambda run: run.load_tensors("last"),
+    "best.safetensors": lambda run: run.load_tensors("best"),
+    "state.safetensors": lambda run: run.load_tensors("state"),
+}
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory):
+    """A run of four epochs that was interrupted after the second."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    with tiny.interrupted_after(2):
+        train_teacher(tiny.experiment("teacher.training.epochs=4"), str(folder), tiny.CPU)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, teacher_run):
+    """A complete run that may be damaged."""
+    shutil.copytree(teacher_run, tmp_path / "run")
+    return runs.open_run(tmp_path / "run")
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_a_flipped_bit_anywhere_is_refused_and_the_file_is_named(tmp_path, teacher_run, cut_run, file):
+    source = (cut_run if file.startswith("state") else teacher_run) / file
+    damaged, data = runs.Run(tmp_path), source.read_bytes()
+    (tmp_path / file).write_bytes(data)
+    READERS[file](damaged)
+    generator, bits = np.random.default_rng(0), 8 * len(data)
+    # anywhere; and where names, shapes and the checksum itself stand: at the beginning and at the end
+    for bit in (*generator.integers(0, bits, 24), *generator.integers(0, 8 * 600, 24), *range(bits - 8 * 90, bits, 31)):
+        (tmp_path / file).write_bytes(flipped(data, int(bit)))
+        with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / file))}"):
+            READERS[file](damaged)
+
+
+def test_a_run_without_checksums_as_earlier_versions_wrote_it_is_read_and_resumed(tmp_path, cut_run, teacher_run):
+    def without_checksums(folder):
+        for path in folder.glob("*.json*"):
+            text = re.sub(r',\s*"(checksum|best_digest)": "(sha256:)?[0-9a-f]{64}"', "", path.read_text())
+            path.write_text(text)
+        path = folder / "config.yaml"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                metadata = {key: value for key, value in file.metadata().items() if key != "checksum"}
+            save_file(load_file(path), path, metadata)
+
+    for name, source in (("old", teacher_run), ("cut", cut_run)):
+        shutil.copytree(source, tmp_path / name)
+        without_checksums(tmp_path / name)
+    scores = evaluate_run(str(tmp_path / "old"), "best", (), tiny.CPU)
+    assert scores["top1"] == runs.open_run(tmp_path / "old").summary()["best"]["top1"]
+    train_teacher(tiny.experiment("teacher.training.epochs=4"), str(tmp_path / "cut"), tiny.CPU, resume=True)
+    assert [record["epoch"] for record in runs.open_run(tmp_path / "cut").metrics()] == [1, 2, 3, 4]
+
+
+def test_files_with_checksums_stay_plain(teacher_run):
+    summary = json.loads((teacher_run / "summary.json").read_text())
+    assert len(summary["digest"]) == 64 and summary["checksum"].startswith("sha256:")
+    assert yaml.safe_load((teacher_run / "config.yaml").read_text())["name"] == "digits-lt"
+    assert [json.loads(line)["epoch"] for line in (teacher_run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    ours, _ = runs.open_run(teacher_run).load_tensors("last")
+    assert all(torch.equal(value, ours[name]) for name, value in load_file(teacher_run / "last.safetensors").items())
+
+
+def test_the_best_checkpoint_of_another_run_is_refused(run, cut_run):
+    shutil.copy(cut_run / "best.safetensors", run.folder)
+    with pytest.raises(UserError, match="best.safetensors in .* is not the checkpoint its summary.json describes"):
+        evaluate_run(str(run.folder), "best", (), tiny.CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("summary.json", "[" * 100_000, "nested too deeply"),
+        ("summary.json", '{"a":' * 100_000, "nested too deeply"),
+        ("environment.json", "[" * 100_000, "nested too deeply"),
+        ("metrics.jsonl", "[" * 100_000 + "\n", "nested too deeply"),
+        ("summary.json", "{}", "method: Field required"),
+        ("metrics.jsonl", '{"epoch": 1}\n', "loss: Field required"),
+        ("metrics.jsonl", "5\n", "valid dictionary"),
+        ("metrics.jsonl", '{"epoch": 1, "loss": NaN, "seconds": 1, "data_share": 0}\n', "NaN is no number of JSON's"),
+        ("metrics.jsonl", '{"epoch": 1, "loss": 1e999, "seconds": 1, "data_share": 0}\n', "loss: Input should be a finite"),
+        ("config.yaml", b"\xff\xfe", "can't decode byte"),
+    ],
+)
+def test_what_is_no_record_of_a_run_is_named(run, file, text, reason):
+    (run.folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=f"{file} is missing or damaged .*{reason}.*; restore it or train again"):
+        READERS[file](run)
+
+
+def test_a_number_that_is_none_is_no_score(run):
+    path = run.folder / "summary.json"
+    path.write_text(re.sub(r'"top1": [0-9.]+', '"top1": NaN', path.read_text()))
+    with pytest.raises(UserError, match="summary.json is missing or damaged .NaN is no number of JSON's."):
+        run.summary()
+
+
+@pytest.mark.parametrize("file", READERS)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_regular_file_is_refused_and_nothing_waits_for_it(run, file, kind):
+    path = run.folder / file
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=f"{file}.*It is no regular file"):
+        READERS[file](run)
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "log.txt")
+    with pytest.raises(OSError, match="No such device or address|no regular file"):
+        runs.Run(tmp_path).log("a line")
+
+
+def test_a_full_disk_is_reported_with_the_file_that_has_no_room(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalStorage, "write", full)
+    with pytest.raises(OSError, match="No space left on device: .*summary.json"):
+        runs.write_whole(tmp_path / "summary.json", b"")
+
+
+def test_a_complete_run_may_lie_where_nothing_can_be_written(run, monkeypatch):
+    before = {path: path.read_bytes() for path in run.folder.iterdir()}
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(LocalStorage, "write", refuse)
+    monkeypatch.setattr(runs.folder, "append", refuse)
+    train_teacher(tiny.experiment(), str(run.folder), tiny.CPU, resume=True)
+    assert {path: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+def test_what_a_run_says_never_reaches_the_terminal_as_commands(tmp_path, capsys):
+    run = runs.Run(tmp_path, label="seed 1: ")
+    run.log("class \x1b[2Jcat\nerror: \u202egnp")
+    assert capsys.readouterr().out == "seed 1: class \\x1b[2Jcat\\nerror: \\u202egnp\n"
+    assert "\x1b" not in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_training_under_torchrun_is_refused_before_anything_is_written(tmp_path, monkeypatch, stage):
+    from offline_bkd.pipeline.student import train_student
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train = train_teacher if stage == "teacher" else lambda config, *rest: train_student(config, None, *rest)
+    with pytest.raises(UserError, match="training runs in one process, but torchrun started 2 of it"):
+        train(tiny.experiment("student.method={name: ce}"), str(tmp_path / "run"), tiny.CPU)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    runs.refuse_taken(Path(tmp_path / "run"), resume=False)
