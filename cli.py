@@ -1,5 +1,6 @@
 """The commands of offline-bkd. No logic lives here; torch is imported only by a command that needs it."""
 
+import errno
 import functools
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import select
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -28,10 +30,8 @@ class Commands(click.Group):
     def main(self, *args, **kwargs):
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
-        except click.exceptions.Abort:
-            fail(
-                "interrupted; --resume goes on from the last epoch or block that was finished, reproduce needs no option", 130
-            )
+        except (click.exceptions.Abort, KeyboardInterrupt):
+            interrupted()
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
         except click.exceptions.NoArgsIsHelpError as asked:
@@ -65,9 +65,18 @@ PLACE = Place()
 
 
 def fail(message: str, code: int):
-    for line in message.splitlines():
-        click.echo(f"error: {line}", err=True)
+    from offline_bkd.pipeline.show.terminal import printable
+
+    try:
+        for line in message.splitlines():
+            click.echo(f"error: {printable(line)}", err=True)
+    except OSError:
+        pass  # the terminal is gone; the exit code says it
     sys.exit(code)
+
+
+def interrupted():
+    fail("interrupted; --resume goes on from the last epoch or block that was finished, reproduce needs no option", 130)
 
 
 def guarded(command):
@@ -76,23 +85,54 @@ def guarded(command):
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(command)
     def run(*args, debug: bool, **kwargs):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run is an interrupted one
+        end_as_interrupted()
         try:
             return command(*args, **kwargs)
-        except (KeyboardInterrupt, click.ClickException, click.exceptions.Exit):
+        except KeyboardInterrupt:
+            interrupted()
+        except (click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:
             if isinstance(error, BrokenPipeError) and reader_gone():
                 sys.exit(1)
-            from offline_bkd.cache import CacheError, CorruptCacheError
-
             if debug:
                 traceback.print_exc()
-            user = isinstance(error, (UserError, CacheError)) and not isinstance(error, CorruptCacheError)
-            message = str(error) or type(error).__name__
-            fail(message if user else f"{message.splitlines()[-1]} ({type(error).__name__})", 2 if user else 1)
+            fail(*explained(error))
 
     return run
+
+
+def end_as_interrupted() -> None:
+    """What ends a command from outside interrupts it: signals, and the end of the `reproduce` that started it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+    if os.environ.pop("OFFLINE_BKD_ENDS_WITH_INPUT", None):
+        threading.Thread(target=lambda: (os.read(0, 1), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+
+
+def explained(error: Exception) -> tuple[str, int]:
+    """One line for a person, and the exit code: 2 for what the user can put right."""
+    from offline_bkd.cache import CacheError, CorruptCacheError
+
+    message = str(error) or type(error).__name__
+    if isinstance(error, (UserError, CacheError)) and not isinstance(error, CorruptCacheError):
+        return message, 2
+    if isinstance(error, OSError) and error.errno in ADVICE:
+        advice, code = ADVICE[error.errno]
+        return f"{error.filename or 'what is written'}: {error.strerror}; {advice}", code
+    return f"{message.splitlines()[-1]} ({type(error).__name__})", 1
+
+
+OTHER_PLACE = "check its permissions, or name another place", 2
+MORE_ROOM = "make room, then go on with --resume", 1
+ADVICE = {
+    errno.EACCES: OTHER_PLACE,
+    errno.EPERM: OTHER_PLACE,
+    errno.EROFS: OTHER_PLACE,
+    errno.ENOSPC: MORE_ROOM,
+    errno.EDQUOT: MORE_ROOM,
+}
 
 
 def reader_gone() -> bool:

@@ -1,5 +1,6 @@
 """The commands as a person uses them: what they print, what they refuse, how they end."""
 
+import errno
 import json
 import os
 import resource
@@ -305,7 +306,7 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
     assert result.returncode == 2 and "Traceback" in result.stderr
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, sent):
     options = tiny.options("teacher.training.epochs=500")
     command = [sys.executable, str(ROOT / "cli.py"), "train-teacher", *options, "--out", str(tmp_path / "run")]
@@ -321,7 +322,33 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, se
         assert process.poll() is None
     process.send_signal(sent)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
+    assert process.returncode == 130 and error.startswith("error: interrupted; --resume") and error.count("\n") == 1
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    code = "import signal, cli; signal.signal(signal.SIGHUP, signal.SIG_IGN); cli.end_as_interrupted(); signal.raise_signal(1)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "code"),
+    [
+        (errno.EACCES, "a/b: Permission denied; check its permissions, or name another place", 2),
+        (errno.EROFS, "a/b: Read-only file system; check its permissions, or name another place", 2),
+        (errno.ENOSPC, "a/b: No space left on device; make room, then go on with --resume", 1),
+        (errno.EIO, "[Errno 5] Input/output error: 'a/b' (OSError)", 1),
+    ],
+)
+def test_a_place_that_takes_no_file_is_named_with_the_way_out(number, message, code):
+    from offline_bkd import cli
+
+    assert cli.explained(OSError(number, os.strerror(number), "a/b")) == (message, code)
+
+
+def test_an_error_that_quotes_what_a_terminal_obeys_shows_it_as_text(tmp_path):
+    (tmp_path / "a\x1b[2J").mkdir()
+    error = refused("evaluate", tmp_path / "a\x1b[2J")
+    assert "a\\x1b[2J is not a run's folder" in error and "\x1b" not in error
 
 
 def test_help_starts_fast_because_nothing_heavy_is_imported():

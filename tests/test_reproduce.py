@@ -1,10 +1,12 @@
 """Tables: every run once, shared where it can be, resumed, and ours beside the published numbers."""
 
 import csv
+import fcntl
 import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -372,3 +374,32 @@ def test_interrupted_it_goes_on_where_it_was(table, tmp_path, monkeypatch):
         found = invoke(table, out, "--seeds", "0")
     assert found.exit_code == 0, found.output
     assert len(list(out.rglob("summary.json"))) == 5
+
+
+def can_lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_killed_it_leaves_none_of_its_commands_running(table, tmp_path):
+    content = yaml.safe_load(table.read_text())
+    content["rows"]["CE"]["set"] = ["teacher.training.epochs=100000"]
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "cli.py"), "reproduce", "--table", str(table), "--out", str(out), "--device", "cpu"]
+    process = subprocess.Popen([*command, "--seeds", "0", "--row", "CE"], stdout=subprocess.DEVNULL)
+    while not list(out.rglob("metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    (log,) = out.rglob("*.log")
+    with open(log) as file:
+        deadline = time.monotonic() + 60
+        while not can_lock(file):  # the command holds it to its end
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert log.read_text().splitlines()[-1].startswith("error: interrupted; --resume goes on")

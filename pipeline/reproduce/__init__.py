@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.reproduce.execution import Job, run_jobs
 from offline_bkd.pipeline.reproduce.plan import plan
 from offline_bkd.pipeline.reproduce.results import refuse_other, write_table
@@ -26,6 +26,7 @@ __all__ = ["Job", "Table", "load_table", "plan", "refuse_other", "reproduce", "s
 
 def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick: bool, at_once: int | None) -> list[Job]:
     """Runs what is missing of `table`, a part of `whole`, and writes the table into `out`. Returns the jobs that failed."""
+    runs.refuse_several_processes()
     folder = Path(out)
     jobs, cells = plan(whole, table, folder, device, quick)
     before = refuse_other(whole, folder, quick)

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import STDOUT, Popen
+from subprocess import PIPE, STDOUT, Popen
 
 from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError
@@ -49,9 +49,10 @@ class Job:
                 return False
             self.process = Popen(
                 [sys.executable, str(CLI), *self.arguments, "--out", str(self.out), "--resume"],
+                stdin=PIPE,  # which ends with this process, however it ends, and so does the command
                 stdout=log,
                 stderr=STDOUT,
-                env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"OFFLINE_BKD_ENDS_WITH_INPUT": "1"},
             )
         return True
 
