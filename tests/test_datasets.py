@@ -1,50 +1,12 @@
 """Data sets: the long-tailed draw, the layouts that are read, and what is wrong with them, named before training."""
 
-import io
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tiny
-from PIL import Image
+from test_parquet import parquet, png, section
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data import datasets
-
-
-def parquet(folder, labels, name="train-0.parquet", names=("cat", "dog"), images=None, column="label"):
-    """Parquet in the Hugging Face layout: one 6x5 PNG a label, its first pixel the row number."""
-    images = images or [png(row) for row in range(len(labels))]
-    table = pa.table(
-        {
-            "image": pa.array(
-                [{"bytes": data, "path": None} for data in images],
-                pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-            ),
-            column: pa.array(labels, pa.int64()),
-        }
-    )
-    features = {"image": {"_type": "Image"}, column: {"names": list(names), "_type": "ClassLabel"}} if names else {}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    pq.write_table(table.replace_schema_metadata(metadata), folder / name)
-
-
-def png(first: int, size=(6, 5), format="PNG", mode="RGB") -> bytes:
-    pixels = np.full((size[1], size[0], 3), 9, np.uint8)
-    pixels[0, 0] = first
-    stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, format)
-    return stream.getvalue()
-
-
-def section(folder, **values):
-    return schema.Parquet(name="parquet", root=str(folder), train="train-*.parquet", test="test-*.parquet", **values)
 
 
 @pytest.mark.parametrize(
@@ -96,142 +58,76 @@ def test_digits_are_scikit_learns_with_a_balanced_test_part():
     np.testing.assert_allclose(pixels, source.images[train.sample_id[5]], atol=0.04)
 
 
-def test_parquet_is_read_from_one_or_many_shards(tmp_path):
-    parquet(tmp_path, [0, 1, 1], "train-0.parquet")
-    parquet(tmp_path, [1, 0], "train-1.parquet", images=[png(3), png(4)])
-    parquet(tmp_path, [0, 1], "test-0.parquet")
+@pytest.mark.parametrize("names", [None, ("cat", "dog", "eel")])
+def test_a_class_without_test_images_is_noted_whether_or_not_classes_are_named(tmp_path, names, capsys):
+    parquet(tmp_path, [0, 1, 2], names=names)
+    parquet(tmp_path, [0, 1], "test-0.parquet", names=names)
     train, test = datasets.load(section(tmp_path))
-    assert train.classes == ("cat", "dog") and train.label.tolist() == [0, 1, 1, 1, 0] and len(test) == 2
-    assert [np.asarray(train.decode(row))[0, 0, 0] for row in range(5)] == [0, 1, 2, 3, 4]
-    assert train.image_size.tolist() == [[5, 6]] * 5
-    assert train.fingerprint != test.fingerprint
+    note = f"1 classes have no test image, and no accuracy: {(names or '012')[2]!r}"
+    assert train.classes == test.classes and test.class_counts.tolist() == [1, 1, 0]
+    assert any(note in line for line in test.notes) and note in capsys.readouterr().err
 
 
-def test_reading_parquet_does_not_wait_for_pandas(tmp_path):
+def test_names_that_one_part_gives_are_those_of_both(tmp_path):
     parquet(tmp_path, [0, 1])
-    parquet(tmp_path, [0, 1], "test-0.parquet")
-    script = f"""
-import sys
-from offline_bkd.pipeline import schema
-from offline_bkd.pipeline.data import datasets
-datasets.load(schema.Parquet(name="parquet", root={str(tmp_path)!r}, train="train-*.parquet", test="test-*.parquet"))
-print("pandas" in sys.modules)
-"""
-    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert run.stdout == "False\n", run.stderr
+    parquet(tmp_path, [0, 1], "test-0.parquet", names=None)
+    assert [part.classes for part in datasets.load(section(tmp_path))] == [("cat", "dog")] * 2
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("train", "test", "names", "message"),
     [
-        ({"labels": [0, 2, -1]}, r"train|sample 1: label 2 is outside 0 … 1 \(2 such samples in the training part\)"),
-        ({"labels": [0, 0, 0]}, r"1 classes have no training sample: 'dog'"),
-        ({"labels": [0, None, 1]}, r"must hold whole numbers without gaps"),
-        ({"labels": [0, 1], "images": [png(0), None]}, r"row 1 has no image bytes"),
-        ({"labels": [0, 1], "column": "fine"}, r"has no column 'label' but image, fine"),
-        ({"labels": []}, r"the training part holds no samples"),
+        ([1, 2], [1, 2], None, "1 classes have no training sample: '0'; its labels begin at 1: number them from 0"),
+        (
+            [1, 2],
+            [1, 2],
+            ("a", "b"),
+            "label 2 is outside 0 … 1 .*training part, whose labels run from 1 to 2.*; number labels from",
+        ),
+        (
+            [0, 1],
+            [-1, -1],
+            ("a", "b"),
+            "every label of the test part is negative, as where there are none; name labelled data",
+        ),
+        ([0, 1], [-1, -1], None, "every label of the test part is negative"),
+        ([-1, -1], [-1, -1], None, "has 0 classes; there must be 2 to 100,000"),
+        ([0, 1], [0, 1, 2], None, "1 classes have no training sample: '2'; leave them out"),
     ],
 )
-def test_what_is_wrong_with_parquet_is_named(tmp_path, change, message):
-    parquet(tmp_path, **change)
-    parquet(tmp_path, [0, 1], "test-0.parquet")
-    with pytest.raises(UserError, match=message):
+def test_labels_that_do_not_fit_the_classes_are_one_line_that_says_both(tmp_path, train, test, names, message):
+    parquet(tmp_path, train, names=names)
+    parquet(tmp_path, test, "test-0.parquet", names=names)
+    with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
         datasets.load(section(tmp_path))
 
 
-def test_a_pattern_that_matches_nothing_and_a_file_that_is_no_parquet_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"no file matches 'train-\*\.parquet'"):
+def test_an_image_under_two_labels_or_in_both_parts_is_noted(tmp_path, capsys):
+    parquet(tmp_path, [0, 1, 1, 0], images=[png(5), png(6), png(5), png(7)])
+    parquet(tmp_path, [0, 1], "test-0.parquet", images=[png(7), png(8)])
+    _, test = datasets.load(section(tmp_path))
+    assert "1 images have two labels, such as " in test.notes[0] and "sample 0: 'cat' and 'dog'" in test.notes[0]
+    assert "1 test images are training images too, such as " in test.notes[1] and "sample 0;" in test.notes[1]
+    assert [line.removeprefix("note: ") for line in capsys.readouterr().err.splitlines()] == list(test.notes)
+    assert not datasets.load(schema.Digits(name="digits"))[1].notes
+
+
+def test_one_of_several_processes_prints_the_notes(tmp_path, capsys, monkeypatch):
+    parquet(tmp_path, [0, 1, 1])
+    parquet(tmp_path, [0, 0], "test-0.parquet")
+    monkeypatch.setenv("RANK", "1")
+    assert datasets.load(section(tmp_path))[1].notes
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "b\n", "c\udce9"])
+def test_class_names_are_refused_that_a_terminal_would_obey(tmp_path, name):
+    for file in "train-0.parquet", "test-0.parquet":
+        parquet(tmp_path, [0, 1], file, names=("cat", name))
+    with pytest.raises(
+        UserError, match=r"^[^\n\x1b]*the class name '[^\n\x1b]*' is not UTF-8 that can be printed; rename it$"
+    ):
         datasets.load(section(tmp_path))
-    (tmp_path / "train-0.parquet").write_text("no")
-    with pytest.raises(UserError, match=r"cannot read .*train-0.parquet as Parquet"):
-        datasets.load(section(tmp_path))
-
-
-def test_an_image_column_without_bytes_is_named(tmp_path):
-    pq.write_table(pa.table({"image": ["a"], "label": [0]}), tmp_path / "train-0.parquet")
-    with pytest.raises(UserError, match=r"column 'image' is string, not a struct with a binary field 'bytes'"):
-        datasets.load(section(tmp_path))
-
-
-def test_class_names_that_differ_between_shards_or_parts_are_refused(tmp_path):
-    parquet(tmp_path, [0, 1], "train-0.parquet")
-    parquet(tmp_path, [0, 1], "test-0.parquet", names=("dog", "cat"))
-    with pytest.raises(UserError, match="the training and the test part differ in their classes: their order differs"):
-        datasets.load(section(tmp_path))
-    parquet(tmp_path, [0, 1], "train-1.parquet", names=("dog", "cat"))
-    with pytest.raises(UserError, match="train-1.parquet: class names differ"):
-        datasets.load(section(tmp_path))
-
-
-def folder_of_images(root):
-    for part in ("train", "test"):
-        for name in ("ant", "bee"):
-            (root / part / name).mkdir(parents=True)
-            for row in range(3):
-                (root / part / name / f"{row}.png").write_bytes(png(row, (10 + row, 8)))
-    return schema.ImageFolder(name="imagefolder", root=str(root))
-
-
-def test_an_image_folder_has_a_class_for_each_folder(tmp_path):
-    train, test = datasets.load(folder_of_images(tmp_path))
-    assert train.classes == ("ant", "bee") and train.class_counts.tolist() == [3, 3] and len(test) == 6
-    assert train.image_size.tolist() == [[8, 10], [8, 11], [8, 12]] * 2
-
-
-def test_odd_images_are_decoded_upright_in_rgb_and_broken_ones_named(tmp_path):
-    section = folder_of_images(tmp_path)
-    ant = tmp_path / "train" / "ant"
-    (ant / "0.jpg").write_bytes(png(0, (16, 8), "JPEG", "CMYK"))
-    (ant / "1.jpg").write_bytes(png(0, (16, 8), "JPEG", "L"))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    Image.new("RGB", (16, 8)).save(ant / "2.jpg", exif=exif)
-    train, _ = datasets.load(section)
-    sizes = dict(zip([Path(path).name for path in train.images], train.image_size.tolist()))
-    assert (sizes["0.jpg"], sizes["1.jpg"], sizes["2.jpg"]) == ([8, 16], [8, 16], [16, 8])
-    for row in range(len(train)):
-        image = train.decode(row)
-        assert image.mode == "RGB" and image.size[::-1] == tuple(train.image_size[row])
-    whole = png(0, (64, 64), "JPEG")
-    (ant / "3.jpg").write_bytes(whole[: len(whole) // 2])
-    (ant / "4.jpg").write_bytes(b"not an image")
-    train, _ = datasets.load(section)
-    with pytest.raises(UserError, match=r"3\.jpg cannot be read.*4\.jpg cannot be read.*: replace or remove them"):
-        _ = train.image_size
-
-
-def test_sixteen_bits_become_eight_and_the_size_of_a_turned_tiff_is_right(tmp_path):
-    section = folder_of_images(tmp_path)
-    ant = tmp_path / "train" / "ant"
-    grey = (np.arange(256, dtype=np.uint16).reshape(16, 16)) * 257
-    Image.fromarray(grey).save(ant / "0.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (16, 8)).save(ant / "1.tif", exif=exif)
-    train, _ = datasets.load(section)
-    rows = {Path(path).name: row for row, path in enumerate(train.images) if Path(path).parent == ant}
-    np.testing.assert_array_equal(np.asarray(train.decode(rows["0.png"]))[..., 0].ravel(), np.arange(256))
-    assert train.image_size[rows["1.tif"]].tolist() == [16, 8] == list(train.decode(rows["1.tif"]).size[::-1])
-    Image.fromarray(grey.astype(np.float32)).save(ant / "2.tif")
-    with pytest.raises(UserError, match="2.tif cannot be read as an image: it holds floating-point pixels"):
-        _ = datasets.load(section)[0].image_size
-
-
-def test_the_size_of_a_jpeg_is_that_of_its_first_picture_upright(tmp_path):
-    section = folder_of_images(tmp_path)
-    ant = tmp_path / "train" / "ant"
-    picture = Image.new("RGB", (160, 80))
-    picture.save(ant / "0.jpg", "MPO", save_all=True, append_images=[picture])  # as telephones write them
-    for orientation in range(10):  # 0 and 9 mean nothing
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        picture.save(ant / f"turned{orientation}.jpg", exif=exif)
-    train, _ = datasets.load(section)
-    sizes = {Path(path).name: size for path, size in zip(train.images, train.image_size.tolist())}
-    assert sizes["0.jpg"] == [80, 160]
-    for orientation in range(10):
-        assert sizes[f"turned{orientation}.jpg"] == ([160, 80] if 5 <= orientation <= 8 else [80, 160])
-    assert [list(train.decode(row).size[::-1]) for row in range(len(train))] == train.image_size.tolist()
 
 
 def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path):
@@ -243,28 +139,6 @@ def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path):
     parquet(tmp_path, [0, 0], "train-0.parquet", names=("cat",))
     with pytest.raises(UserError, match="has 1 classes; there must be 2 to 100,000"):
         datasets.load(section(tmp_path))
-
-
-def test_a_class_that_only_one_part_has_is_named(tmp_path):
-    section = folder_of_images(tmp_path)
-    (tmp_path / "train" / "cow").mkdir()
-    with pytest.raises(UserError, match="differ in their classes: only one has 'cow'"):
-        datasets.load(section)
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="there is no folder .*train; check data.root"):
-        datasets.load(schema.ImageFolder(name="imagefolder", root=str(tmp_path)))
-
-
-def test_a_class_whose_name_is_no_text_is_named(tmp_path):
-    for part in "train", "test":
-        for name in b"a", b"caf\xe9":
-            folder = os.fsencode(tmp_path / part) + b"/" + name
-            os.makedirs(folder)
-            Image.new("RGB", (8, 8)).save(os.fsdecode(folder + b"/0.png"))
-    with pytest.raises(UserError, match=r"the class name 'caf\\udce9' is not UTF-8; rename it"):
-        datasets.load(schema.ImageFolder(name="imagefolder", root=str(tmp_path)))
 
 
 def test_cifar_is_read_through_torchvision(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_datasets import folder_of_images, parquet, png, section
+from test_folders import folder_of_images
+from test_parquet import parquet, png, section
 from torchvision.transforms.v2 import functional as transforms
 
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
@@ -114,6 +115,15 @@ def test_an_image_that_breaks_later_stops_the_work_by_name(folder, workers):
     Path(folder.images[2]).write_bytes(b"gone")
     with pytest.raises(UserError, match=r"^[^\n]*2\.png cannot be read as an image[^\n]*$"):
         collect(images, [0, 1, 2], [0, 0, 0], 2)
+
+
+def test_images_that_would_not_fit_into_memory_are_refused_before_it_is_filled(folder, digits, monkeypatch):
+    monkeypatch.setattr("offline_bkd.pipeline.data.images.memory", lambda: 2**20)
+    small = digits.take(np.arange(100))
+    assert ResidentImages(small, FLIPPED, tiny.CPU).padded.nbytes == 100 * 12 * 12 * 3
+    monkeypatch.setattr("offline_bkd.pipeline.data.images.memory", lambda: 100 * 12 * 12 * 3 - 1)
+    with pytest.raises(UserError, match="crop_flip keeps all images in memory: .* GiB, and there are .*random_resized_crop"):
+        ResidentImages(small, FLIPPED, tiny.CPU)
 
 
 @pytest.mark.cuda

@@ -95,6 +95,51 @@ def test_classes_of_a_list_are_as_many_as_the_larger_label_of_both_parts_or_a_fi
 
 
 @pytest.mark.parametrize(
+    "content", ["\ufefftench\r\n wild boar \r\ngold\u2028fish\r\n\r\n", "tench\nwild boar\ngold\u2028fish"]
+)
+def test_a_file_of_classes_may_come_from_windows_and_ends_a_line_where_editors_do(tmp_path, content):
+    section = lists(tmp_path, classes="classes.txt")
+    (tmp_path / "classes.txt").write_bytes(content.encode())
+    assert datasets.load(section)[0].classes == ("tench", "wild boar", "gold\u2028fish")
+
+
+def test_a_file_of_classes_that_is_not_utf8_or_lacks_a_name_is_refused(tmp_path):
+    section = lists(tmp_path, classes="classes.txt")
+    (tmp_path / "classes.txt").write_bytes("a\nfélin\nc".encode("latin-1"))
+    with pytest.raises(UserError, match=r"classes.txt is not UTF-8 \(byte 3: .*\); save it as UTF-8"):
+        datasets.load(section)
+    (tmp_path / "classes.txt").write_text("a\n\nc")
+    with pytest.raises(UserError, match="classes.txt line 2 is empty; name a class on each line"):
+        datasets.load(section)
+
+
+def test_one_file_listed_under_two_labels_or_in_both_lists_is_noted(tmp_path, capsys):
+    _, test = datasets.load(lists(tmp_path, train=[*TRAIN, f"{TRAIN[0][:-2]} 1"], test=[*TEST, f"train/../{TRAIN[1]}"]))
+    twice, both = (note for note in test.notes if "test image," not in note)
+    assert "1 images have two labels, such as " in twice and "n01440764_190.JPEG (train.txt line 1): '0' and '1'" in twice
+    assert "1 test images are training images too, such as " in both and "0 a.jpg (test.txt line 3)" in both
+    assert capsys.readouterr().err.count("note: ") == len(test.notes)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "classes.txt", "train2018.json", "train/n01440764/n01440764_190.JPEG"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_refused_and_not_read(tmp_path, name):
+    section = inaturalist(tmp_path) if name.endswith("json") else lists(tmp_path, classes="classes.txt")
+    (tmp_path / "classes.txt").write_text("a\nb\nc")
+    for make in os.mkfifo, lambda path: path.symlink_to("/dev/zero"):
+        (tmp_path / name).unlink()
+        make(tmp_path / name)
+        with pytest.raises(UserError, match=rf"^[^\n]*{os.path.basename(name)}[^\n]*no regular file[^\n]*$"):
+            datasets.load(section)
+
+
+def test_a_list_of_gigabytes_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    section = lists(tmp_path)
+    monkeypatch.setattr("offline_bkd.pipeline.data.lists.MOST_BYTES", 50)
+    with pytest.raises(UserError, match="train.txt holds more than 50 bytes"):
+        datasets.load(section)
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("train/1.jpg", r"train.txt line 2: 'train/1.jpg' is not a path and a label; write relative/path.jpg, a space and"),
@@ -108,7 +153,7 @@ def test_classes_of_a_list_are_as_many_as_the_larger_label_of_both_parts_or_a_fi
         ("train/../../1.jpg 1", r"line 2: .* is outside"),
         ("/etc/passwd 1", r"line 2: '/etc/passwd' is outside"),
         ("train/.. 1", r"line 2: .* is outside"),
-        ("train/1\0.jpg 1", r"1\0.jpg \(train.txt line 2\) cannot be read: embedded null byte"),
+        ("train/1\0.jpg 1", r"1\\x00.jpg \(train.txt line 2\) cannot be read: embedded null byte"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_named(tmp_path, line, message):
@@ -122,7 +167,7 @@ def test_a_list_that_is_missing_empty_or_no_text_is_named(tmp_path):
     section = lists(tmp_path)
     for data, message in (
         (b"\n", r"train.txt is empty; list an image on each line"),
-        (b"train/\xff.jpg 0\n", r"train.txt is not text in UTF-8 \(invalid start byte at byte 6\)"),
+        (b"train/\xff.jpg 0\n", r"train.txt is not UTF-8 \(byte 6: invalid start byte\); save it as UTF-8"),
     ):
         (tmp_path / "train.txt").write_bytes(data)
         with pytest.raises(UserError, match=message):
@@ -204,6 +249,12 @@ def test_shot_groups_are_those_of_the_published_sets(tmp_path, layout):
     assert len(train) == 245 and train.class_counts.tolist() == counts
     groups = {name: np.flatnonzero(members).tolist() for name, members in metrics.shot_groups(train.class_counts).items()}
     assert groups == {"many": [1], "medium": [3, 4], "few": [0, 2]}
+
+
+def test_inaturalists_json_may_begin_with_a_byte_order_mark(tmp_path):
+    section = inaturalist(tmp_path)
+    (tmp_path / "train2018.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "train2018.json").read_bytes())
+    assert len(datasets.load(section)[0]) == 4
 
 
 def test_inaturalist_joins_annotations_to_images_whatever_their_order(tmp_path):

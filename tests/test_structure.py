@@ -13,12 +13,17 @@ LAYERS = [
     {"pipeline.schema", "pipeline.yaml_files"},
     {
         "pipeline.config",
+        "pipeline.data.decoding",
+        "pipeline.data.workers",
         "pipeline.metrics",
         "pipeline.show.progress",
         "pipeline.show.terminal",
         "pipeline.training.losses",
         "pipeline.training.samplers",
     },
+    {"pipeline.data.dataset"},
+    {"pipeline.data.folders", "pipeline.data.lists"},
+    {"pipeline.data.parquet"},
     {
         "pipeline.data.datasets",
         "pipeline.data.color_jitter",

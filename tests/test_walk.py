@@ -206,7 +206,7 @@ def test_an_incomplete_cache_is_refused_and_a_resumed_one_is_the_uninterrupted_o
 
 def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
     """Random-resized crops of image files: dumped, trained from, with the next plane read ahead."""
-    from test_datasets import folder_of_images
+    from test_folders import folder_of_images
 
     from offline_bkd.pipeline.teacher import train_teacher
 
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_is_not_the_summarys_is_refused(tmp_path, teacher_run)
 
 
 def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes_no_byte(tmp_path, monkeypatch):
-    from test_datasets import folder_of_images
+    from test_folders import folder_of_images
 
     from offline_bkd.cache import CacheWriter
     from offline_bkd.pipeline import dump

@@ -6,8 +6,11 @@ Two sources with one interface: `batches(rows, views, batch_size)` yields `Batch
 Shapes: B samples a batch, S the side of a crop. Normalisation belongs to the model.
 """
 
+import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +19,8 @@ from PIL import Image
 
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
 from offline_bkd.pipeline import UserError
-from offline_bkd.pipeline.data.datasets import Dataset
+from offline_bkd.pipeline.data.dataset import Dataset
+from offline_bkd.pipeline.data.workers import in_workers
 
 
 class Batch(NamedTuple):
@@ -33,14 +37,36 @@ def open_images(dataset: Dataset, views: CropFlip | RandomResizedCrop, device: t
     return DecodedImages(dataset, views, device, workers)
 
 
+def memory() -> int:
+    """Bytes of memory that this machine, or the container, has."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return whole
+
+
 class ResidentImages:
     """A data set of equally large images, decoded once and kept on the device as uint8, zero-padded for its crops."""
 
     decodes = False
 
     def __init__(self, dataset: Dataset, views: CropFlip, device: torch.device):
-        pixels = dataset.for_each(lambda row: np.asarray(dataset.decode(row)))
-        self.image_size = np.array([image.shape[:2] for image in pixels], np.int64)
+        self.views, self.device = views, device
+        padded, lock = None, Lock()
+
+        def read(row: int) -> tuple[int, int]:
+            nonlocal padded
+            pixels = np.asarray(dataset.decode(row))
+            with lock:
+                if padded is None:
+                    padded = self._room(len(dataset), *pixels.shape[:2])
+            inner = padded[row, views.pad : -views.pad or None, views.pad : -views.pad or None]
+            if inner.shape == pixels.shape:
+                inner[:] = pixels
+            return pixels.shape[:2]
+
+        self.image_size = np.array(dataset.for_each(read), np.int64)
         sizes, count = np.unique(self.image_size, axis=0, return_counts=True)
         if len(sizes) > 1:
             odd = int((self.image_size != sizes[count.argmax()]).any(1).argmax())
@@ -49,12 +75,18 @@ class ResidentImages:
                 f"most are {sizes[count.argmax()].tolist()} (height, width); use views: {{name: random_resized_crop}}"
             )
         self.crop_size = self.height, self.width = tuple(sizes[0].tolist())
-        self.views, self.device = views, device
         self.label = torch.from_numpy(dataset.label).to(device)
-        pad = views.pad
-        padded = np.zeros((len(dataset), self.height + 2 * pad, self.width + 2 * pad, 3), np.uint8)
-        np.stack(pixels, out=padded[:, pad : pad + self.height, pad : pad + self.width])
         self.padded = torch.from_numpy(padded).to(device)
+
+    def _room(self, count: int, height: int, width: int) -> np.ndarray:
+        """For `count` images with their padding. Raises UserError where it is more than the memory."""
+        shape = count, height + 2 * self.views.pad, width + 2 * self.views.pad, 3
+        if math.prod(shape) > memory():
+            raise UserError(
+                f"crop_flip keeps all images in memory: {math.prod(shape) / 2**30:,.1f} GiB, and there are "
+                f"{memory() / 2**30:,.1f}; use views: {{name: random_resized_crop}}"
+            )
+        return np.zeros(shape, np.uint8)
 
     def batches(self, rows: np.ndarray, views: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
         """Batches of `rows` [M] under `views` [M], or as they are (None). The last batch may be smaller."""
@@ -97,49 +129,41 @@ class DecodedImages:
     def batches(self, rows: np.ndarray, views: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
         """Batches of `rows` [M] under `views` [M], or centred (None). The last batch may be smaller."""
         rows = np.asarray(rows)
+        boxes = self._boxes(rows, views)
         slices = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]
-        loader = torch.utils.data.DataLoader(
-            _Crops(self, rows, views),
-            sampler=slices,
-            batch_size=None,
-            num_workers=min(self.workers, len(slices)),
-            pin_memory=self.device.type == "cuda",
-        )
-        for chosen, images in zip(slices, loader):
-            if isinstance(images, UserError):
-                raise images
-            chosen = torch.from_numpy(rows[chosen]), None if views is None else torch.as_tensor(views[chosen])
-            label = self.label[chosen[0]].to(self.device, non_blocking=True)
-            row, view = (None if index is None else index.to(self.device, non_blocking=True) for index in chosen)
-            images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            yield Batch(row, view, label, images)
 
+        def crops(number: int) -> np.ndarray:
+            return self._crops(rows[slices[number]], boxes[slices[number]])
 
-class _Crops(torch.utils.data.Dataset):
-    """A batch of crops for a slice of (row, view) pairs; runs in the worker processes."""
+        workers = min(self.workers, len(slices))
+        arrays = in_workers(crops, len(slices), workers) if workers else map(crops, range(len(slices)))
+        for chosen, array in zip(slices, arrays):
+            row = torch.from_numpy(rows[chosen])
+            view = None if views is None else self._to_device(torch.as_tensor(views[chosen]))
+            images = torch.from_numpy(array).view(-1, *self.crop_size, 3)
+            yield Batch(
+                self._to_device(row), view, self._to_device(self.label[row]), self._to_device(images).permute(0, 3, 1, 2)
+            )
 
-    def __init__(self, source: DecodedImages, rows: np.ndarray, views: np.ndarray | None):
-        self.dataset, self.size, self.rows, self.numbers = source.dataset, source.views.size, rows, views
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Without waiting for the device."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _boxes(self, rows: np.ndarray, views: np.ndarray | None) -> np.ndarray:
+        """(top, left, height, width, flip) of each crop, int64 [M, 5]."""
         if views is not None:
-            boxes = source.views.boxes(source.dataset.sample_id[rows], views, source.image_size[rows])
-        else:  # the centre, 7/8 of the shorter side: 224 of 256
-            height, width = source.image_size[rows].T
-            side = np.maximum(1, np.minimum(height, width) * 7 // 8)
-            boxes = (height - side) // 2, (width - side) // 2, side, side, np.zeros(len(rows), np.int64)
-        self.boxes = np.stack(boxes, axis=1)
+            return np.stack(self.views.boxes(self.dataset.sample_id[rows], views, self.image_size[rows]), axis=1)
+        # the centre, 7/8 of the shorter side: 224 of 256
+        height, width = self.image_size[rows].T
+        side = np.maximum(1, np.minimum(height, width) * 7 // 8)
+        return np.stack([(height - side) // 2, (width - side) // 2, side, side, np.zeros(len(rows), np.int64)], axis=1)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, chosen: slice) -> torch.Tensor | UserError:
-        crops, last, image = [], None, None
-        for row, (top, left, height, width, flip) in zip(self.rows[chosen], self.boxes[chosen]):
+    def _crops(self, rows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+        """uint8 [B, S, S, 3], of `rows` [B] and `boxes` [B, 5]."""
+        crops, last, image = np.empty((len(rows), *self.crop_size, 3), np.uint8), None, None
+        for number, (row, (top, left, height, width, flip)) in enumerate(zip(rows, boxes)):
             if row != last:
-                try:
-                    last, image = row, self.dataset.decode(row)
-                except UserError as error:  # raised, it would come out of the worker wrapped in its traceback
-                    return error
-            crop = image.crop((left, top, left + width, top + height))
-            crop = crop.resize((self.size, self.size), Image.Resampling.BILINEAR)
-            crops.append(np.asarray(crop)[:, :: -1 if flip else 1])
-        return torch.from_numpy(np.stack(crops))
+                last, image = row, self.dataset.decode(row)
+            crop = image.crop((left, top, left + width, top + height)).resize(self.crop_size, Image.Resampling.BILINEAR)
+            crops[number] = np.asarray(crop)[:, :: -1 if flip else 1]
+        return crops

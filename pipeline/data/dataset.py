@@ -1,0 +1,158 @@
+"""A part of a data set: labels, class names and images that are decoded when asked for.
+
+Left out: where parts come from (datasets.py), crops and tensors (images.py). Shapes: N samples, C classes.
+"""
+
+import hashlib
+import io
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.data import decoding
+from offline_bkd.pipeline.show.progress import Progress
+
+MOST_CLASSES = 100_000
+ROWS_A_TASK = 64  # of threads: a task for each row would cost more than reading it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One part of a data set."""
+
+    name: str
+    classes: tuple[str, ...]
+    sample_id: np.ndarray  # int64 [N]: the sample's position in its source, whatever has been left out since
+    label: np.ndarray  # int64 [N]
+    images: Sequence  # N of uint8 arrays [H, W, 3], encoded bytes, or paths of image files as text
+    root: Path | None = None  # the folder that paths begin with, left out of fingerprints
+    listed: str | None = None  # where paths are listed, up to a sample's number there, from 1: "train.txt line"
+    notes: tuple[str, ...] = ()  # what is allowed, but perhaps not meant: a line each
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @cached_property
+    def class_counts(self) -> np.ndarray:
+        """Samples of each class, int64 [C]."""
+        return np.bincount(self.label, minlength=len(self.classes))
+
+    @cached_property
+    def image_size(self) -> np.ndarray:
+        """(height, width) of every image as decoded, int64 [N, 2]. Raises UserError naming the images that do not decode."""
+        return np.array(self.for_each(self._image_size), np.int64).reshape(-1, 2)
+
+    @cached_property
+    def file_status(self) -> np.ndarray:
+        """(bytes, key) of every image's file, int64 [N, 2]; files that are one have one key. Raises UserError naming the
+        files that are missing, and what is no regular file."""
+        return np.array(self.for_each(self._file_status, "restore them or correct data.root"), np.int64).reshape(-1, 2)
+
+    @cached_property
+    def image_key(self) -> np.ndarray:
+        """int64 [N], equal for samples of one file, or of equal bytes."""
+        if len(self) and isinstance(self.images[0], str):
+            return self.file_status[:, 1]
+        return np.fromiter((hash(bytes(image)) for image in self.images), np.int64, len(self))
+
+    def for_each(self, read: Callable[[int], object], remedy: str = "replace or remove them") -> list:
+        """`read(row)` of every row, in threads. Raises one UserError for all that `read` raised, with a `remedy`."""
+
+        def attempt(row: int):
+            try:
+                return read(row)
+            except UserError as error:
+                return error
+
+        def some(start: int) -> list:
+            return [attempt(row) for row in range(start, min(start + ROWS_A_TASK, len(self)))]
+
+        results, start = [], time.perf_counter()
+        # Decoding and waiting for a disk release the interpreter's lock.
+        with Progress(f"reading {self.name}", len(self), 0, "images", plain=True) as progress, ThreadPoolExecutor() as threads:
+            for part in threads.map(some, range(0, len(self), ROWS_A_TASK)):
+                results += part
+                progress.advance(len(results) / (time.perf_counter() - start), "images/s", len(part))
+        if broken := [str(error) for error in results if isinstance(error, UserError)]:
+            more = f" (and {len(broken) - 3} more)" if len(broken) > 3 else ""
+            raise UserError("; ".join(broken[:3]) + f"{more}: {remedy}")
+        return results
+
+    def decode(self, row: int) -> Image.Image:
+        """Image `row`, in RGB, upright. Raises UserError naming it if it cannot be read."""
+        image = self.images[row]
+        return Image.fromarray(image) if isinstance(image, np.ndarray) else self._read(row, decoding.decode)
+
+    def describe(self, row: int) -> str:
+        """What a person calls the sample, in printable characters: its file, or its position in the source."""
+        image = self.images[row]
+        if not isinstance(image, str):
+            return f"{self.name} sample {self.sample_id[row]}"
+        return printable(image) + (f" ({self.listed} {self.sample_id[row] + 1})" if self.listed else "")
+
+    def take(self, rows: np.ndarray, notes: Sequence[str] = ()) -> "Dataset":
+        """The samples at `rows`, in that order, with further `notes`."""
+        images = [self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows]
+        notes = (*self.notes, *notes)
+        part = replace(self, sample_id=self.sample_id[rows], label=self.label[rows], images=images, notes=notes)
+        for known in ("image_size", "file_status", "image_key"):  # what has been read is not read again
+            if known in vars(self):
+                vars(part)[known] = vars(self)[known][rows]
+        return part
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What the data set is, by part: sha256 of sample ids, labels and images (files: their paths and sizes)."""
+        images, top = hashlib.sha256(), os.path.join(self.root or "", "")
+        for row, image in enumerate(self.images):
+            if isinstance(image, str):
+                image = os.fsencode(f"{image.removeprefix(top)} {self.file_status[row, 0]}\n")
+            images.update(image)
+        return {
+            "size": f"{len(self):,} samples of {len(self.classes):,} classes",
+            "samples": hashlib.sha256(self.sample_id.astype("<i8").tobytes()).hexdigest(),
+            "labels": hashlib.sha256(self.label.astype("<i8").tobytes()).hexdigest(),
+            "images": images.hexdigest(),
+        }
+
+    def _image_size(self, row: int) -> tuple[int, int]:
+        image = self.images[row]
+        return image.shape[:2] if isinstance(image, np.ndarray) else self._read(row, decoding.image_size)
+
+    def _read(self, row: int, read: Callable):
+        """What `read` makes of the encoded image `row`."""
+        image = self.images[row]
+        try:
+            with decoding.open_regular(image) if isinstance(image, str) else io.BytesIO(image) as file:
+                return read(file)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.describe(row)} cannot be read as an image: {reason}")
+
+    def _file_status(self, row: int) -> tuple[int, int, int]:
+        try:
+            status = os.stat(self.images[row])
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"{self.describe(row)} cannot be read: {getattr(error, 'strerror', error)}")
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{self.describe(row)} cannot be read: it is no regular file")
+        return status.st_size, hash((status.st_dev, status.st_ino) if status.st_ino else self.images[row])
+
+
+def numbered_classes(*labels: Sequence[int]) -> list[str]:
+    """The names "0", "1", … of classes up to the largest of the labels [N] of all parts."""
+    return [str(c) for c in range(min(max(np.max(label, initial=-1) for label in labels), MOST_CLASSES) + 1)]
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal or UTF-8 does not take spelled out, as names of files may hold."""
+    return text if text.isprintable() else repr(text)[1:-1]

@@ -1,0 +1,102 @@
+"""Data sets as folders: one for each class, of image files, as torchvision reads them."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline.data.dataset import Dataset, printable
+from offline_bkd.pipeline.data.decoding import SUFFIXES
+
+
+def load_folders(section: schema.ImageFolder, root: Path) -> tuple[Dataset, Dataset]:
+    """Both parts. The classes are the training part's folders, some of which the test part may lack."""
+    places = root / section.train, root / section.test
+    parts = [_read_part(place) for place in places]
+    classes = sorted(parts[0][0])
+    if extra := sorted(parts[1][0].keys() - parts[0][0].keys()):
+        names = ", ".join(map(repr, extra[:5]))
+        raise UserError(
+            f"{printable(places[0].parent.name)}: the training and the test part differ in their classes: only the test part "
+            f"has {names}; add their training images, or remove them"
+        )
+    return tuple(_part(place, classes, *part) for place, part in zip(places, parts))
+
+
+def _read_part(root: Path) -> tuple[dict[str, list[str]], Counter]:
+    """The image files of each class folder, in their order, and how many files of which kind are none."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {printable(str(root))}; check data.root and data.train or data.test")
+    left_out, files = Counter(), {}
+    for entry in _entries(str(root)):
+        if not _is_folder(entry):
+            left_out["outside of a class's folder"] += 1
+        elif entry.name.startswith("."):
+            left_out["hidden"] += _count(entry.path)
+        else:
+            files[entry.name] = []
+            _walk(entry.path, files[entry.name], left_out)
+            files[entry.name].sort(key=lambda path: path.split(os.sep))
+    return files, left_out
+
+
+def _walk(folder: str, files: list[str], left_out: Counter) -> None:
+    """Adds the image files in `folder` to `files`, and counts the others. Links to folders are followed."""
+    for entry in _entries(folder):
+        if entry.name.startswith("."):
+            left_out["hidden"] += _count(entry.path)
+        elif _is_folder(entry):
+            if entry.is_symlink() and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(entry.path)}/"):
+                left_out["linked to a folder above it"] += 1
+            else:
+                _walk(entry.path, files, left_out)
+        elif (suffix := os.path.splitext(entry.name)[1].lower()) in SUFFIXES:
+            files.append(entry.path)
+        else:
+            left_out[suffix or "without a suffix"] += 1
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {printable(folder)}: {error.strerror}; correct it or remove it")
+
+
+def _count(path: str) -> int:
+    """The files at and below `path`."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        return 1
+    return sum(len(files) for _, _, files in os.walk(path))
+
+
+def _part(root: Path, classes: list[str], files: dict[str, list[str]], left_out: Counter) -> Dataset:
+    images = [path for name in classes for path in files.get(name, [])]
+    label = [number for number, name in enumerate(classes) for _ in files.get(name, [])]
+    notes = []
+    if left_out:
+        counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+        kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in counts[:8])
+        notes.append(
+            f"{printable(str(root))}: {left_out.total():,} files are left out ({kinds}); "
+            f"images are {', '.join(sorted(SUFFIXES))}"
+        )
+    return Dataset(
+        name=printable(root.parent.name),
+        classes=tuple(classes),
+        sample_id=np.arange(len(images)),
+        label=np.array(label, np.int64),
+        images=images,
+        root=root,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,214 @@
+"""Data sets as Parquet in the Hugging Face layout: an image struct of `bytes` or a `path`, an integer label column.
+
+Shards are read some rows at a time, so that what is in memory beside the images is small, however a file was written.
+"""
+
+import glob
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from pyarrow import types
+
+from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline.data.dataset import Dataset, numbered_classes, printable
+from offline_bkd.pipeline.data.lists import listed_part
+
+ROWS = 32  # that are unpacked at a time
+UNPACKED, TIMES = 2**30, 100  # what unpacks to more bytes, and to more times its file's, is refused
+SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})(.*)")
+
+
+class EncodedImages(Sequence):
+    """N images' bytes in Arrow's memory: no Python object for each, which worker processes would copy."""
+
+    def __init__(self, column: pyarrow.ChunkedArray, rows: np.ndarray):
+        self.column, self.rows = column, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        """The bytes of one image; of an array of indices, the images there."""
+        if isinstance(index, np.ndarray):
+            return EncodedImages(self.column, self.rows[index])
+        return self.column[int(self.rows[index])].as_py()
+
+
+class Shard(NamedTuple):
+    path: Path
+    names: list[str] | None  # of the classes, from its metadata
+
+
+def load_parquet(section: schema.Parquet, root: Path) -> tuple[Dataset, Dataset]:
+    """Both parts. Classes are named by the metadata of either, or numbered up to the largest label of both."""
+    found = [_shards(section, root, section.train, "data.train"), _shards(section, root, section.test, "data.test")]
+    names = [_names(shards) for shards in found]
+    columns = [_read(shards, section) for shards in found]
+    numbered = numbered_classes(*(label for _, label in columns))
+    parts = []
+    for pattern, shards, own, (images, label) in zip((section.train, section.test), found, names, columns):
+        classes = own or names[0] or names[1] or numbered
+        if isinstance(images, list):
+            part = listed_part(root, f"{pattern} row", images, label, classes)
+        else:
+            part = Dataset(
+                name=printable(shards[0].path.parent.name),
+                classes=tuple(classes),
+                sample_id=np.arange(len(label)),
+                label=label,
+                images=images,
+            )
+        parts.append(replace(part, notes=_missing(shards)))
+    return tuple(parts)
+
+
+def _shards(section: schema.Parquet, root: Path, pattern: str, key: str) -> list[Shard]:
+    """The files that `pattern` names below `root`, in their order, but for those without rows."""
+    whole = root / pattern
+    paths = [whole] if whole.exists() else sorted(map(Path, glob.glob(os.path.join(glob.escape(str(root)), pattern))))
+    if not paths:
+        raise UserError(f"no file matches {pattern!r} in {printable(str(root))}; check data.root and {key}")
+    shards = []
+    for path in paths:
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"{printable(str(path))} is {kind}; {key} names Parquet files")
+        with _opened(path) as file:
+            if file.metadata.num_rows:
+                _refuse_columns(file, section, path)
+                shards.append(Shard(path, _class_names(file.schema_arrow, section.label, path)))
+    if not shards:
+        raise UserError(f"{printable(str(root / pattern))} holds no samples; name other files in {key}")
+    return shards
+
+
+def _refuse_columns(file: pyarrow.parquet.ParquetFile, section: schema.Parquet, path: Path) -> None:
+    """Raises UserError where the columns are not there, of other types, or would fill the memory."""
+    columns = file.schema_arrow
+    for name in (section.image, section.label):
+        if name not in columns.names:
+            raise UserError(f"{path} has no column {name!r} but {', '.join(columns.names)}; set data.image, data.label")
+    image, label = columns.field(section.image).type, columns.field(section.label).type
+    fields = {field.name: field.type for field in image} if types.is_struct(image) else {"bytes": image}
+    if not _is_bytes(fields.get("bytes")) and not _is_text(fields.get("path")):
+        raise UserError(
+            f"{path}: column {section.image!r} is {image}, not a struct with a binary field 'bytes' or a text field 'path'"
+        )
+    if not types.is_integer(label):
+        raise UserError(f"{path}: column {section.label!r} is {label}; labels are whole numbers")
+    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    read = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in (section.image, section.label))
+    _refuse_bomb(path, max(sum(chunk.total_uncompressed_size for chunk in read), 8 * file.metadata.num_rows))
+
+
+def _is_bytes(kind: pyarrow.DataType | None) -> bool:
+    tests = types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view
+    return kind is not None and any(test(kind) for test in tests)
+
+
+def _is_text(kind: pyarrow.DataType | None) -> bool:
+    return kind is not None and any(test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view))
+
+
+def _refuse_bomb(path: Path, unpacked: int) -> None:
+    if unpacked > UNPACKED and unpacked > TIMES * path.stat().st_size:
+        raise UserError(
+            f"{path} unpacks to more than {TIMES} times its size, {unpacked / 2**30:,.1f} GiB and perhaps more; "
+            "write its images as they are, not packed"
+        )
+
+
+def _missing(shards: list[Shard]) -> tuple[str, ...]:
+    """A note on each group of shards, numbered 00000-of-00005, of which some are not there."""
+    found = Counter(
+        (str(shard.path.parent / name[1]), int(name[2]), name[3])
+        for shard in shards
+        if (name := SHARD.fullmatch(shard.path.name))
+    )
+    return tuple(
+        f"of the {total} shards {printable(start)}*-of-{total:05}{end} {count} are read; the others are empty or not there"
+        for (start, total, end), count in found.items()
+        if count < total
+    )
+
+
+def _names(shards: list[Shard]) -> list[str] | None:
+    """The class names that the shards give, if they do."""
+    named = [shard for shard in shards if shard.names is not None]
+    for shard in named:
+        if shard.names != named[0].names:
+            raise UserError(f"{shard.path}: class names differ from those of {named[0].path}")
+    return named[0].names if named else None
+
+
+def _class_names(columns: pyarrow.Schema, label: str, path: Path) -> list[str] | None:
+    """The names that the Hugging Face metadata of a Parquet schema give to the column `label`, if they do."""
+    try:
+        names = json.loads(columns.metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (TypeError, KeyError, ValueError, RecursionError):
+        return None
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(
+            f"{path}: the class names of {label!r} in the Hugging Face metadata are {repr(names)[:60]}, not a list of texts; "
+            "mend the metadata or remove them"
+        )
+    return names
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """The Parquet file at `path`. What is wrong with it, while it is read too, is a UserError that names it."""
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
+            yield file
+    except UserError:
+        raise
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {printable(str(path))} as Parquet: {' '.join(str(error).split())}")
+
+
+def _read(shards: list[Shard], section: schema.Parquet) -> tuple[EncodedImages | list[str], np.ndarray]:
+    """Encoded images, or the paths of their files, and labels, int64 [N], of all shards."""
+    chunks, paths, labels = [], [], []
+    for shard in shards:
+        for data, files, label in _batches(shard.path, section):
+            chunks.append(data)
+            paths += files
+            labels += label
+    column = pyarrow.chunked_array(chunks, pyarrow.large_binary())
+    label = np.array(labels, np.int64)
+    if column.null_count == len(column) and None not in paths:
+        return paths, label
+    if column.null_count:
+        row = column.is_null().index(True).as_py()
+        raise UserError(f"{shards[0].path.parent}: row {row} has no image bytes ({column.null_count} such rows)")
+    return EncodedImages(column, np.arange(len(column))), label
+
+
+def _batches(path: Path, section: schema.Parquet) -> Iterator[tuple[pyarrow.Array, list[str | None], list[int]]]:
+    """Image bytes, paths and labels, some rows at a time."""
+    unpacked = 0
+    with _opened(path) as file:
+        for batch in file.iter_batches(ROWS, columns=[section.image, section.label], use_threads=False):
+            unpacked += batch.nbytes
+            _refuse_bomb(path, unpacked)
+            image, label = batch.column(section.image), batch.column(section.label)
+            if label.null_count:
+                raise UserError(f"{path}: column {section.label!r} must hold whole numbers without gaps; a row has none")
+            fields = {"bytes": image}
+            if types.is_struct(image.type):
+                fields = dict(zip((field.name for field in image.type), image.flatten()))
+            empty = pyarrow.nulls(len(batch))
+            data = fields.get("bytes", empty).cast(pyarrow.large_binary())
+            yield data, fields.get("path", empty).to_pylist(), label.cast(pyarrow.int64()).to_pylist()

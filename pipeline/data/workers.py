@@ -1,0 +1,96 @@
+"""Arrays made by worker processes, in order, over a socket each.
+
+Sockets need no shared memory, of which containers have little; and where a worker dies, its socket ends, which is noticed
+at once. Workers are forked: they have all that their parent has, and nothing is sent to them.
+"""
+
+import multiprocessing
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from offline_bkd.pipeline import UserError
+
+HEADER = struct.Struct("<?q")  # whether bytes of an array follow, or the text of an error; how many
+
+
+def in_workers(make: Callable[[int], np.ndarray], count: int, workers: int) -> Iterator[np.ndarray]:
+    """The bytes of `make(index)`, uint8, for each index below `count`, each made ahead by one of `workers` processes.
+
+    A UserError that `make` raises is raised here. Raises RuntimeError where a worker dies.
+    """
+    context = multiprocessing.get_context("fork")
+    sockets, processes = [], []
+    try:
+        for number in range(workers):
+            here, there = socket.socketpair()
+            sockets.append(here)
+            arguments = make, range(number, count, workers), there, list(sockets)
+            processes.append(context.Process(target=_work, args=arguments, daemon=True))
+            processes[-1].start()
+            there.close()
+        for index in range(count):
+            array = _receive(sockets[index % workers])
+            if array is None:
+                raise RuntimeError(_death(processes[index % workers]))
+            yield array
+    finally:
+        for number, process in enumerate(processes):
+            sockets[number].close()
+            process.terminate()
+            process.join()
+
+
+def _work(make: Callable, indices: range, to: socket.socket, parents: list[socket.socket]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for end in parents:
+        end.close()  # or the workers would outlive a parent that is killed
+    try:
+        for index in indices:
+            try:
+                whole, data = True, np.ascontiguousarray(make(index)).reshape(-1).view(np.uint8)
+            except UserError as error:
+                whole, data = False, str(error).encode(errors="surrogateescape")
+            to.sendall(HEADER.pack(whole, len(data)))
+            to.sendall(data)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the parent needs no more
+
+
+def _receive(sender: socket.socket) -> np.ndarray | None:
+    """The next array, or None where the sender has ended."""
+    header = _read(sender, HEADER.size)
+    if header is None:
+        return None
+    whole, length = HEADER.unpack(header)
+    data = _read(sender, length)
+    if data is None or whole:
+        return data
+    raise UserError(data.tobytes().decode(errors="surrogateescape"))
+
+
+def _read(sender: socket.socket, length: int) -> np.ndarray | None:
+    data = np.empty(length, np.uint8)
+    place = 0
+    while place < length:
+        try:
+            received = sender.recv_into(memoryview(data)[place:])
+        except ConnectionResetError:
+            received = 0
+        if not received:
+            return None
+        place += received
+    return data
+
+
+def _death(process: multiprocessing.Process) -> str:
+    process.join()
+    if process.exitcode >= 0:
+        return f"a process that decodes images ended by itself (exit code {process.exitcode}); its own error stands above"
+    name = signal.Signals(-process.exitcode).name
+    memory = ", as where memory runs out: lower data.workers" if -process.exitcode == signal.SIGKILL else ""
+    return f"a process that decodes images was ended by {name}{memory}"
