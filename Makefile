@@ -1,12 +1,13 @@
 # make demo   sets up .venv and runs all three stages on handwritten digits
 # make test   sets up .venv and runs the tests
+# make lint   sets up .venv and runs ruff and mypy
 
 PYTHON ?= python3
 RUNS ?= runs/digits
 RUN := .venv/bin/python cli.py
 DIGITS := --config configs/digits.yaml --resume
 
-.PHONY: demo test clean
+.PHONY: demo test lint clean
 
 demo: .venv/installed
 	$(RUN) train-teacher $(DIGITS) --out $(RUNS)/teacher
@@ -18,6 +19,13 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+# mypy finds offline_bkd by a folder of that name
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	mkdir -p .venv/typed && ln -sfn "$(CURDIR)" .venv/typed/offline_bkd
+	MYPYPATH=.venv/typed .venv/bin/mypy
 
 # A Debian without python3-venv makes environments only after it is installed, which root can do.
 .venv/installed: pyproject.toml

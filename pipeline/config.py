@@ -21,15 +21,18 @@ from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.yaml_files import parse_yaml, read_yaml
 
+PACKAGE = Path(__file__).parent.parent
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), seed: int | None = None) -> Experiment:
     """The experiment in the YAML file `path`, with `overrides` ("student.training.epochs=5") and `seed` applied.
 
     A file may name another as its `base`, by a path from its own folder, and then holds only what differs from that; an
-    override "base=FILE" names another in its place. Raises UserError with every error in it, one a line.
+    override "base=FILE" names another in its place. "configs/…" that is not in the current folder is what comes with the
+    package. Raises UserError with every error in the experiment, one a line.
     """
     bases = [override for override in overrides if override.startswith("base=")]
-    files = _read_with_bases(Path(path), bases[-1] if bases else None)
+    files = _read_with_bases(_found(Path(path)), bases[-1] if bases else None)
     changes = [_parse_override(override) for override in overrides if override not in bases]
     if seed is not None:
         changes.append(Layer(f"--seed {seed}", {"seed": seed}))
@@ -60,6 +63,12 @@ class Layer(NamedTuple):
     values: dict
 
 
+def _found(path: Path) -> Path:
+    """`path`, or that of the configuration of this name that comes with the package, where there is but the latter."""
+    shipped = PACKAGE / path
+    return shipped if path.parts[:1] == ("configs",) and shipped.is_file() and not path.exists() else path
+
+
 class WholeSection(dict):
     """A section that an override gives in one piece: in the place of the one below, not over it."""
 
@@ -81,7 +90,7 @@ def _read_with_bases(path: Path, base_override: str | None) -> list[Layer]:
             raise UserError(f"{path}: base: names a file; found {_shortened(repr(base))}")
         if base_override is not None:
             named_by, path = f"-o {base_override}: ", Path(os.path.expanduser(base_override.removeprefix("base=")))
-            base_override = None
+            path, base_override = _found(path), None
         elif base is not None:
             named_by, path = f"{path}: base: ", path.parent / os.path.expanduser(base)
         else:
