@@ -145,8 +145,8 @@ def reader_gone() -> bool:
     return True
 
 
-def experiment(command):
-    """The options that say which experiment is meant."""
+def configured(command):
+    """The options that say which experiment is meant, and where it runs."""
 
     @click.option(
         "--config", "config_file", required=True, type=PLACE, metavar="FILE", help="The experiment, a YAML file; see configs/."
@@ -154,10 +154,6 @@ def experiment(command):
     @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of it; repeatable.")
     @click.option("--seed", type=int, help="Of initial weights, sample order and views; overrides the file's.")
     @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-    @click.option("--resume", is_flag=True, help="Go on with what an interrupted command left in --out.")
-    @click.option(
-        "--dry-run", is_flag=True, help="Print the resolved experiment, sizes and an estimate of time; write nothing."
-    )
     @guarded
     @functools.wraps(command)
     def run(config_file, overrides, seed, device, **kwargs):
@@ -166,6 +162,15 @@ def experiment(command):
         return command(load_config(config_file, overrides, seed), choose_device(device), **kwargs)
 
     return run
+
+
+def experiment(command):
+    """The same, of a command that can go on where it was interrupted, and say what it would do."""
+    resume = click.option("--resume", is_flag=True, help="Go on with what an interrupted command left in --out.")
+    dry_run = click.option(
+        "--dry-run", is_flag=True, help="Print the resolved experiment, sizes and an estimate of time; write nothing."
+    )
+    return configured(resume(dry_run(command)))
 
 
 def parse_seeds(text: str | None) -> tuple[int, ...]:
@@ -215,6 +220,24 @@ def train_teacher(config, device, out, resume, dry_run):
     if dry_run:
         return show_plan(config, device, "teacher", out, resume)
     teacher.train_teacher(config, out, device, resume)
+
+
+@main.command("import-model", short_help="Make a run of a network that was trained elsewhere.")
+@click.option("--weights", required=True, type=PLACE, metavar="FILE", help="Its state dict: .safetensors, or from torch.save.")
+@click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+@click.option("--prefix", metavar="NAME", help="Which part of the file, if it holds the network twice: state_dict_ema.")
+@click.option("--classes", type=PLACE, metavar="FILE", help="The order of its outputs: a class name of the data on each line.")
+@click.option("--expect", type=float, metavar="PERCENT", help="Its accuracy on the test set; refused if it is another.")
+@configured
+def import_model(config, device, weights, out, prefix, classes, expect):
+    """Example: python cli.py import-model --config birds.yaml --weights birds.ckpt --expect 71.3 --out runs/teacher
+
+    Make a complete run of weights that were trained elsewhere, for the network in teacher.model; dump-logits takes it as a
+    teacher. Files of timm, torchvision, Lightning and plain PyTorch are understood; nothing in them is run.
+    """
+    from offline_bkd.pipeline.import_model import import_model as import_weights
+
+    import_weights(config, weights, out, device, prefix, classes, expect)
 
 
 @main.command("dump-logits", short_help="Write the teacher's answers into a cache (stage one, second half).")

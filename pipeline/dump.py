@@ -227,7 +227,12 @@ def load_teachers(
 
 def notes_on_teachers(folders: Sequence[str], identities: list[dict], training_set: datasets.Dataset) -> list[str]:
     """What is allowed, but perhaps not meant."""
-    return [
+    notes = [
+        f"the teacher in {folder} was trained elsewhere; whether on other images than it is asked about is not known"
+        for folder, one in zip(folders, identities)
+        if "source" in one
+    ]
+    return notes + [
         f"the teacher in {folder} was trained on other images ({one['dataset']['size']}) "
         f"than it is asked about ({training_set.fingerprint['size']})"
         for folder, one in zip(folders, identities)
@@ -293,6 +298,8 @@ def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.
         "dataset": summary["dataset"],
         "test": summary["last"],
     }
+    if "source" in summary:
+        answers_of["source"] = summary["source"]
     if trained.teacher.expert:
         answers_of["expert"] = trained.teacher.expert
     return model, answers_of

@@ -45,7 +45,7 @@ LAYERS = [
     {"pipeline.models.build"},
     {"pipeline.data.images", "pipeline.models", "pipeline.show.report"},
     {"pipeline.training.engine", "pipeline.evaluate", "pipeline.training.methods"},
-    {"pipeline.dump"},
+    {"pipeline.dump", "pipeline.export_model", "pipeline.import_model", "pipeline.predict"},
     {"pipeline.recipe"},
     {"pipeline.teacher", "pipeline.student"},
     {"pipeline.dry_run", "pipeline.verify", "pipeline.reproduce.table", "pipeline.reproduce.execution"},

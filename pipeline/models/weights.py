@@ -76,17 +76,18 @@ def find_network(tensors: Mapping[str, torch.Tensor], names: Collection[str]) ->
     """
     longest = max(names, key=len)
     prefixes = [key.removesuffix(longest) for key in tensors if key == longest or key.endswith(f".{longest}")]
-    return {prefix: _part(tensors, prefix) for prefix in prefixes if all(f"{prefix}{name}" in tensors for name in names)}
+    return {prefix: part_under(tensors, prefix) for prefix in prefixes if all(f"{prefix}{name}" in tensors for name in names)}
 
 
-def nearest_part(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
-    """The part of a checkpoint that has the most of `names`: what to compare a network with that is not there."""
+def nearest_part(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> tuple[str, dict[str, torch.Tensor]]:
+    """The prefix and the tensors of the part that has the most of `names`: what to compare a missing network with."""
     prefixes = {key.removesuffix(name) for key in tensors for name in names if key == name or key.endswith(f".{name}")}
-    parts = [_part(tensors, prefix) for prefix in sorted({"", *prefixes})]
-    return max(parts, key=lambda part: len(part.keys() & set(names)))
+    parts = {prefix: part_under(tensors, prefix) for prefix in sorted({"", *prefixes})}
+    return max(parts.items(), key=lambda part: len(part[1].keys() & set(names)))
 
 
-def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def part_under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, by what remains of them."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

@@ -1,0 +1,243 @@
+"""Networks trained elsewhere become runs: their logits are what they were, their classes in the data's order, or they are
+refused."""
+
+import argparse
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+import cli
+from offline_bkd.cache import open_cache
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline.evaluate import evaluate_run, infer, load_model
+from offline_bkd.pipeline.import_model import import_model
+from offline_bkd.pipeline.teacher import train_teacher
+
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """The run of a teacher that has learnt something: what says nothing about the classes, has no order of them."""
+    folder = tmp_path_factory.mktemp("import") / "teacher"
+    train_teacher(tiny.experiment("teacher.training.epochs=8"), str(folder), tiny.CPU)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network(trained_run):
+    """The tensors of its network, by the names that they have in it alone."""
+    tensors, _ = runs.Run(trained_run).load_tensors("last")
+    return {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
+
+
+def prefixed(prefix: str, state: dict) -> OrderedDict:
+    return OrderedDict((f"{prefix}{name}", value) for name, value in state.items())
+
+
+def lightning(state: dict) -> dict:
+    """As a Trainer writes it, of a module that keeps its network in `model`."""
+    return {
+        "epoch": 3,
+        "global_step": 100,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": prefixed("model.", state) | {"criterion.weight": torch.ones(10)},
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 4}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.1), "dirpath": "somewhere"}},
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+        "lr_schedulers": [],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"lr": 0.1, "root": Path("data"), "namespace": argparse.Namespace(depth=8)},
+    }
+
+
+FORMS = {
+    "a plain state dict": lambda state: state,
+    "DataParallel's": lambda state: prefixed("module.", state),
+    "torch.compile's": lambda state: prefixed("_orig_mod.", state),
+    "Lightning's": lightning,
+    "timm's": lambda state: {
+        "epoch": 1,
+        "arch": "resnet",
+        "state_dict": state,
+        "optimizer": {"state": {}, "param_groups": []},
+        "args": argparse.Namespace(lr=0.1),
+        "version": 2,
+    },
+    "a moving average's": lambda state: prefixed("module.", state) | {"n_averaged": torch.tensor(7)},
+    "in half precision, without counters": lambda state: {
+        name: value.half() for name, value in state.items() if value.is_floating_point()
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoints_network_answers_as_before(tmp_path, trained_run, network, form):
+    torch.save(FORMS[form](network), tmp_path / "weights.ckpt")
+    scores = import_model(tiny.experiment(), str(tmp_path / "weights.ckpt"), str(tmp_path / "run"), tiny.CPU)
+    run, original = runs.open_run(tmp_path / "run"), runs.open_run(trained_run).summary()
+    if form.startswith("in half"):
+        assert scores["top1"] == pytest.approx(original["last"]["top1"], abs=0.3)
+        halved = {name: value.half().float() for name, value in network.items() if value.is_floating_point()}
+        tensors, _ = run.load_tensors("last")
+        assert all(torch.equal(tensors[f"network.{name}"], value) for name, value in halved.items())
+    else:
+        assert run.summary()["digest"] == original["digest"], "every tensor, and how pixels are normalised"
+    assert evaluate_run(str(run.folder), "best", (), tiny.CPU) == scores
+    assert run.summary()["source"]["file"] == "weights.ckpt" and len(run.summary()["source"]["sha256"]) == 64
+    assert ("criterion.weight" in (run.folder / "log.txt").read_text()) == (form == "Lightning's"), "what is left out is said"
+
+
+def accuracy(network: torch.nn.Module, mean, std, dataset) -> tuple[float, torch.Tensor]:
+    """Percent right and logits of a network in its own framework, of images decoded and normalised here."""
+    pixels = torch.from_numpy(np.stack([np.asarray(dataset.decode(row)) for row in range(len(dataset))])).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (mean, std))
+    with torch.no_grad():
+        logits = network.eval()((pixels / 255 - mean) / std)
+    return 100 * (logits.argmax(1).numpy() == dataset.label).mean(), logits
+
+
+def test_torchvisions_and_timms_networks_answer_as_there(tmp_path):
+    timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    networks = {
+        "{name: torchvision, architecture: resnet18}": torchvision.models.resnet18(num_classes=10),
+        "{name: timm, architecture: test_convnext, patch_size: 1}": timm.create_model(
+            "test_convnext", num_classes=10, patch_size=1
+        ),
+    }
+    _, test_set = datasets.load(tiny.experiment().data)
+    for number, (section, network) in enumerate(networks.items()):
+        experiment = tiny.experiment(f"teacher.model={section}")
+        top1, logits = accuracy(network, experiment.data.mean, experiment.data.std, test_set)
+        save_file(network.state_dict(), tmp_path / f"{number}.safetensors")
+        folder = tmp_path / f"run-{number}"
+        scores = import_model(experiment, str(tmp_path / f"{number}.safetensors"), str(folder), tiny.CPU, expected=top1)
+        assert scores["top1"] == pytest.approx(top1, abs=0.3)
+        model = load_model(runs.open_run(folder), "last", experiment, 10)
+        images = open_images(test_set, experiment.views, tiny.CPU, 0)
+        torch.testing.assert_close(infer(model, images, np.arange(len(test_set))), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_imported_network_teaches(tmp_path, trained_run, network):
+    torch.save(network, tmp_path / "weights.pth")
+    experiment = tiny.experiment("cache.encoding.dtype=float32")
+    import_model(experiment, str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
+    for name, folder in ("imported", tmp_path / "run"), ("trained", trained_run):
+        dump_logits(experiment, [str(folder)], str(tmp_path / name), tiny.CPU)
+    imported, trained = open_cache(tmp_path / "imported"), open_cache(tmp_path / "trained")
+    assert np.array_equal(imported.plane(3), trained.plane(3))
+    assert imported.identity.teacher["source"] == runs.open_run(tmp_path / "run").summary()["source"]
+
+
+@pytest.fixture
+def shuffled(tmp_path, network):
+    """A checkpoint whose outputs stand in another order, and that order."""
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    state = {name: value[order] if name.startswith("fc.") else value for name, value in network.items()}
+    torch.save(state, tmp_path / "weights.pth")
+    (tmp_path / "classes.txt").write_text("".join(f"{CLASSES[c]}\n" for c in order))
+    return str(tmp_path / "weights.pth"), tmp_path / "classes.txt"
+
+
+def test_classes_in_another_order_are_mapped(tmp_path, trained_run, shuffled):
+    weights, order = shuffled
+    import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, classes=str(order))
+    assert runs.open_run(tmp_path / "run").summary()["digest"] == runs.open_run(trained_run).summary()["digest"]
+
+
+def test_or_refused_even_where_only_two_are_exchanged(tmp_path, network, shuffled):
+    weights, order = shuffled
+    exchanged = {name: value[[1, 0, *range(2, 10)]] if name.startswith("fc.") else value for name, value in network.items()}
+    torch.save(exchanged, tmp_path / "exchanged.pth")
+    for file in weights, str(tmp_path / "exchanged.pth"):
+        with pytest.raises(
+            UserError, match=r"seem to be in another order .*: \d.*% of test images are right, in another order"
+        ):
+            import_model(tiny.experiment(), file, str(tmp_path / "run"), tiny.CPU)
+    with pytest.raises(UserError, match="is right about .*% of the test set, expected 80%: look at"):
+        import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, expected=80)
+    order.write_text("".join(f"{name}\n" for name in reversed(CLASSES)))
+    with pytest.raises(UserError, match="seem to be in another order"):
+        import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, classes=str(order))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("0 1 2 3 4 5 6 7 8 x", "the data have no class 'x' .1 such names.; use their names"),
+        ("0 1 2 3 4 5 6 7 8", "lacks the data's class '9' .1 such classes."),
+        ("0 1 2 3 4 5 6 7 8 9 9", "has '9' twice"),
+    ],
+)
+def test_names_that_are_not_the_datas_are_refused(tmp_path, shuffled, names, message):
+    weights, order = shuffled
+    order.write_text("\n".join(names.split()))
+    with pytest.raises(UserError, match=message):
+        import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, classes=str(order))
+    with pytest.raises(UserError, match="--classes .*nowhere cannot be read"):
+        import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, classes=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {k: v for k, v in state.items() if k != "conv1.weight"}, "it has no conv1.weight; configure"),
+        (lambda state: state | {"extra.weight": torch.zeros(1)}, "the network has no extra.weight; configure"),
+        (lambda state: state | {"fc.bias": torch.zeros(100)}, r"fc.bias is \[100\], not \[10\]; configure"),
+        (lambda state: state | {"fc.bias": torch.full((10,), torch.nan)}, "not all is finite in fc.bias; configure"),
+        (lambda state: prefixed("layer.", state) | {"layer.fc.bias": "no tensor"}, "under 'layer.', .* it has no fc.bias"),
+        (lambda state: {}, "it has no conv1.weight, bn1.weight, bn1.bias .and .* more."),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_and_shape(tmp_path, network, change, message):
+    torch.save(change(network), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=message):
+        import_model(tiny.experiment(), str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_two_networks_in_a_file_one_is_named(tmp_path, trained_run, network):
+    average = {name: value + 1 if name == "fc.bias" else value for name, value in network.items()}
+    torch.save({"state_dict": prefixed("module.", network), "state_dict_ema": average}, tmp_path / "weights.pth")
+    arguments = tiny.experiment(), str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU
+    with pytest.raises(UserError, match="2 times; choose by --prefix one of state_dict.module., state_dict_ema."):
+        import_model(*arguments)
+    import_model(*arguments, prefix="state_dict_ema")
+    bias = runs.open_run(tmp_path / "run").load_tensors("last")[0]["network.fc.bias"]
+    assert torch.equal(bias, network["fc.bias"] + 1)
+    with pytest.raises(UserError, match="under 'else.', is not of the network in teacher.model: it has no conv1.weight"):
+        import_model(*arguments[:2], str(tmp_path / "other"), tiny.CPU, prefix="else")
+
+
+def test_nothing_in_a_checkpoint_runs(tmp_path, network):
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "sprung"), "w")
+
+    torch.save({"state_dict": network, "args": Trap(), "hooks": [Trap()]}, tmp_path / "weights.pth")
+    import_model(tiny.experiment(), str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_command_imports_and_refuses(tmp_path, network, capsys):
+    torch.save(network, tmp_path / "weights.pth")
+    command = ["import-model", *tiny.options(), "--weights", str(tmp_path / "weights.pth"), "--out", str(tmp_path / "run")]
+    for options, code, said in (
+        (["--expect", "99"], 2, "expected 99%: look at the order of its classes"),
+        ([], 0, "part '', sha256"),
+        ([], 2, "is not empty"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, *options])
+        output = capsys.readouterr()
+        assert end.value.code == code and said in output.out + output.err
