@@ -2,9 +2,9 @@
 
     python benchmarks/cache.py --store STORE.zarr --out results
 
-The answers are those in STORE, of encoding `probability`; without it, a simulated teacher's for 10,000 samples of 100
-classes. Everything is measured in one run on one thread, by the median of `--repeats`. The rates of a machine mean
-little; their ratios to the memmap's do.
+The answers are those in STORE, of encoding `logit` or `probability`; without it, a simulated teacher's for 10,000
+samples of 100 classes. Everything is measured in one run on one thread, by the median of `--repeats`. The rates of a
+machine mean little; their ratios to the memmap's do.
 
 The first table holds formats side by side, over four views. All give back the same thing: float32 probabilities
 [256, C] of random samples, each sample once, from one view. Bytes are those of one more view. The formats of others
@@ -41,7 +41,8 @@ import numpy as np
 import zarr
 
 from offline_bkd.cache import CropFlip, Identity, create_cache, open_cache
-from offline_bkd.cache.encodings import class_weight, fit_views, softmax, total_variation
+from offline_bkd.cache.klt import fit_views
+from offline_bkd.cache.target import class_weight, softmax, total_variation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -303,6 +304,7 @@ class DistillKit:
 
 def formats():
     yield Memmap()
+    yield Ours("logit, float16", {"name": "logit"})
     yield Ours("probability, float16", HALF)
     for bound in 0.01, 0.02, 0.03:
         yield Ours(f"klt, error ≤ {bound}", {"name": "klt", "max_error": bound})
@@ -455,7 +457,7 @@ def device():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", help="a store of encoding `probability`, whose answers the first table is of")
+    parser.add_argument("--store", help="a store of encoding `logit` or `probability`, whose answers the first table is of")
     parser.add_argument("--out", help="a folder for cache-cpu.json, the figures of both tables")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", help="rows whose name has this in it, after the memmap's")

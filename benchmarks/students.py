@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from offline_bkd.cache import Cache, create_cache, open_cache
-from offline_bkd.cache.encodings import class_weight, total_variation
+from offline_bkd.cache.target import class_weight, total_variation
 from offline_bkd.pipeline import config, runs
 from offline_bkd.pipeline.show.report import spread
 from offline_bkd.pipeline.show.terminal import COLUMNS, table
@@ -100,7 +100,7 @@ def distance(source: Cache, other: Cache) -> tuple[float, float]:
 
 @click.command()
 @click.option("--config", "config_file", required=True, help="The experiment that the cache was dumped for.")
-@click.option("--cache", required=True, help="A complete cache with encoding probability.")
+@click.option("--cache", required=True, help="A complete cache with encoding logit or probability.")
 @click.option("--out", required=True, help="Folder for stores, runs and students.json.")
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--only", multiple=True, type=click.Choice(list(WAYS)), help="Only this way; repeatable.")
@@ -109,9 +109,8 @@ def main(config_file, cache, out, seeds, only, overrides):
     out, source, seeds = Path(out), open_cache(cache), [int(seed) for seed in seeds.split(",")]
     for way in only or WAYS:
         change, encoding, _ = WAYS[way]
-        path = Path(cache) if way == "probability float16" else out / f"{way}.zarr"
-        if path != Path(cache):
-            store_again(source, change, encoding, path)
+        path = out / f"{way}.zarr"
+        store_again(source, change, encoding, path)
         for seed in seeds:
             experiment = config.load_config(config_file, overrides, seed)
             train_student(experiment, str(path), str(out / f"{way}-{seed}"), torch.device("cpu"), resume=True)
@@ -120,7 +119,7 @@ def main(config_file, cache, out, seeds, only, overrides):
         folders = [out / f"{way}-{seed}" for seed in seeds]
         if not all((folder / "summary.json").exists() for folder in folders):
             continue
-        stored = open_cache(cache if way == "probability float16" else out / f"{way}.zarr")
+        stored = open_cache(out / f"{way}.zarr")
         variation, divergence = distance(source, stored)
         last = [runs.open_run(folder).summary()["last"] for folder in folders]
         found.append(

@@ -171,22 +171,23 @@ def summary(cache, *, planes: int = 4) -> dict:
     The teacher's accuracy and confidence and its calibration (expected calibration error over 15 equal bins of
     confidence) are over at most `planes` whole views, evenly spaced, by shot group; sizes in bytes, on disk.
     """
-    layout, missing = cache.layout, cache.missing()
-    unfinished = {view for view, _ in missing}
-    whole = [view for view in range(layout.views) if view not in unfinished]
+    layout, pairs = cache.layout, cache.committed()
+    done, blocks = np.unique([view for view, _ in pairs], return_counts=True)
+    whole = done[blocks == layout.blocks].astype(int).tolist()
     chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, min(planes, len(whole))).astype(int))]
-    rows = layout.views * layout.samples - sum(_length(layout.rows(block)) for _, block in missing)
-    nbytes, blocks = cache.nbytes, layout.views * layout.blocks
+    rows, nbytes, blocks = sum(_length(layout.rows(block)) for _, block in pairs), cache.nbytes, layout.views * layout.blocks
+    temperatures = cache.temperatures
     return {
         "identity": cache.identity.to_json(),
         "encoding": cache.encoding.to_json(),
         "samples": layout.samples,
         "classes": layout.classes,
         "views": layout.views,
-        "complete": not missing,
-        "blocks": {"done": blocks - len(missing), "all": blocks, "of_a_view": layout.blocks},
+        "complete": len(pairs) == blocks,
+        "blocks": {"done": len(pairs), "all": blocks, "of_a_view": layout.blocks},
         "bytes": {"all": nbytes, "a_view_of_a_sample": round(nbytes / rows, 2) if rows else None},
         "error": cache.error(),
+        "temperatures": temperatures and [float(f"{temperature:.3g}") for temperature in temperatures],
         "features": {name: {"width": width, "error": cache.feature_error(name)} for name, width in cache.features.items()},
         "class_counts": cache.class_counts.tolist(),
         "teacher": {"views": chosen, **_quality(cache, chosen)} if chosen else None,

@@ -3,14 +3,16 @@
 V views, N samples, C classes. Nothing of a store is trusted before it equals what the format says of it.
 """
 
+import itertools
 import math
 import os
+import re
 from dataclasses import replace
 
 import google_crc32c  # Zarr's own
 import numpy as np
 
-from . import encodings, features
+from . import encodings, features, tempering
 from .format import (
     _MOST,
     FORMAT,
@@ -30,6 +32,7 @@ from .storage import open_storage
 _REDO = "delete its marker in done/ and resume the dump"
 _RESTORE = "restore it from a copy, or dump it again"
 _FOREIGN = "dump one with cli.py dump-logits"
+_MARKER = re.compile(r"(0|[1-9]\d{0,6})\.(0|[1-9]\d{0,6})")
 _PIECE = 64 << 10  # of a chunk, bytes; it stays in the CPU's cache
 _DOCUMENT_BYTES = 64 << 20  # more than any real metadata document or marker
 
@@ -76,6 +79,9 @@ class Cache:
         self.encoding = self.encoding.with_codebook(lambda name: self._read_whole(name, files), self.class_counts)
         self.layout = replace(self.layout, encoding=self.encoding)
 
+    def __str__(self):
+        return str(self._storage)
+
     def __len__(self):
         return self.layout.samples
 
@@ -94,28 +100,48 @@ class Cache:
 
     @property
     def decoder(self):
-        """What turns `stored_plane` rows into probabilities on another device; None where they are probabilities."""
+        """(mean [C], basis [R, C]): `stored_plane` rows @ basis + mean are logits. None where rows are of C numbers."""
         return self.encoding.decoder
+
+    @property
+    def temperatures(self) -> tuple[float, float] | None:
+        """The lowest and highest temperature at which the answers may be used; None where nothing is dumped yet."""
+        return tempering.temperatures(self)
+
+    def refuse_temperature(self, temperature: float) -> None:
+        """Raises CacheError where answers at `temperature` do not follow from the store's closely enough."""
+        tempering.refuse_temperature(self, temperature)
 
     # what is there
 
     def missing(self) -> list[tuple[int, int]]:
         """The (view, block) that are not dumped, in order."""
-        done = set(self._storage.names("done"))
-        blocks = [(view, block) for view in range(self.layout.views) for block in range(self.layout.blocks)]
-        return [(view, block) for view, block in blocks if f"{view}.{block}" not in done]
+        done = set(self.committed())
+        return [pair for pair in itertools.product(range(self.layout.views), range(self.layout.blocks)) if pair not in done]
+
+    def committed(self) -> list[tuple[int, int]]:
+        """The (view, block) that are dumped, in order."""
+        numbers = (name.split(".") for name in self._storage.names("done") if _MARKER.fullmatch(name))
+        pairs = ((int(view), int(block)) for view, block in numbers)
+        return sorted((view, block) for view, block in pairs if view < self.layout.views and block < self.layout.blocks)
+
+    @property
+    def missing_blocks(self) -> int:
+        """How many blocks of all views are not dumped."""
+        # what a store claims to be may be far larger than what is there
+        return self.layout.views * self.layout.blocks - len(self.committed())
 
     @property
     def complete(self) -> bool:
         """Whether every block of every view is dumped."""
-        return not self.missing()
+        return not self.missing_blocks
 
     @property
     def nbytes(self) -> int:
         """Bytes that the store's files take: metadata, columns, and the chunks that are committed, with markers."""
         files = read_marker(self._read(STORE_MARKER), f"{self._storage}/{STORE_MARKER}")["files"]
         total = sum(entry["size"] for entry in files.values()) + self._storage.size(STORE_MARKER)
-        for view, block in self._committed():
+        for view, block in self.committed():
             total += sum(entry["size"] for entry in self._marker(view, block)["files"].values())
             total += self._storage.size(f"done/{view}.{block}")
         return total
@@ -135,7 +161,7 @@ class Cache:
         return {"bound": features.MAX_ERROR, **self._error(lambda marker: marker["features"][name])}
 
     def _error(self, of_marker):
-        pairs = self._committed()
+        pairs = self.committed()
         try:
             errors = [of_marker(self._marker(view, block)) for view, block in pairs]
             stated = all(type(error[key]) in (int, float) for error in errors for key in ("mean", "worst"))
@@ -148,11 +174,6 @@ class Cache:
             "mean": float(np.average([error["mean"] for error in errors], weights=counts)) if pairs else None,
             "worst": max((error["worst"] for error in errors), default=None),
         }
-
-    def _committed(self):
-        missing = set(self.missing())
-        blocks = [(view, block) for view in range(self.layout.views) for block in range(self.layout.blocks)]
-        return [pair for pair in blocks if pair not in missing]
 
     # reading
 
@@ -312,7 +333,7 @@ class Cache:
         Opening the store has verified the rest.
         """
         problems = []
-        for view, block in self._committed():
+        for view, block in self.committed():
             try:
                 self.stored_block(view, block)
                 for name, width in self.features.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offline_bkd.cache import Cache
+from offline_bkd.cache import Cache, encodings
 from offline_bkd.cache.planes import row_format
 from offline_bkd.cache.views import CropFlip
 from offline_bkd.cache.writer import refuse_taken
@@ -109,8 +109,8 @@ def _row_bytes(config: Experiment, classes: int, cache: Cache | None) -> int | N
     if cache:
         width, dtype = row_format(cache, features)
         return width * dtype.itemsize
-    encoding = config.cache.encoding
-    return classes * np.dtype(encoding.dtype).itemsize if encoding.name == "probability" else None
+    encoding = encodings.from_json(config.cache.encoding.model_dump())
+    return classes * np.dtype(encoding.dtype).itemsize if encoding.plain else None
 
 
 def _seconds(config: Experiment, model: torch.nn.Module, images: list, device: torch.device, stage: str) -> float:

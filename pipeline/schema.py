@@ -247,7 +247,7 @@ class KD(Method):
     learns_from = "probabilities"
     name: Literal["kd"]
     alpha: Annotated[float, Field(ge=0)] = 1.0
-    temperature: Temperature | None = None  # null: the cache's; another follows from its probabilities
+    temperature: Temperature | None = None  # null: the cache's; inspect says which others it serves
 
 
 class BKD(Method):
@@ -351,6 +351,12 @@ class BBN(Method):
     name: Literal["bbn"]
 
 
+class Logit(Section):
+    """The logits over T less the largest of their row, float16: they serve other temperatures too."""
+
+    name: Literal["logit"]
+
+
 class Probability(Section):
     """The tempered probabilities themselves."""
 
@@ -369,7 +375,7 @@ class CacheSection(Section):
     """What stage one writes."""
 
     temperature: Temperature = 2.0
-    encoding: Annotated[Probability | Klt, Field(discriminator="name")] = Probability(name="probability")
+    encoding: Annotated[Logit | Probability | Klt, Field(discriminator="name")] = Logit(name="logit")
     features: bool = False  # also each teacher's last feature, L2-normalised, 8 bits a number
     batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
     precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass

@@ -68,7 +68,7 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     """The complete cache at `path`. Raises CacheError with every difference if it is not for this experiment."""
     cache = open_cache(path)
     refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
-    if missing := len(cache.missing()):
+    if missing := cache.missing_blocks:
         raise CacheError(f"{path} lacks {missing} blocks; finish it with dump-logits --resume")
     method = config.student.method
     if (method.learns_from == "experts") != ("experts" in cache.identity.teacher):
@@ -78,12 +78,7 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
             else ("experts' answers, each for its own classes alone", "dump a whole teacher's, or use method lfme")
         )
         raise CacheError(f"{path} holds {what}, which method {method.name} does not learn from; {remedy}")
-    temperature = getattr(method, "temperature", None)
-    if temperature not in (None, cache.temperature) and "average_of" in cache.identity.teacher:
-        raise CacheError(
-            f"{path} holds an average at temperature {cache.temperature:g}, from which none at {temperature:g} follows; "
-            "dump at that temperature, or leave out student.method.temperature"
-        )
+    cache.refuse_temperature(getattr(method, "temperature", None) or cache.temperature)
     if method.learns_from == "features" and not cache.features:
         raise CacheError(
             f"{path} holds no features, which method {method.name} learns from; "

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from offline_bkd.cache import Cache, CacheError, encodings, open_cache, philox
+from offline_bkd.cache import Cache, CacheError, open_cache, philox
 from offline_bkd.cache.features import MAX_ERROR
+from offline_bkd.cache.target import class_weight, total_variation
 from offline_bkd.pipeline import UserError, metrics, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
@@ -56,14 +57,14 @@ def verify_cache(
     settings = config.cache.model_copy(update={"temperature": cache.temperature})
     rows = np.arange(len(training_set))
     error, distance = np.zeros((len(chosen), len(rows))), {name: [] for name in cache.features}
-    weight = encodings.class_weight(cache.class_counts)
+    weight = class_weight(cache.class_counts)
     teacher.to(device)
     for index, view in enumerate(chosen):
         fresh, vectors = tempered(teacher, images, rows, np.full(len(rows), view), settings)
         for name, vector in zip(names, vectors):
             cosine = (functional.normalize(vector.cpu()).numpy() * cache.feature_plane(name, view)).sum(1)
             distance[name].append(float(1 - cosine.mean()))
-        error[index] = encodings.total_variation(fresh.mean(1).cpu().numpy(), cache.plane(view), weight)
+        error[index] = total_variation(fresh.mean(1).cpu().numpy(), cache.plane(view), weight)
     by_sample = error.mean(0)
     by_class = np.bincount(training_set.label, by_sample, len(cache.classes)) / training_set.class_counts
     limit = tolerance if tolerance is not None else ROUNDING + (cache.encoding.max_error or 0)

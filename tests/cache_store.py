@@ -40,16 +40,16 @@ def answers(view: int, count: int = 360, classes: int = len(CLASSES)) -> np.ndar
     return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
 
 
-def fill(writer, blocks=None) -> None:
+def fill(writer, blocks=None, answers=answers) -> None:
     """Write `blocks` (all pending ones by default)."""
     for view, block in writer.pending() if blocks is None else blocks:
         writer.write(view, block, answers(view)[writer.rows(block)])
 
 
-def dump(url, **changes):
+def dump(url, answers=answers, **changes):
     """A whole store at `url`, opened."""
     with create_cache(url, **arguments(**changes)) as writer:
-        fill(writer)
+        fill(writer, answers=answers)
     return open_cache(url)
 
 

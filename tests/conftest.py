@@ -47,5 +47,5 @@ def cache(tmp_path_factory, teacher_run):
     from offline_bkd.pipeline.dump import dump_logits
 
     path = tmp_path_factory.mktemp("tiny") / "cache.zarr"
-    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), [str(teacher_run)], str(path), tiny.CPU)
+    dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(path), tiny.CPU)
     return path

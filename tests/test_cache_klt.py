@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cache_store import files, identity
 
-from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, create_cache, encodings, format, open_cache
+from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, klt, open_cache, target
 
 KLT = {"name": "klt", "max_error": 0.02}
 REFERENCE = 8  # the plain crop at the centre, of 18
@@ -21,7 +21,7 @@ def teacher(classes=40, samples=600, rank=8, scale=3.0, wander=0.3):
     def probability(view):
         moved = feature + wander * np.random.default_rng(view + 10).normal(size=feature.shape)
         logits = (moved @ head).astype(np.float32)
-        return encodings.softmax(logits)
+        return target.softmax(logits)
 
     return probability
 
@@ -131,9 +131,9 @@ def test_a_row_decodes_to_the_same_bits_whatever_is_beside_it():
     generator, classes = np.random.default_rng(0), 1000
     matrix = generator.normal(0, 0.1, (30, classes)).astype(np.float32)
     codes = generator.integers(-40, 40, (6000, 29)).astype(np.int16)
-    whole = encodings._decoded(codes, matrix)
+    whole = klt._decoded(codes, matrix)
     for rows in np.arange(50), generator.permutation(6000)[:3001], np.arange(5000, 5001):
-        assert (encodings._decoded(codes[rows], matrix) == whole[rows]).all()
+        assert (klt._decoded(codes[rows], matrix) == whole[rows]).all()
 
 
 def test_decoding_in_several_threads_leaves_the_number_of_threads_as_it_was():
@@ -146,7 +146,7 @@ def test_decoding_in_several_threads_leaves_the_number_of_threads_as_it_was():
 
     matrix, codes, before = np.zeros((9, 1000), np.float32), np.zeros((6000, 8), np.int16), threads()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: encodings._decoded(codes, matrix), range(12)))
+        list(pool.map(lambda _: klt._decoded(codes, matrix), range(12)))
     assert threads() == before
 
 
@@ -263,13 +263,13 @@ def test_what_makes_no_codebook_is_refused(tmp_path, changes, message):
 
 
 def test_the_codebook_is_fitted_to_the_reference_and_views_far_from_it():
-    assert encodings.fit_views(CropFlip(pad=4)) == [80, 0, 53, 107]
-    assert encodings.fit_views(CropFlip(pad=0, flip=False)) == [0]
-    assert encodings.fit_views(CropFlip(pad=0)) == [0, 1]
+    assert klt.fit_views(CropFlip(pad=4)) == [80, 0, 53, 107]
+    assert klt.fit_views(CropFlip(pad=0, flip=False)) == [0]
+    assert klt.fit_views(CropFlip(pad=0)) == [0, 1]
 
 
 def test_class_weights_are_the_papers():
-    weight = encodings.class_weight([500, 5, 0])
+    weight = target.class_weight([500, 5, 0])
     assert weight[0] == pytest.approx((1 - 0.9999) / (1 - 0.9999**500))
     assert weight[1] / weight[0] == pytest.approx(97.6, abs=0.1) and weight[2] == pytest.approx(1)
 
@@ -400,7 +400,7 @@ def test_the_size_of_a_zstandard_frame_is_read_from_its_header(size):
     from numcodecs.zstd import Zstd
 
     data = Zstd(level=19).encode(np.random.default_rng(0).bytes(size))
-    assert encodings._zstd_content(data[:18]) == size
+    assert klt._zstd_content(data[:18]) == size
 
 
 def test_other_readers_open_the_codes(tmp_path):

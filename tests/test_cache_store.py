@@ -225,7 +225,7 @@ def test_resuming_other_samples_or_another_encoding_names_the_difference(tmp_pat
         ({"sample_id": [], "label": [], "image_size": np.empty((0, 2))}, "sample_id must be distinct and not empty"),
         ({"label": [0]}, r"label must be \[360\] and image_size \[360, 2\], found \[1\] and \[360, 2\]"),
         ({"label": np.full(360, 5)}, r"label must be in \[0, 5\), found 5 to 5"),
-        ({"encoding": {"name": "top-k"}}, "encoding.name must be one of probability"),
+        ({"encoding": {"name": "top-k"}}, "encoding.name must be one of logit, probability, klt"),
         ({"encoding": {"name": "probability", "dtype": "int8"}}, "dtype must be float16 or float32, found 'int8'"),
         ({"encoding": {"name": "probability", "bits": 3}}, "encoding probability does not take bits; it takes dtype"),
         ({"identity": identity(classes=("a", "a"))}, "classes must be distinct names"),

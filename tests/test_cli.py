@@ -364,7 +364,12 @@ def test_help_starts_fast_because_nothing_heavy_is_imported():
 
 
 def test_processes_of_one_torchrun_share_a_dump_and_the_bytes_are_the_same(tmp_path, teacher_run, cache):
-    command = [sys.executable, str(ROOT / "cli.py"), "dump-logits", *tiny.options("cache.encoding.dtype=float32")]
+    command = [
+        sys.executable,
+        str(ROOT / "cli.py"),
+        "dump-logits",
+        *tiny.options(tiny.EXACT),
+    ]
     command += ["--teacher", str(teacher_run), "--out", str(tmp_path / "cache.zarr")]
     started = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in started] == [0, 0]

@@ -51,7 +51,7 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("student.method.alpa=1", r"student\.method\.alpa: unknown key; did you mean 'alpha'\?"),
         ("student.trainin.epochs=2", r"student\.trainin: unknown key; did you mean 'training'\?"),
         ("views.padd=2", r"views\.padd: unknown key; did you mean 'pad'\?"),
-        ("cache.encoding.dtyp=float32", r"cache\.encoding\.dtyp: unknown key; did you mean 'dtype'\?"),
+        ("cache.encoding={name: probability, dtyp: float32}", r"cache\.encoding\.dtyp: unknown key; did you mean 'dtype'\?"),
         ("flavour=1", r"flavour: unknown key; known are name, seed, data"),
         ("student.method.name=bkdd", r"student\.method\.name: 'bkdd' is not known; did you mean 'bkd'\?"),
         ("student.method={alpha: 2}", r"student\.method\.name: missing; one of"),

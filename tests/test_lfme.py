@@ -39,7 +39,12 @@ def experts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def experts_cache(experts):
     path = experts[0].parent / "experts.zarr"
-    dump_logits(tiny.experiment("cache.encoding.dtype=float32"), [str(one) for one in experts], str(path), tiny.CPU)
+    dump_logits(
+        tiny.experiment(tiny.EXACT),
+        [str(one) for one in experts],
+        str(path),
+        tiny.CPU,
+    )
     return path
 
 

@@ -198,12 +198,17 @@ def test_another_temperature_follows_from_the_probabilities(batch):
     warm = torch.tensor(softmax(teacher / 2, axis=1))
     for other in (1.0, 2.0, 4.0):
         np.testing.assert_allclose(losses.retempered(warm, 2 / other), softmax(teacher / other, axis=1), rtol=2e-3, atol=1e-6)
-    assert losses.retempered(torch.tensor([[1.0, 0.0]]), 0.5).isfinite().all()
+    assert losses.retempered(torch.tensor([[0.0, 1.0, 2.0**-140]]), 0.25).argsort().tolist() == [[0, 2, 1]], "in their order"
+    assert losses.retempered(torch.tensor([[1.0, 0.0]]), 0.5).tolist() == [[1, 0]]
 
 
 def cached(values, widths=()):
     """What a method asks of a cache's targets."""
-    return SimpleNamespace(gather=lambda rows, views: torch.tensor(values), temperature=T, widths=widths)
+
+    def gather(rows, views, temperature=T):
+        return torch.tensor(values) if temperature == T else losses.retempered(torch.tensor(values), T / temperature)
+
+    return SimpleNamespace(gather=gather, temperature=T, widths=widths)
 
 
 def test_students_of_another_temperature_minimise_its_divergence(batch):

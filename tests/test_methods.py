@@ -317,7 +317,7 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
             folders.append(str(tmp_path / f"crt-{backbone}-{seed}"))
             config = tiny.experiment("student.method={name: crt}", f"data.workers={seed}", seed=seed)
             train_student(config, None, folders[-1], tiny.CPU, backbone=str(tmp_path / backbone))
-    warm = tiny.experiment("cache.temperature=4", "cache.encoding.dtype=float32", seed=1)
+    warm = tiny.experiment("cache.temperature=4", tiny.EXACT, seed=1)
     dump_logits(warm, [str(teacher_run)], str(tmp_path / "warm.zarr"), tiny.CPU)
     train_student(warm, str(tmp_path / "warm.zarr"), str(tmp_path / "warm"), tiny.CPU)
     table = write_report([*folders, str(tmp_path / "bkd"), str(tmp_path / "warm")], str(tmp_path / "report"))

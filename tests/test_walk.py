@@ -71,9 +71,9 @@ def live_teacher(config, teacher_run):
     teacher, _ = load_teacher(str(teacher_run), train)
     images = open_images(train, config.views, tiny.CPU, 0)
 
-    def gather(rows, views):
+    def gather(rows, views, temperature=2.0):
         with torch.no_grad():
-            return torch.softmax(teacher(images.crop(rows, views)) / 2.0, dim=1)
+            return torch.softmax(teacher(images.crop(rows, views)) / temperature, dim=1)
 
     return gather
 
@@ -135,7 +135,10 @@ def test_the_student_needs_no_teacher(tmp_path, teacher_run, cache):
     config = tiny.experiment()
     shutil.copytree(teacher_run, tmp_path / "teacher")
     dump_logits(
-        tiny.experiment("cache.encoding.dtype=float32"), [str(tmp_path / "teacher")], str(tmp_path / "c.zarr"), tiny.CPU
+        tiny.experiment(tiny.EXACT),
+        [str(tmp_path / "teacher")],
+        str(tmp_path / "c.zarr"),
+        tiny.CPU,
     )
     train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "before"), tiny.CPU)
     shutil.rmtree(tmp_path / "teacher")
@@ -183,7 +186,7 @@ def test_a_cache_with_another_class_order_is_refused(cache):
 def test_an_incomplete_cache_is_refused_and_a_resumed_one_is_the_uninterrupted_one(tmp_path, teacher_run, cache, monkeypatch):
     from offline_bkd.cache import CacheWriter
 
-    config, write, written = tiny.experiment("cache.encoding.dtype=float32"), CacheWriter.write, []
+    config, write, written = tiny.experiment(tiny.EXACT), CacheWriter.write, []
 
     def stop(self, view, block, *answers, **named):
         if len(written) == 4:
@@ -216,6 +219,7 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
         "views={name: random_resized_crop, size: 8, count: 3}",
         "student.training.epochs=4",
         "student.method={name: kd}",
+        tiny.EXACT,
     )
     train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
     dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "cache.zarr"), tiny.CPU)
@@ -341,7 +345,7 @@ def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sampl
 def test_several_teachers_are_averaged_or_kept_apart(tmp_path, teacher_run):
     from offline_bkd.pipeline.teacher import train_teacher
 
-    config = tiny.experiment("cache.encoding.dtype=float32")
+    config = tiny.experiment(tiny.EXACT)
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
     both = [str(teacher_run), str(tmp_path / "other")]
     for name, teachers in {"first": both[:1], "second": both[1:], "both": both}.items():
@@ -367,7 +371,7 @@ def test_several_teachers_are_averaged_or_kept_apart(tmp_path, teacher_run):
 
 
 def test_caches_kept_apart_may_lie_on_an_object_store(tmp_path, teacher_run):
-    config, url = tiny.experiment("cache.encoding.dtype=float32"), f"memory://{tmp_path.name}/apart"
+    config, url = tiny.experiment(tiny.EXACT), f"memory://{tmp_path.name}/apart"
     dump_logits(config, [str(teacher_run)], url, tiny.CPU, apart=True)
     assert open_cache(f"{url}/teacher.zarr").complete
 
@@ -384,7 +388,7 @@ def test_a_run_goes_on_with_the_cache_it_began_with_and_with_no_other(tmp_path, 
     from offline_bkd.pipeline.training import engine
 
     config = tiny.experiment("student.training.epochs=3")
-    half = tiny.experiment("student.training.epochs=3", "cache.encoding.dtype=float16")
+    half = tiny.experiment("student.training.epochs=3", "cache.encoding={name: probability, dtype: float16}")
     dump_logits(half, [str(teacher_run)], str(tmp_path / "other.zarr"), tiny.CPU)
 
     def stop(*_):
@@ -487,7 +491,7 @@ def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_wr
 def test_features_are_dumped_beside_the_probabilities(tmp_path, teacher_run):
     from offline_bkd.pipeline.teacher import train_teacher
 
-    config = tiny.experiment("cache.encoding.dtype=float32", "cache.features=true")
+    config = tiny.experiment(tiny.EXACT, "cache.features=true")
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
     both = [str(teacher_run), str(tmp_path / "other")]
     dump_logits(config, both, str(tmp_path / "both.zarr"), tiny.CPU)

@@ -12,6 +12,7 @@ from offline_bkd.pipeline.schema import Experiment
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 CPU = torch.device("cpu")
+EXACT = "cache.encoding={name: probability, dtype: float32}"
 SMALL = (
     "teacher.model={name: cifar_resnet, depth: 8, width: 4}",
     "student.model={name: cifar_resnet, depth: 8, width: 4}",

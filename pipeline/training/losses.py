@@ -56,8 +56,7 @@ def balanced_probability(probability: torch.Tensor, weights: torch.Tensor) -> to
 
 def retempered(probability: torch.Tensor, ratio: float) -> torch.Tensor:
     """softmax(z / T') of p = softmax(z / T), with `ratio` T / T'."""
-    # what half precision stores as zero was up to 2^-25
-    return torch.softmax(ratio * torch.where(probability > 0, probability, 2**-25).log(), dim=1)
+    return torch.softmax(ratio * probability.log(), dim=1)  # zero stays zero
 
 
 def distillation(logits: torch.Tensor, probability: torch.Tensor, temperature: float) -> torch.Tensor:

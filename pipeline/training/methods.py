@@ -77,17 +77,15 @@ def _ce(method, setting):
 
 @_on_logits
 def _distilled(method, setting):
-    gather, stored, weights = setting.targets.gather, setting.targets.temperature, None
-    temperature = method.temperature or stored
+    gather, weights = setting.targets.gather, None
+    temperature = method.temperature or setting.targets.temperature
     if method.name == "bkd":
         counts = torch.as_tensor(setting.class_counts)
         weights = losses.effective_number_weights(counts, method.beta).float().to(setting.device)
         first = round(method.reweight_from * setting.epochs)
 
     def terms(logits, batch, epoch):
-        target = gather(batch.rows, batch.views)
-        if temperature != stored:
-            target = losses.retempered(target, stored / temperature)
+        target = gather(batch.rows, batch.views, temperature)
         if weights is not None and epoch >= first:
             target = losses.balanced_probability(target, weights)
         ce = losses.cross_entropy(logits, batch.label)

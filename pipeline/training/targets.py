@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from offline_bkd.cache import Cache, CropFlip
 from offline_bkd.cache.planes import Planes, row_format
+from offline_bkd.pipeline.training import losses
 
 ROOM = 0.5  # of the memory there is, for planes
 
@@ -56,8 +57,8 @@ class Targets:
         if self.coming is None and not np.isin(later, self.held).all():
             self.coming = later, self.reader.submit(self._read, later)
 
-    def gather(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """Of the samples at `rows` [B] under `views` [B]: probabilities, float32 [B, C], tempered by the cache's T.
+    def gather(self, rows: torch.Tensor, views: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
+        """Of the samples at `rows` [B] under `views` [B]: probabilities, float32 [B, C], at `temperature`; None: the cache's.
 
         Or features, float32 [B, D]: each teacher's of length one, side by side, and the whole of length one again.
         """
@@ -66,10 +67,13 @@ class Targets:
         if self.features:
             parts = stored.split(self.widths, dim=1)
             return functional.normalize(torch.cat([functional.normalize(part) for part in parts], dim=1))
-        if self.decoder is None:
-            return stored
-        mean, basis = self.decoder
-        return torch.softmax(torch.addmm(mean, stored, basis), dim=1)
+        ratio = self.temperature / (temperature or self.temperature)
+        if self.cache.encoding.name == "probability":
+            return stored if ratio == 1 else losses.retempered(stored, ratio)
+        if self.decoder is not None:
+            mean, basis = self.decoder
+            stored = torch.addmm(mean, stored, basis)
+        return torch.softmax(stored if ratio == 1 else ratio * stored, dim=1)
 
     def _read(self, views: np.ndarray) -> Planes:
         width, dtype = row_format(self.cache, self.features)
