@@ -312,6 +312,28 @@ def evaluate(run, checkpoint, overrides, device, as_json):
     click.echo(json.dumps(scores)) if as_json else terminal.scores(scores, f"{run} ({checkpoint} epoch)")
 
 
+@main.command(short_help="Say what a network sees in images.")
+@click.argument("run", type=PLACE)
+@click.argument("images", type=PLACE, nargs=-1, required=True)
+@click.option(
+    "--out", type=PLACE, metavar="FILE", help="A .csv or .parquet file, which must not exist; without: CSV, printed."
+)
+@click.option("--probabilities", is_flag=True, help="Add a column for each class.")
+@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@guarded
+def predict(run, images, out, probabilities, checkpoint, device):
+    """Example: python cli.py predict runs/student photos/ more.parquet --out answers.csv
+
+    Write a table of image files, folders of them or Parquet files: file, class, confidence and the next best classes. What
+    cannot be read is named and left out, and the command exits 1.
+    """
+    from offline_bkd.pipeline.predict import predict as write_answers
+
+    skipped = write_answers(run, images, out, checkpoint, choose_device(device), probabilities)
+    return 1 if skipped else 0
+
+
 @main.command(short_help="Tell what a cache is.")
 @click.argument("store", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

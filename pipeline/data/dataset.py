@@ -49,7 +49,7 @@ class Dataset:
     @cached_property
     def image_size(self) -> np.ndarray:
         """(height, width) of every image as decoded, int64 [N, 2]. Raises UserError naming the images that do not decode."""
-        return np.array(self.for_each(self._image_size), np.int64).reshape(-1, 2)
+        return np.array(self.for_each(self.size), np.int64).reshape(-1, 2)
 
     @cached_property
     def file_status(self) -> np.ndarray:
@@ -92,6 +92,11 @@ class Dataset:
         image = self.images[row]
         return Image.fromarray(image) if isinstance(image, np.ndarray) else self._read(row, decoding.decode)
 
+    def size(self, row: int) -> tuple[int, int]:
+        """(height, width) of image `row`, upright. Raises UserError naming it if it cannot be read to its end."""
+        image = self.images[row]
+        return image.shape[:2] if isinstance(image, np.ndarray) else self._read(row, decoding.image_size)
+
     def describe(self, row: int) -> str:
         """What a person calls the sample, in printable characters: its file, or its position in the source."""
         image = self.images[row]
@@ -123,10 +128,6 @@ class Dataset:
             "labels": hashlib.sha256(self.label.astype("<i8").tobytes()).hexdigest(),
             "images": images.hexdigest(),
         }
-
-    def _image_size(self, row: int) -> tuple[int, int]:
-        image = self.images[row]
-        return image.shape[:2] if isinstance(image, np.ndarray) else self._read(row, decoding.image_size)
 
     def _read(self, row: int, read: Callable):
         """What `read` makes of the encoded image `row`."""

@@ -72,6 +72,29 @@ def load_parquet(section: schema.Parquet, root: Path) -> tuple[Dataset, Dataset]
     return tuple(parts)
 
 
+def read_images(path: Path, preferred: str) -> EncodedImages:
+    """The images of the Parquet file at `path`: those of the column `preferred`, or of the only one that can hold images.
+
+    Raises UserError where the file cannot be read, or has no such column.
+    """
+    unpacked, chunks = 0, []
+    with _opened(path) as file:
+        fits = [field.name for field in file.schema_arrow if _is_bytes(_image_fields(field.type).get("bytes"))]
+        if preferred not in fits and len(fits) != 1:
+            found = f"several, {', '.join(fits)}" if fits else f"none among {', '.join(file.schema_arrow.names)}"
+            raise UserError(
+                f"{printable(str(path))}: images are in a column of bytes, or a struct with a field 'bytes'; "
+                f"there are {found}; name it {preferred!r}"
+            )
+        column = preferred if preferred in fits else fits[0]
+        for batch in file.iter_batches(ROWS, columns=[column], use_threads=False):
+            unpacked += batch.nbytes
+            _refuse_bomb(path, unpacked)
+            chunks.append(_encoded(batch.column(column))["bytes"].cast(pyarrow.large_binary()))
+    images = pyarrow.chunked_array(chunks, pyarrow.large_binary())
+    return EncodedImages(images, np.arange(len(images)))
+
+
 def _shards(section: schema.Parquet, root: Path, pattern: str, key: str) -> list[Shard]:
     """The files that `pattern` names below `root`, in their order, but for those without rows."""
     whole = root / pattern
@@ -99,7 +122,7 @@ def _refuse_columns(file: pyarrow.parquet.ParquetFile, section: schema.Parquet, 
         if name not in columns.names:
             raise UserError(f"{path} has no column {name!r} but {', '.join(columns.names)}; set data.image, data.label")
     image, label = columns.field(section.image).type, columns.field(section.label).type
-    fields = {field.name: field.type for field in image} if types.is_struct(image) else {"bytes": image}
+    fields = _image_fields(image)
     if not _is_bytes(fields.get("bytes")) and not _is_text(fields.get("path")):
         raise UserError(
             f"{path}: column {section.image!r} is {image}, not a struct with a binary field 'bytes' or a text field 'path'"
@@ -110,6 +133,16 @@ def _refuse_columns(file: pyarrow.parquet.ParquetFile, section: schema.Parquet, 
     chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
     read = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in (section.image, section.label))
     _refuse_bomb(path, max(sum(chunk.total_uncompressed_size for chunk in read), 8 * file.metadata.num_rows))
+
+
+def _image_fields(kind: pyarrow.DataType) -> dict[str, pyarrow.DataType]:
+    """The types of an image column's fields; one without fields is the bytes themselves."""
+    return {field.name: field.type for field in kind} if types.is_struct(kind) else {"bytes": kind}
+
+
+def _encoded(image: pyarrow.Array) -> dict[str, pyarrow.Array]:
+    """The fields of an image column."""
+    return dict(zip(_image_fields(image.type), image.flatten() if types.is_struct(image.type) else [image]))
 
 
 def _is_bytes(kind: pyarrow.DataType | None) -> bool:
@@ -206,9 +239,7 @@ def _batches(path: Path, section: schema.Parquet) -> Iterator[tuple[pyarrow.Arra
             image, label = batch.column(section.image), batch.column(section.label)
             if label.null_count:
                 raise UserError(f"{path}: column {section.label!r} must hold whole numbers without gaps; a row has none")
-            fields = {"bytes": image}
-            if types.is_struct(image.type):
-                fields = dict(zip((field.name for field in image.type), image.flatten()))
+            fields = _encoded(image)
             empty = pyarrow.nulls(len(batch))
             data = fields.get("bytes", empty).cast(pyarrow.large_binary())
             yield data, fields.get("path", empty).to_pylist(), label.cast(pyarrow.int64()).to_pylist()

@@ -1,0 +1,164 @@
+"""A network's answers about images of any kind of source: a table of a row an image.
+
+Shapes: M images, C classes.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+import torch
+
+from offline_bkd.cache.views import CropFlip
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.data import decoding
+from offline_bkd.pipeline.data.dataset import Dataset, printable
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.data.parquet import read_images
+from offline_bkd.pipeline.evaluate import infer, load_model
+
+BEST = 5  # classes that are named
+PIECE = 2000  # images that are looked at together
+TABLES = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWriter}
+
+
+class TableWriter(Protocol):
+    def write(self, table: pyarrow.Table) -> None: ...
+
+
+def predict(
+    folder: str,
+    sources: Sequence[str],
+    out: str | None,
+    checkpoint: str,
+    device: torch.device,
+    probabilities: bool = False,
+) -> list[str]:
+    """Writes what the run's network says of every image of `sources`: files, folders, or Parquet files with an image column.
+
+    Columns: file; class and confidence, the largest probability; class_2, confidence_2, … of the next best; and with
+    `probabilities` p_<class> of each. `out`: a .csv or .parquet file that must not exist; None: CSV to the standard output.
+
+    Returns a line for every image that was left out because it cannot be read or is not of the network's size. Raises
+    UserError, before anything is written, for sources without images and for an `out` that cannot be written.
+    """
+    run = runs.open_run(folder)
+    experiment, summary = run.config(), run.summary()
+    classes, size = summary["classes"], tuple(summary.get("image_size", ()))
+    model = load_model(run, checkpoint, experiment, len(classes)).to(device)
+    precision = getattr(experiment, run.stage).training.precision
+    column, skipped = getattr(experiment.data, "image", "image"), []
+    pieces = [piece for source in sources for piece in _pieces(source, column, tuple(classes))]
+    schema = _schema(classes, probabilities)
+    with _writer(out, schema) as writer, redirect_stdout(sys.stderr):  # progress is no part of the table
+        for piece in pieces:
+            sizes, reasons = _look(piece, size if isinstance(experiment.views, CropFlip) else None)
+            for reason in filter(None, reasons):
+                print(f"skipped: {reason}", file=sys.stderr, flush=True)
+                skipped.append(reason)
+            rows = np.array([row for row, reason in enumerate(reasons) if reason is None], np.int64)
+            if not len(rows):
+                continue
+            readable = piece.take(rows)
+            vars(readable)["image_size"] = np.array(sizes, np.int64)[rows]  # which is known, and would be read again
+            images = open_images(readable, experiment.views, device, experiment.data.workers)
+            logits = infer(model, images, np.arange(len(rows)), precision=precision)
+            names = [readable.describe(row) for row in range(len(rows))]
+            writer.write(_table(names, torch.softmax(logits, 1).cpu(), classes, schema))
+    return skipped
+
+
+def _pieces(source: str, column: str, classes: tuple[str, ...]) -> Iterator[Dataset]:
+    """The images of one source, some at a time."""
+    path = Path(source)
+    if path.suffix == ".parquet":
+        images = read_images(path, column)
+    elif path.is_dir():
+        found = sorted(os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+        images = [name for name in found if Path(name).suffix.lower() in decoding.SUFFIXES]
+    else:
+        images = [source]
+        if not path.exists():
+            raise UserError(f"there is no {printable(source)}; name image files, folders of them, or Parquet files")
+    if not len(images):
+        raise UserError(f"{printable(source)} holds no images; name others")
+    whole = Dataset(
+        name=printable(source),
+        classes=classes,
+        sample_id=np.arange(len(images)),
+        label=np.zeros(len(images), np.int64),  # which is not known, and not looked at
+        images=images,
+    )
+    for start in range(0, len(whole), PIECE):
+        yield whole.take(np.arange(start, min(start + PIECE, len(whole))))
+
+
+def _look(images: Dataset, wanted: tuple[int, int] | None) -> tuple[list[tuple[int, int]], list[str | None]]:
+    """(height, width) of every image, and why it is left out: it cannot be read, or is not of the size `wanted`."""
+
+    def look(row: int) -> tuple[tuple[int, int], str | None]:
+        try:
+            size = images.size(row)
+        except UserError as error:
+            return (0, 0), str(error)
+        if wanted and size != wanted:
+            found, right = (" x ".join(map(str, side)) for side in (size, wanted))
+            return size, f"{images.describe(row)} is {found} pixels, the network takes {right}"
+        return size, None
+
+    with ThreadPoolExecutor() as threads:
+        sizes, reasons = zip(*threads.map(look, range(len(images))))
+    return list(sizes), list(reasons)
+
+
+def _schema(classes: Sequence[str], probabilities: bool) -> pyarrow.Schema:
+    fields = [("file", pyarrow.string())]
+    for place in range(1, min(BEST, len(classes)) + 1):
+        ending = f"_{place}" if place > 1 else ""
+        fields += [(f"class{ending}", pyarrow.string()), (f"confidence{ending}", pyarrow.float32())]
+    return pyarrow.schema(fields + [(f"p_{name}", pyarrow.float32()) for name in classes if probabilities])
+
+
+def _table(names: list[str], probability: torch.Tensor, classes: Sequence[str], schema: pyarrow.Schema) -> pyarrow.Table:
+    """The rows of images with these `names` and `probability`, float32 [M, C]."""
+    best = probability.topk(min(BEST, len(classes)))
+    columns = [pyarrow.array(names)]
+    for confidence, index in zip(best.values.T, best.indices.T):
+        columns += [pyarrow.array([classes[c] for c in index]), pyarrow.array(confidence.numpy())]
+    return pyarrow.table([*columns, *map(pyarrow.array, probability.T.numpy())][: len(schema)], schema=schema)
+
+
+@contextmanager
+def _writer(out: str | None, schema: pyarrow.Schema) -> Iterator[TableWriter]:
+    """Writes tables to `out`, which appears whole or not at all, or to the standard output."""
+    if out is None:
+        with pyarrow.csv.CSVWriter(sys.stdout.buffer, schema, write_options=_plain()) as writer:
+            yield writer
+        return
+    path, partial = Path(out), Path(f"{out}.partial")
+    if path.suffix not in TABLES:
+        raise UserError(f"--out {out} is neither a .csv nor a .parquet file; name one")
+    if path.exists():
+        raise UserError(f"--out {out} exists; choose another file, or delete it")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {path.parent}; make it, or name another file")
+    options = {"write_options": _plain()} if path.suffix == ".csv" else {}
+    try:
+        with TABLES[path.suffix](partial, schema, **options) as writer:
+            yield writer
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _plain() -> pyarrow.csv.WriteOptions:
+    """Quotes only where a name needs them."""
+    return pyarrow.csv.WriteOptions(quoting_style="needed")

@@ -1,0 +1,139 @@
+"""Answers about any images: as the network gives them in evaluation, and what cannot be read is named."""
+
+import io
+
+import numpy as np
+import pandas
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import cli
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.evaluate import infer, load_model
+from offline_bkd.pipeline.predict import predict
+from offline_bkd.pipeline.show import progress
+from offline_bkd.pipeline.teacher import train_teacher
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Forty test images, and what is known of them."""
+    _, test_set = datasets.load(tiny.experiment().data)
+    return test_set.take(np.arange(40))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, digits):
+    """A folder of the same images as files, in folders below it."""
+    folder = tmp_path_factory.mktemp("photos")
+    for row in range(len(digits)):
+        (folder / str(row % 3)).mkdir(exist_ok=True)
+        digits.decode(row).save(folder / str(row % 3) / f"{row:02}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def expected(run_folder, digits) -> np.ndarray:
+    """Probabilities as evaluation has them, [40, 10]."""
+    run = runs.open_run(run_folder)
+    model = load_model(run, "last", run.config(), 10)
+    images = open_images(digits, run.config().views, tiny.CPU, 0)
+    return torch.softmax(infer(model, images, np.arange(len(digits))), 1).numpy()
+
+
+def test_a_folders_answers_are_those_of_evaluation(tmp_path, teacher_run, photos, digits):
+    out, wanted = tmp_path / "answers.parquet", expected(teacher_run, digits)
+    assert predict(str(teacher_run), [str(photos)], str(out), "last", tiny.CPU, probabilities=True) == []
+    table = pandas.read_parquet(out)
+    rows = [int(file[-6:-4]) for file in table["file"]]
+    assert sorted(rows) == list(range(40)) and table["file"].is_monotonic_increasing
+    np.testing.assert_allclose(table[[f"p_{name}" for name in digits.classes]], wanted[rows], rtol=1e-5, atol=1e-7)
+    order = np.argsort(-wanted[rows], axis=1, kind="stable")
+    for place, ending in enumerate(["", "_2", "_3", "_4", "_5"]):
+        assert (table[f"class{ending}"] == np.array(digits.classes)[order[:, place]]).all()
+        np.testing.assert_allclose(
+            table[f"confidence{ending}"], np.take_along_axis(wanted[rows], order, 1)[:, place], rtol=1e-5
+        )
+    assert list(table.columns[:3]) == ["file", "class", "confidence"] and len(table.columns) == 1 + 2 * 5 + 10
+
+
+def test_parquet_and_files_are_taken_side_by_side_and_csv_goes_to_standard_output(
+    teacher_run, photos, digits, tmp_path, capsys
+):
+    encoded = []
+    for row in range(3):
+        file = io.BytesIO()
+        digits.decode(row).save(file, "png")
+        encoded.append({"bytes": file.getvalue(), "path": f"{row}.png"})
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3], "photo": encoded}), tmp_path / "some.parquet")
+    with pytest.raises(SystemExit) as end:
+        cli.main(
+            ["predict", str(teacher_run), str(tmp_path / "some.parquet"), str(photos / "1" / "01.png"), "--device", "cpu"]
+        )
+    assert end.value.code == 0
+    output = capsys.readouterr()
+    table = pandas.read_csv(io.StringIO(output.out), dtype={"class": str})
+    assert "images/s" in output.err
+    wanted = expected(teacher_run, digits)
+    assert table["file"].tolist() == [*(f"{tmp_path}/some.parquet sample {n}" for n in range(3)), str(photos / "1" / "01.png")]
+    assert table["class"].tolist() == [digits.classes[c] for c in wanted[[0, 1, 2, 1]].argmax(1)]
+    assert "p_3" not in table
+
+
+def test_what_cannot_be_read_or_is_of_another_size_is_named_and_left_out(teacher_run, photos, tmp_path, capsys):
+    (tmp_path / "torn.png").write_bytes((photos / "1" / "01.png").read_bytes()[:40])
+    (tmp_path / "none.png").write_text("nothing")
+    Image.new("RGB", (9, 8)).save(tmp_path / "wide.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "fine.png")
+    out = tmp_path / "answers.csv"
+    command = ["predict", str(teacher_run), str(tmp_path), "--out", str(out), "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(command)
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert f"skipped: {tmp_path}/torn.png cannot be read as an image" in said
+    assert f"skipped: {tmp_path}/none.png cannot be read as an image: no known format" in said
+    assert f"skipped: {tmp_path}/wide.png is 8 x 9 pixels, the network takes 8 x 8" in said
+    assert pandas.read_csv(out)["file"].tolist() == [f"{tmp_path}/fine.png"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_resized_crops_are_evaluations_centre(tmp_path, photos, digits):
+    """Images of any size, for a network whose crops are resized."""
+    experiment = tiny.experiment(
+        "views={name: random_resized_crop, size: 8, count: 2}", "teacher.training.epochs=1", "data.workers=0"
+    )
+    train_teacher(experiment, str(tmp_path / "run"), tiny.CPU)
+    Image.new("RGB", (30, 20), (200, 10, 10)).save(tmp_path / "wide.png")
+    out = tmp_path / "answers.parquet"
+    sources = [str(photos), str(tmp_path / "wide.png")]
+    assert predict(str(tmp_path / "run"), sources, str(out), "last", tiny.CPU, probabilities=True) == []
+    table = pandas.read_parquet(out)
+    rows = [int(file[-6:-4]) for file in table["file"][:-1]]
+    found = table[[f"p_{name}" for name in digits.classes]][:-1]
+    np.testing.assert_allclose(found, expected(tmp_path / "run", digits)[rows], rtol=1e-5, atol=1e-7)
+
+
+def test_what_there_is_not_is_refused_before_anything_is_written(teacher_run, photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for sources, out, message in (
+        ([str(photos), "nowhere.png"], "a.csv", "there is no nowhere.png; name image files, folders"),
+        ([str(tmp_path / "empty")], "a.csv", "empty holds no images; name others"),
+        ([str(photos)], "a.txt", "is neither a .csv nor a .parquet file"),
+        ([str(photos)], "none/a.csv", "there is no folder .*none; make it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict(str(teacher_run), sources, str(tmp_path / out), "last", tiny.CPU)
+    (tmp_path / "taken.csv").write_text("mine")
+    with pytest.raises(UserError, match="taken.csv exists; choose another file"):
+        predict(str(teacher_run), [str(photos)], str(tmp_path / "taken.csv"), "last", tiny.CPU)
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1], "m": ["x"]}), tmp_path / "no.parquet")
+    with pytest.raises(UserError, match="no.parquet: images are in a column of bytes, .*; there are none among n, m; name it"):
+        predict(str(teacher_run), [str(tmp_path / "no.parquet")], str(tmp_path / "b.csv"), "last", tiny.CPU)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "no.parquet", "taken.csv"]
