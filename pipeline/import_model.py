@@ -14,6 +14,7 @@ from offline_bkd.pipeline.evaluate import infer
 from offline_bkd.pipeline.models import ImageClassifier, build_model, classifier
 from offline_bkd.pipeline.models.weights import find_network, nearest_part, part_under, read_tensors, required_names
 from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.yaml_files import read_text
 
 TOLERANCE = 1.0  # points of test accuracy: less is within what another decoder or precision changes
 
@@ -133,8 +134,8 @@ def network_state(
 def class_order(file: str, classes: tuple[str, ...]) -> np.ndarray:
     """For each of `classes`, its line in `file`: int64 [C]. Raises UserError if the names there are not the classes."""
     try:
-        names = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = read_text(Path(file), limit=2**24).splitlines()
+    except (OSError, UserError) as error:
         raise UserError(f"--classes {file} cannot be read ({error}); give a text file of a class name on each line")
     while names and not names[-1]:
         names.pop()

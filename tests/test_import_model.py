@@ -186,6 +186,8 @@ def test_names_that_are_not_the_datas_are_refused(tmp_path, shuffled, names, mes
         import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, classes=str(order))
     with pytest.raises(UserError, match="--classes .*nowhere cannot be read"):
         import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, classes=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="--classes /dev/zero cannot be read .*no regular file"):
+        import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, classes="/dev/zero")
 
 
 @pytest.mark.parametrize(
