@@ -19,6 +19,12 @@ def test_every_shipped_configuration_loads_and_opens_with_its_command(path):
     assert f"--config configs/{path.relative_to(FOLDER)} " in "".join(path.read_text().splitlines()[:3])
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_opens_with_the_time_it_takes_and_what_it_reached_or_says_that_it_has_not_been_run(path):
+    head = path.read_text().partition("\nname: ")[0]
+    assert "not been run" in head or "minute" in head and "Reached" in head
+
+
 @pytest.mark.parametrize(
     ("name", "architecture", "weights", "batch_size"),
     [
