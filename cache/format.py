@@ -20,10 +20,14 @@ import math
 import re
 import reprlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import views as view_space
+
+if TYPE_CHECKING:
+    from .encodings import Dense, Klt
 
 FORMAT = 1
 STORE_MARKER = "done/store"
@@ -138,7 +142,7 @@ class Layout:
 
     identity: Identity
     samples: int
-    encoding: object
+    encoding: "Dense | Klt"
     features: dict[str, int]
 
     @property

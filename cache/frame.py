@@ -68,6 +68,7 @@ def export_parquet(cache, path, *, view=None, sample=None, label=None, probabili
             writer = writer or parquet.ParquetWriter(partial, batch.schema)
             writer.write_batch(batch)
             rows += len(batch)
+        assert writer is not None, "there is one batch at least"
         writer.close()
         os.replace(partial, path)
     finally:

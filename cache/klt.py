@@ -44,7 +44,7 @@ class Klt:
 
     name: str = "klt"
     max_error: float = 0.02
-    coefficients: int | None = None  # R; None where no codebook is fitted yet
+    coefficients: int = 0  # R; 0 where no codebook is fitted yet
     high: int = 0  # the first so many coefficients have a second column
     reference: int = 0
     # From and to which factor of the temperature the rows of the fit were within max_error too; None: it was not tried.
@@ -94,6 +94,7 @@ class Klt:
 
     def codebook(self) -> dict[str, np.ndarray]:
         """The arrays that are written once, by name."""
+        assert self.decoder is not None and self.prediction is not None, "no codebook is fitted yet"
         values = {"mean": self.decoder.mean, "basis": self.decoder.basis, "prediction": self.prediction}
         return {f"codebook/{name}": value for name, value in values.items()}
 
@@ -219,10 +220,10 @@ class Klt:
         return _decoded(codes, self._matrix, out)
 
     def to_json(self) -> dict:
-        request = {"name": self.name, "max_error": self.max_error}
-        if self.coefficients is None:
+        request: dict = {"name": self.name, "max_error": self.max_error}
+        if not self.coefficients:
             return request
-        fitted = {"coefficients": self.coefficients, "high": self.high, "reference": self.reference}
+        fitted: dict = {"coefficients": self.coefficients, "high": self.high, "reference": self.reference}
         if self.temperature_range:
             fitted["temperature_range"] = list(self.temperature_range)
         return request | fitted

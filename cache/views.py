@@ -147,7 +147,7 @@ def to_json(views: CropFlip | RandomResizedCrop) -> dict:
 def from_json(values: dict) -> CropFlip | RandomResizedCrop:
     """The specification that `to_json` wrote. Raises ValueError for one this version does not know."""
     try:
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        fields: dict = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return SPECIFICATIONS[fields["name"]](**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"unknown view specification {values!r}") from error

@@ -236,8 +236,8 @@ class CacheWriter:
             raise ValueError(f"view {view}, block {block} is written; other views are stored as differences from it")
         count = rows.stop - rows.start
         if probability.shape != (count, layout.classes):
-            expected = [count, layout.classes]
-            raise ValueError(f"block {block} takes probability {expected}, found {list(probability.shape)}")
+            shape = [count, layout.classes]
+            raise ValueError(f"block {block} takes probability {shape}, found {list(probability.shape)}")
         expected = {name: [count, width] for name, width in layout.features.items()}
         found = {name: list(values.shape) for name, values in vectors.items()}
         if found != expected:
