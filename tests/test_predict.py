@@ -63,9 +63,10 @@ def test_a_folders_answers_are_those_of_evaluation(tmp_path, teacher_run, photos
     assert list(table.columns[:3]) == ["file", "class", "confidence"] and len(table.columns) == 1 + 2 * 5 + 10
 
 
-def test_parquet_and_files_are_taken_side_by_side_and_csv_goes_to_standard_output(
-    teacher_run, photos, digits, tmp_path, capsys
+def test_parquet_and_files_are_taken_together_and_the_table_is_printed_alone(
+    teacher_run, photos, digits, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr(progress, "SHORT_SECONDS", 0)  # so that how far it is would be printed too
     encoded = []
     for row in range(3):
         file = io.BytesIO()
