@@ -207,19 +207,22 @@ def main():
 
 
 @main.command("train-teacher", short_help="Train the teacher (stage one, first half).")
+@click.option(
+    "--backbone", type=PLACE, metavar="RUN", help="A complete run whose backbone is taken, for methods crt and oltr."
+)
 @click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
 @experiment
-def train_teacher(config, device, out, resume, dry_run):
+def train_teacher(config, device, backbone, out, resume, dry_run):
     """Example: python cli.py train-teacher --config configs/digits.yaml --out runs/teacher
 
-    Stage one, first half: train the teacher with cross-entropy on the long-tailed training set.
+    Stage one, first half: train the teacher on the long-tailed training set, by cross-entropy or another teacher.method.
     """
-    from offline_bkd.pipeline import teacher
-    from offline_bkd.pipeline.dry_run import show_plan
+    from offline_bkd.pipeline import train
+    from offline_bkd.pipeline.dry_run import show_training_plan
 
     if dry_run:
-        return show_plan(config, device, "teacher", out, resume)
-    teacher.train_teacher(config, out, device, resume)
+        return show_training_plan(config, device, "teacher", out, resume, backbone=backbone)
+    train.train_teacher(config, out, device, resume, backbone)
 
 
 @main.command("import-model", short_help="Make a run of a network that was trained elsewhere.")
@@ -248,7 +251,7 @@ def import_model(config, device, weights, out, prefix, classes, expect):
     multiple=True,
     type=PLACE,
     metavar="RUN",
-    help="A complete train-teacher run; several are averaged, experts (teacher.expert) share a cache.",
+    help="A complete run, whoever trained it; several are averaged, experts (teacher.expert) share a cache.",
 )
 @click.option("--out", required=True, type=PLACE, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
 @click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")
@@ -259,12 +262,12 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
     Stage one, second half: write the teacher's tempered probabilities for every view of every training sample.
     """
     from offline_bkd.pipeline import dump
-    from offline_bkd.pipeline.dry_run import show_plan
+    from offline_bkd.pipeline.dry_run import show_dump_plan
 
     if out.startswith("memory://"):
         raise UserError(f"{out}: nothing stays there when the command ends; name a folder, or an address on an object store")
     if dry_run:
-        return show_plan(config, device, "dump", out, resume, teachers, apart)
+        return show_dump_plan(config, device, teachers, out, resume, apart)
     dump.dump_logits(config, teachers, out, device, resume, apart)
 
 
@@ -274,21 +277,21 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
 )
 @click.option("--backbone", type=PLACE, metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
 @click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
-@click.option("--seeds", metavar="0,1,2", help="A student of each, all at once, in the folders OUT-0, OUT-1, OUT-2.")
+@click.option("--seeds", metavar="0,1,2", help="A student of each, one after the other, in the folders OUT-0, OUT-1, OUT-2.")
 @experiment
 def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
     """Example: python cli.py train-student --config configs/digits.yaml --cache runs/cache.zarr --out runs/student
 
     Stage two: train a student from the cache. No teacher is loaded.
     """
-    from offline_bkd.pipeline import student
-    from offline_bkd.pipeline.dry_run import show_plan
+    from offline_bkd.pipeline import train
+    from offline_bkd.pipeline.dry_run import show_training_plan
 
     if seeds is not None and (dry_run or click.get_current_context().params["seed"] is not None):
         raise UserError("--seeds stands for several runs, --seed and --dry-run for one; leave out the one or the other")
     if dry_run:
-        return show_plan(config, device, "student", out, resume, cache=cache, backbone=backbone)
-    student.train_student(config, cache, out, device, resume, backbone, parse_seeds(seeds))
+        return show_training_plan(config, device, "student", out, resume, cache, backbone)
+    train.train_student(config, cache, out, device, resume, backbone, parse_seeds(seeds))
 
 
 @main.command(short_help="Score a run's checkpoint again.")

@@ -21,7 +21,7 @@ from offline_bkd.cache.target import class_weight, total_variation
 from offline_bkd.pipeline import config, runs
 from offline_bkd.pipeline.show.report import spread
 from offline_bkd.pipeline.show.terminal import COLUMNS, table
-from offline_bkd.pipeline.student import train_student
+from offline_bkd.pipeline.train import train_student
 
 FIT_SAMPLES = 4096
 

@@ -2,9 +2,10 @@
 
     python benchmarks/train.py --out results
 
-ResNet-20 on CIFAR-100-LT, ResNet-32 on CIFAR-10-LT, and ResNet-50 on JPEG files that worker processes decode. All is
-measured in one run, in turns; figures are medians and ratios of medians. CIFAR comes from $OFFLINE_BKD_DATA where that is
-set; otherwise it is random pixels, which take as long. The files are made, of noise.
+ResNet-20 on CIFAR-100-LT in whole epochs with the student's evaluation after each; ResNet-32 on CIFAR-10-LT and ResNet-50
+on JPEG files, which worker processes decode, in steps. All is measured in one run, in turns; figures are medians and ratios
+of medians. CIFAR comes from $OFFLINE_BKD_DATA where that is set; otherwise it is random pixels, which take as long. The
+files are made, of noise.
 """
 
 import json
@@ -20,15 +21,18 @@ import click
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 from torchvision import transforms
 
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
 from offline_bkd.pipeline import config, runs, schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import DecodedImages, ResidentImages
+from offline_bkd.pipeline.evaluate import evaluate
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.training import engine, losses
-from offline_bkd.pipeline.training.methods import Setting, build_method
+from offline_bkd.pipeline.training.methods import Context, build_method
+from offline_bkd.pipeline.training.optimisation import Optimisation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +40,7 @@ T, BATCH, VIEWS = 2.0, 128, CropFlip(pad=4, flip=True)
 
 
 class SimulatedTargets:
-    """What `pipeline.targets.Targets` gathers from, filled with random numbers: K planes of N rows."""
+    """What `pipeline.training.targets.Targets` gathers from, filled with random numbers: K planes of N rows."""
 
     def __init__(self, planes: int, samples: int, classes: int, width: int | None, device: torch.device):
         """`width`: codes a row of transform-coded targets; None for float16 probabilities."""
@@ -49,7 +53,10 @@ class SimulatedTargets:
         self.basis = width and (torch.randn(width, classes, generator=generator) * 0.002).to(device)
         self.mean, self.temperature = torch.zeros(classes, device=device), T
 
-    def gather(self, rows, views):
+    def prepare(self, views, later):
+        pass
+
+    def probability(self, rows, views, temperature):
         stored = self.planes[views % len(self.planes), rows].float()
         return stored if self.basis is None else torch.softmax(torch.addmm(self.mean, stored, self.basis), 1)
 
@@ -78,32 +85,40 @@ def image_files(folder: Path, count: int) -> datasets.Dataset:
     return datasets.load(schema.ImageFolder(name="imagefolder", root=str(folder)))[0]
 
 
-def ours(network, method, training, train, images, targets, steps):
-    """A function that runs `steps` steps of the engine and returns seconds a step."""
-    device = images.device
-    rows = np.random.default_rng(0).permutation(len(train))[: steps * training.batch_size]
+def ours(network, settings, training, train, images, targets, steps, test_images=None):
+    """A function that runs `steps` steps of the engine, and evaluates on `test_images` if given; it returns the seconds."""
+    device, chosen = images.device, np.random.default_rng(0).permutation(len(train))[: steps * training.batch_size]
     data = schema.Digits(name="digits")
     model = build_model(network, len(train.classes), data, 0, channels_last=training.channels_last).to(device)
+    method = method_of(settings, model, targets, train.class_counts, device)
+    method.rows = lambda epoch: chosen
     task = engine.Task(
         model=model,
         network=model,
+        method=method,
         images=images,
         sample_id=train.sample_id,
         views=images.views,
-        rows=lambda epoch: rows,
-        loss=loss_of(method, targets, train.class_counts, device),
-        prepare=lambda views, later: None,
+        targets=targets,
         evaluate=None,
         training=training,
         seed=0,
     )
-    optimiser = engine.build_optimiser(task.model, task.training)
-    return lambda: engine.finish(engine.run_epoch(task, task.model, optimiser, 0))["seconds"] / steps
+    optimisation = Optimisation(model, model, training)
+
+    def epoch() -> float:
+        start = time.perf_counter()
+        engine.train_epoch(task, model, optimisation, 0)
+        if test_images:
+            evaluate(model, test_images, train.class_counts, training.precision)
+        return time.perf_counter() - start
+
+    return epoch
 
 
-def loss_of(method, targets, class_counts, device):
-    setting = Setting(
-        model=None,
+def method_of(settings, model, targets, class_counts, device):
+    context = Context(
+        model=model,
         sample_id=None,
         label=None,
         class_counts=class_counts,
@@ -112,7 +127,7 @@ def loss_of(method, targets, class_counts, device):
         seed=0,
         device=device,
     )
-    return build_method(method, setting).loss
+    return build_method(settings, context)
 
 
 class Crops(torch.utils.data.Dataset):
@@ -129,11 +144,11 @@ class Crops(torch.utils.data.Dataset):
         return self.transform(self.images[row]), int(self.label[row])
 
 
-def live(experiment, train, test, device, steps):
-    """The public training loop's way of working: two functions, of seconds a step and of seconds over the test set.
+def live(experiment, train, test, device):
+    """The public way of working, in float32: a function that trains and evaluates for an epoch, and returns the seconds.
 
-    A loader of single PIL crops, the teacher's forward pass in every step, `loss.item()` in every step, the teacher over
-    the test set in every epoch, float32.
+    A loader of single PIL crops with persistent workers, the teacher's forward pass in every step, accuracies and
+    `loss.item()` in every step; the student over the test set.
     """
     normalise = [transforms.ToTensor(), transforms.Normalize(experiment.data.mean, experiment.data.std)]
     crop = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *normalise])
@@ -143,36 +158,33 @@ def live(experiment, train, test, device, steps):
     teacher.eval()
     optimiser = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
     weights = losses.effective_number_weights(torch.as_tensor(train.class_counts), 0.9999).float().to(device)
-    pinned = {"num_workers": 2, "pin_memory": device.type == "cuda"}
-    chosen = torch.utils.data.Subset(
-        Crops(train, crop), np.random.default_rng(0).permutation(len(train))[: steps * BATCH].tolist()
-    )
-    loader = torch.utils.data.DataLoader(chosen, BATCH, shuffle=True, **pinned)
-    shown = torch.utils.data.DataLoader(Crops(test.take(np.arange(2000)), transforms.Compose(normalise)), 100, **pinned)
+    pinned = {"num_workers": 2, "pin_memory": device.type == "cuda", "persistent_workers": True}
+    loader = torch.utils.data.DataLoader(Crops(train, crop), BATCH, shuffle=True, **pinned)
+    shown = torch.utils.data.DataLoader(Crops(test, transforms.Compose(normalise)), 100, **pinned)
 
-    def step_seconds():
-        start, total = time.perf_counter(), 0.0
+    def epoch() -> float:
+        start, total, right = time.perf_counter(), 0.0, 0
+        student.train()
         for images, label in loader:
             images, label = images.to(device), label.to(device)
             with torch.no_grad():
-                probability = torch.softmax(teacher(images) / T, 1)
+                target = functional.softmax(teacher(images) / T, dim=1) * weights
+                target = target / target.sum(1, keepdim=True)
             logits = student(images)
-            kd = losses.distillation(logits, losses.balanced_probability(probability, weights), T)
-            loss = (losses.cross_entropy(logits, label) + kd).mean()
+            kd = functional.kl_div(functional.log_softmax(logits / T, dim=1), target, reduction="batchmean") * T * T
+            loss = functional.cross_entropy(logits, label) + kd
+            total += loss.item()
+            right += (logits.topk(5)[1] == label[:, None]).sum().item()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            total += loss.item()
-        return (time.perf_counter() - start) / steps
-
-    def test_seconds():
-        start = time.perf_counter()
+        student.eval()
         with torch.no_grad():
             for images, label in shown:
-                (teacher(images.to(device)).argmax(1).cpu() == label).sum().item()
-        return (time.perf_counter() - start) * len(test) / len(shown.dataset)
+                right += (student(images.to(device)).argmax(1) == label.to(device)).sum().item()
+        return time.perf_counter() - start
 
-    return step_seconds, test_seconds
+    return epoch
 
 
 def in_turns(work: dict, repeats: int) -> dict[str, float]:
@@ -191,8 +203,8 @@ def growth(experiment, device, repeats) -> list[dict]:
     forward and backward. Cross-entropy's loss grows with C too, and stands beside it.
     """
 
-    def once(method, targets, classes):
-        loss = loss_of(method, targets, np.full(classes, 100), device)
+    def once(settings, targets, classes):
+        method = method_of(settings, None, targets, np.full(classes, 100), device)
         logits = torch.randn(BATCH, classes, device=device, requires_grad=True)
         batch = engine.Batch(
             rows=torch.randint(targets.planes.shape[1], (BATCH,), device=device),
@@ -204,7 +216,7 @@ def growth(experiment, device, repeats) -> list[dict]:
         def seconds():
             start = time.perf_counter()
             for _ in range(20):
-                loss(logits, batch, 0)["loss"].mean().backward()
+                method.loss(logits, batch, 0).mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return (time.perf_counter() - start) / 20
@@ -231,31 +243,59 @@ def growth(experiment, device, repeats) -> list[dict]:
 
 @click.command()
 @click.option("--out", default="results", show_default=True, help="Folder for train-<device>.json.")
-@click.option("--steps", default=20, show_default=True, help="Steps a turn.")
-@click.option("--repeats", default=5, show_default=True, help="Turns that count.")
-def main(out, steps, repeats):
+@click.option("--epochs", default=5, show_default=True, help="Turns of whole epochs that count.")
+@click.option("--steps", default=20, show_default=True, help="Steps a turn, of the other networks.")
+def main(out, epochs, steps):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     root = os.environ.get("OFFLINE_BKD_DATA")
     train, test, experiment = load("cifar100-lt", root)
-    images, network = ResidentImages(train, VIEWS, device), experiment.student.model
-    coded = SimulatedTargets(162, len(train), 100, 40, device)
-    probability = SimulatedTargets(162, len(train), 100, None, device)
-    ce, bkd = schema.CE(name="ce"), experiment.student.method
-    step, over_test = live(experiment, train, test, device, steps)
-    work = {"live": step, "live teacher over the test set": over_test}
+    ce, bkd, network = schema.CE(name="ce"), experiment.student.method, experiment.student.model
+    images, test_images = (ResidentImages(part, VIEWS, device) for part in (train, test))
+    targets = {width: SimulatedTargets(162, len(train), 100, width, device) for width in (None, 40)}
+    whole, every = {"live float32": live(experiment, train, test, device)}, -(-len(train) // BATCH)
     for precision in ("float32", "bfloat16"):
         training = schema.Training(precision=precision, batch_size=BATCH)
-        work[f"ce {precision}"] = ours(network, ce, training, train, images, probability, steps)
-        work[f"bkd probability {precision}"] = ours(network, bkd, training, train, images, probability, steps)
-        work[f"bkd klt {precision}"] = ours(network, bkd, training, train, images, coded, steps)
-    switches = ("channels_last", "fused")
-    for switch in switches:
-        training = schema.Training(batch_size=BATCH, **{switch: False})
-        work[f"ce float32, {switch} off"] = ours(network, ce, training, train, images, probability, steps)
-    others = {}
+        for name, settings, width in ("ce", ce, None), ("bkd probability", bkd, None), ("bkd klt", bkd, 40):
+            common = training, train, images, targets[width], every, test_images
+            whole[f"{name} {precision}"] = ours(network, settings, *common)
+    medians = in_turns(whole, epochs)
+    ratios = {"live / bkd probability, float32": medians["live float32"] / medians["bkd probability float32"]}
+    for precision in ("float32", "bfloat16"):
+        for encoding in ("probability", "klt"):
+            ratios[f"bkd {encoding} / ce, {precision}"] = medians[f"bkd {encoding} {precision}"] / medians[f"ce {precision}"]
+    single, more = steps_of_others(experiment, train, images, targets[None], root, device, steps, epochs)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    result = {
+        "command": f"python benchmarks/train.py --epochs {epochs} --steps {steps}",
+        "commit": commit,
+        "device": runs.device_name(device),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "data": train.name,
+        "network": network.model_dump(),
+        "s an epoch with evaluation": medians,
+        "ms a step": single,
+        "ratios": ratios | more,
+        "growth": growth(experiment, device, 5 * epochs),
+    }
+    path = Path(out) / f"train-{device.type}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    click.echo(json.dumps(result, indent=1))
+
+
+def steps_of_others(experiment, train, images, targets, root, device, steps, repeats) -> tuple[dict, dict]:
+    """Milliseconds a step of other networks and with a switch off, and their ratios."""
+    ce, bkd, work, many = schema.CE(name="ce"), experiment.student.method, {}, {}
+    for switch in ("", "channels_last", "fused"):
+        training = schema.Training(batch_size=BATCH, **({switch: False} if switch else {}))
+        name = f"ce float32, {switch} off" if switch else "ce float32"
+        work[name] = ours(experiment.student.model, ce, training, train, images, targets, steps)
+        many[name] = steps
     ten, _, _ = load("cifar10-lt", root)
     deeper = schema.CifarResNet(name="cifar_resnet", depth=32)
-    others["ResNet-32, CIFAR-10-LT"] = deeper, ten, ResidentImages(ten, VIEWS, device), steps, BATCH
+    others = {"ResNet-32, CIFAR-10-LT": (deeper, ten, ResidentImages(ten, VIEWS, device), steps, BATCH)}
     with tempfile.TemporaryDirectory() as folder:
         few, batch = (steps, 256) if device.type == "cuda" else (4, 16)
         files = image_files(Path(folder), few * batch)
@@ -263,41 +303,16 @@ def main(out, steps, repeats):
         large = schema.TorchvisionModel(name="torchvision", architecture="resnet50")
         others["ResNet-50, image files"] = large, files, decoded, few, batch
         for name, (model, some, source, count, size) in others.items():
-            targets = SimulatedTargets(1, len(some), len(some.classes), None, device)
+            random = SimulatedTargets(1, len(some), len(some.classes), None, device)
             training = schema.Training(batch_size=size)
-            for label, method in ("ce", ce), ("bkd", bkd):
-                work[f"{label}, {name}"] = ours(model, method, training, some, source, targets, count)
+            for label, settings in ("ce", ce), ("bkd", bkd):
+                work[f"{label}, {name}"] = ours(model, settings, training, some, source, random, count)
+                many[f"{label}, {name}"] = count
         medians = in_turns(work, repeats)
-    steps_an_epoch = -(-len(train) // BATCH)
-    live_epoch = steps_an_epoch * medians["live"] + medians["live teacher over the test set"]
     ratios = {f"bkd / ce, {name}": medians[f"bkd, {name}"] / medians[f"ce, {name}"] for name in others}
-    for switch in switches:
+    for switch in ("channels_last", "fused"):
         ratios[f"ce, {switch} off / on"] = medians[f"ce float32, {switch} off"] / medians["ce float32"]
-    for precision in ("float32", "bfloat16"):
-        for encoding in ("probability", "klt"):
-            epoch = steps_an_epoch * medians[f"bkd {encoding} {precision}"]
-            ratios[f"bkd {encoding} / ce, {precision}"] = epoch / (steps_an_epoch * medians[f"ce {precision}"])
-            ratios[f"live / bkd {encoding}, {precision}"] = live_epoch / epoch
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {
-        "command": f"python benchmarks/train.py --steps {steps} --repeats {repeats}",
-        "commit": commit,
-        "device": runs.device_name(device),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "data": train.name,
-        "network": experiment.student.model.model_dump(),
-        "ms a step": {name: 1e3 * value for name, value in medians.items() if "test set" not in name},
-        "live teacher over the test set, s": medians["live teacher over the test set"],
-        "steps an epoch": steps_an_epoch,
-        "ratios of epochs": ratios,
-        "growth": growth(experiment, device, 5 * repeats),
-    }
-    path = Path(out) / f"train-{device.type}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    click.echo(json.dumps(result, indent=1))
+    return {name: 1e3 * seconds / many[name] for name, seconds in medians.items()}, ratios
 
 
 if __name__ == "__main__":

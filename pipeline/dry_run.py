@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,89 +14,185 @@ from offline_bkd.cache.planes import row_format
 from offline_bkd.cache.views import CropFlip
 from offline_bkd.cache.writer import refuse_taken
 from offline_bkd.pipeline import runs
+from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.data import datasets
-from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.data.images import ImageSource, open_images
 from offline_bkd.pipeline.dump import cache_paths, load_teachers, notes_on_teachers
 from offline_bkd.pipeline.evaluate import infer
 from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
-from offline_bkd.pipeline.recipe import notes_on_training, refuse_device, refuse_unfit, take_backbone
-from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.requirements import (
+    notes_on_training,
+    open_matching_cache,
+    refuse_device,
+    refuse_sources,
+    refuse_unfit,
+)
+from offline_bkd.pipeline.schema import Experiment, TrainedNetwork
 from offline_bkd.pipeline.show import terminal
-from offline_bkd.pipeline.student import open_matching_cache, refuse_sources
-from offline_bkd.pipeline.training import engine, losses
-from offline_bkd.pipeline.training.methods import refuse_width
+from offline_bkd.pipeline.training import losses
+from offline_bkd.pipeline.training.methods.distillation import refuse_width
+from offline_bkd.pipeline.training.optimisation import Optimisation
+
+TRIED = 512  # images that are read, and on which steps are timed
+SECONDS = 4.0  # about as long may the timed steps take; a batch that is slower is timed in part
 
 
-def show_plan(
+def show_training_plan(
     config: Experiment,
     device: torch.device,
-    stage: str,
+    role: str,
     out: str,
     resume: bool = False,
-    teachers: Sequence[str] = (),
-    apart: bool = False,
     cache: str | None = None,
     backbone: str | None = None,
 ) -> None:
-    """Prints the resolved configuration, and what `stage` ("teacher", "dump" or "student") would need.
+    """Prints the resolved configuration, and what training the network of `role` ("teacher" or "student") would need.
 
-    Downloads nothing. Refuses what the command would, but for teachers, a cache or a backbone that are yet to be made.
+    Downloads nothing. Refuses what the command would, but for a cache or a backbone that is yet to be made.
     """
-    section = config.student if stage == "student" else config.teacher
-    if stage == "dump":
-        for path in cache_paths(teachers, out, apart):
-            refuse_taken(path, resume)
-    else:
-        runs.refuse_taken(out, resume)
-        refuse_device(section.training, stage, device)
-    if stage == "student":
-        refuse_sources(section.method, cache, backbone)
-    training_set, test_set = datasets.load(config.data, config.expert(stage), download=False)
-    notes = []
-    if teachers and all(map(_there, teachers)):
-        _, identities = load_teachers(teachers, training_set)
-        notes += notes_on_teachers(teachers, identities, training_set)
-    found = open_matching_cache(cache, config, training_set) if cache and _there(cache) else None
-    samples, classes, views = len(training_set), len(training_set.classes), config.views.count
-    images = [open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set)]
-    network = section.model
-    if stage == "dump" or network.downloads:
-        network = network.without_weights()  # no size or time depends on them
-    model = build_model(
-        network, classes, config.data, config.seed, images[0].crop_size, channels_last=section.training.channels_last
-    ).to(device)
-    if stage != "dump" and section.model.downloads:
-        refuse_unknown_weights(section.model)
+    section = config.network(role)
+    runs.refuse_taken(out, resume)
+    refuse_device(section.training, role, device)
+    refuse_sources(section.method, cache, backbone)
+    plan = _Plan(config, section, device)
+    store = open_matching_cache(cache, config, plan.training_set) if cache and _there(cache) else None
+    model = plan.build(section)
     if backbone and _there(backbone):
-        take_backbone(model, section.model, runs.open_run(backbone), training_set)
-    if found and config.student.method.learns_from == "features":
-        refuse_width(model, found.features.values())
-    if stage != "dump":
-        refuse_unfit(model, images[0], samples, section.training.batch_size)
-    seconds = _seconds(config, model, images, device, stage) * (len(teachers) if stage == "dump" else 1)
-    counts, row = training_set.class_counts, _row_bytes(config, classes, found)
-    from_cache = stage == "student" and config.student.method.learns_from not in (None, "backbone")
-    held = samples * row * (views if isinstance(config.views, CropFlip) else 2) if from_cache and row else 0
-    stored = f"{views * samples * row / 1e6:,.1f} MB in memory" if row else "known once klt is fitted to the teacher"
+        take_backbone(model, section.model, runs.open_run(backbone), plan.training_set)
+    if store and section.method.learns_from == "features":
+        refuse_width(model, store.features.values())
+    samples, batch_size = len(plan.training_set) * section.model.branches, section.training.batch_size  # BBN's pairs
+    refuse_unfit(model, plan.images, samples, batch_size)
+    step = plan.cost_of(lambda size: _step(model, section, plan.images, size), min(batch_size, samples))
+    score = plan.cost_of(lambda size: _infer(model, plan.test_images, size, section.training.precision), 500)
+    evaluations = math.ceil(section.training.epochs / section.training.evaluate_every)
+    steps = section.training.epochs * math.ceil(samples / batch_size)
+    seconds = steps * step.seconds + evaluations * len(plan.test_set) / 500 * score.seconds
+    facts, held = plan.sizes(model), plan.held
+    from_cache, row = section.method.learns_from not in (None, "backbone"), None
+    if from_cache or role == "teacher":
+        row = _row_bytes(config, section, len(plan.training_set.classes), store)
+        facts["store"] = _store_size(config, len(plan.training_set), row)
+    if from_cache:
+        views = config.views.count if isinstance(config.views, CropFlip) else 2
+        held += len(plan.training_set) * (row or 0) * views
+    facts["memory"] = f"about {(runs.peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
+    facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.found}"
+    _show(config, facts, notes_on_training(section, store), role)
+
+
+def show_dump_plan(
+    config: Experiment, device: torch.device, teachers: Sequence[str], out: str, resume: bool = False, apart: bool = False
+) -> None:
+    """Prints the resolved configuration, and what dumping the teachers' answers would need; teachers may be yet to be made."""
+    for path in cache_paths(teachers, out, apart):
+        refuse_taken(path, resume)
+    plan, notes = _Plan(config, config.teacher, device), []
+    if all(map(_there, teachers)):
+        _, identities = load_teachers(teachers, plan.training_set)
+        notes = notes_on_teachers(teachers, identities, plan.training_set)
+    model, batch_size = plan.build(config.teacher, weights=False), min(config.cache.batch_size, len(plan.training_set))
+    forward = plan.cost_of(lambda size: _infer(model, plan.images, size, config.cache.precision), batch_size)
+    answers = config.views.count * len(plan.training_set) * len(teachers)
+    facts, classes = plan.sizes(model), len(plan.training_set.classes)
+    facts["store"] = _store_size(config, len(plan.training_set), _row_bytes(config, config.teacher, classes, None))
     if apart:
-        stored += f", each of {len(teachers)}"
-    facts = {
-        "training samples (N)": f"{samples:,}",
-        "classes (C)": f"{classes:,}, of {counts.max():,} to {counts[counts > 0].min():,} samples",
-        "test samples": f"{len(test_set):,}",
-        "views": f"{views:,}",
-        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        **({"store": stored} if from_cache or stage != "student" else {}),
-        "memory": f"about {(runs.peak_memory(device) + held) / 1e6:,.0f} MB on {device.type}",
-        "time": f"about {seconds:,.0f} s on {device.type}",
-    }
-    if stage != "dump":
-        notes += notes_on_training(section.method if stage == "student" else None, section.training, found)
+        facts["store"] += f", each of {len(teachers)}"
+    memory = runs.peak_memory(device) + forward.more_memory + plan.held
+    facts["memory"] = f"about {memory / 1e6:,.0f} MB on {device.type}"
+    facts["time"] = f"about {answers / batch_size * forward.seconds:,.0f} s on {device.type}, {forward.found}"
+    _show(config, facts, notes, "dump")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    seconds: float  # of a step of the whole batch
+    more_memory: float  # bytes that it takes beyond what was taken so far
+    found: str  # how it was found
+
+
+class _Plan:
+    """The data, of which only the first TRIED images are read, and steps on them."""
+
+    def __init__(self, config: Experiment, section: TrainedNetwork, device: torch.device):
+        self.config, self.device = config, device
+        self.training_set, self.test_set = datasets.load(config.data, section.expert, download=False)
+        first = (part.take(np.arange(min(TRIED, len(part)))) for part in (self.training_set, self.test_set))
+        self.images, self.test_images = (open_images(part, config.views, device, config.data.workers) for part in first)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the images that a command would hold and this did not read."""
+        parts = (self.training_set, self.images), (self.test_set, self.test_images)
+        return sum(
+            images.padded[0].nbytes * (len(dataset) - len(images.label)) for dataset, images in parts if not images.decodes
+        )
+
+    def build(self, section: TrainedNetwork, weights: bool = True) -> torch.nn.Module:
+        network = section.model
+        if weights and network.downloads:
+            refuse_unknown_weights(network)
+        if not weights or network.downloads:
+            network = network.without_weights()  # no size or time depends on them
+        classes, layout = len(self.training_set.classes), section.training.channels_last
+        size = self.images.crop_size
+        return build_model(network, classes, self.config.data, self.config.seed, size, channels_last=layout).to(self.device)
+
+    def cost_of(self, work: Callable[[int], None], batch_size: int) -> _Cost:
+        """Of `work` on a batch: from whole batches where they are fast, else from a part of one."""
+        size = min(batch_size, 8)
+        first, before = _median_time(work, size, self.device, 2), runs.peak_memory(self.device)
+        whole = first * batch_size / size
+        while size < batch_size and 3 * whole * min(1, 4 * size / batch_size) < SECONDS:
+            size = min(4 * size, batch_size)
+            before = runs.peak_memory(self.device)
+            whole = _median_time(work, size, self.device, 3) * batch_size / size
+        grown = runs.peak_memory(self.device) - before  # by three quarters of what the last size takes
+        more = 0 if size == batch_size else grown * 4 / 3 * (batch_size / size - 1)
+        return _Cost(seconds=whole, more_memory=more, found=f"from steps of {size} images")
+
+    def sizes(self, model: torch.nn.Module) -> dict[str, str]:
+        counts = self.training_set.class_counts
+        return {
+            "training samples (N)": f"{len(self.training_set):,}",
+            "classes (C)": f"{len(counts):,}, of {counts.max():,} to {counts[counts > 0].min():,} samples",
+            "test samples": f"{len(self.test_set):,}",
+            "views": f"{self.config.views.count:,}",
+            "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        }
+
+
+def _step(model: torch.nn.Module, section: TrainedNetwork, images: ImageSource, size: int) -> None:
+    """A training step on `size` images, by cross-entropy: other methods' losses cost little beside the network."""
+    rows = np.arange(size) % len(images.label)
+    (batch,) = images.batches(rows, np.zeros(size, np.int64), size)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=section.training.precision == "bfloat16"):
+        logits = model.train()(batch.images)
+    Optimisation(model, model, section.training).step(losses.cross_entropy(logits, batch.label).mean(), 0.0)
+
+
+def _infer(model: torch.nn.Module, images: ImageSource, size: int, precision: str) -> None:
+    infer(model, images, np.arange(size) % len(images.label), batch_size=size, precision=precision)
+
+
+def _median_time(work: Callable[[int], None], size: int, device: torch.device, times: int) -> float:
+    """Median seconds of a call, after one that is not counted."""
+    seconds = []
+    for _ in range(1 + times):
+        start = time.perf_counter()
+        work(size)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
+
+
+def _show(config: Experiment, facts: dict[str, str], notes: list[str], what: str) -> None:
     print(dump_config(config))
     for note in notes:
         print(f"note: {note}")
-    terminal.facts(facts, f"{config.name}: {stage}, nothing written")
+    terminal.facts(facts, f"{config.name}: {what}, nothing written")
 
 
 def _there(place: str) -> bool:
@@ -103,55 +200,16 @@ def _there(place: str) -> bool:
     return "://" in place or Path(place).exists()
 
 
-def _row_bytes(config: Experiment, classes: int, cache: Cache | None) -> int | None:
+def _row_bytes(config: Experiment, section: TrainedNetwork, classes: int, store: Cache | None) -> int | None:
     """Bytes that one sample's answer to one view takes in memory; None where only the teacher's answers can say."""
-    features = config.student.method.learns_from == "features"
-    if cache:
-        width, dtype = row_format(cache, features)
+    if store:
+        width, dtype = row_format(store, section.method.learns_from == "features")
         return width * dtype.itemsize
     encoding = encodings.from_json(config.cache.encoding.model_dump())
     return classes * np.dtype(encoding.dtype).itemsize if encoding.plain else None
 
 
-def _seconds(config: Experiment, model: torch.nn.Module, images: list, device: torch.device, stage: str) -> float:
-    """Extrapolated from a few steps."""
-    section = config.student if stage == "student" else config.teacher
-    training, (train, test) = section.training, images
-    samples, tests = len(train.label) * section.model.branches, len(test.label)  # an epoch visits as many for each branch
-    if stage == "dump":
-        batch, precision = config.cache.batch_size, config.cache.precision
-    else:
-        batch, precision = training.batch_size, training.precision
-    rows = np.arange(min(batch, samples)) % len(train.label)
-    views = np.zeros(len(rows), np.int64)
-    if stage == "dump":
-        seconds = _time(lambda: infer(model, train, rows, views, batch, precision), device)
-        return config.views.count * samples / len(rows) * seconds
-    optimiser = engine.build_optimiser(model, training)
-
-    def step(size: int):
-        (found,) = train.batches(rows[:size], views[:size], size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = model(found.images)
-        optimiser.zero_grad(set_to_none=True)
-        losses.cross_entropy(logits, found.label).mean().backward()
-        optimiser.step()
-
-    steps = training.epochs * math.ceil(samples / batch)
-    evaluations = math.ceil(training.epochs / training.evaluate_every)
-    some = np.arange(min(tests, 2000))
-    judging = evaluations * tests / len(some) * _time(lambda: infer(model, test, some, precision=precision), device)
-    step(samples % batch or len(rows))  # an epoch's last batch, whose other size takes memory of its own
-    return steps * _time(lambda: step(len(rows)), device) + judging
-
-
-def _time(work, device: torch.device) -> float:
-    """Median seconds of a call."""
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[2:]))
+def _store_size(config: Experiment, samples: int, row: int | None) -> str:
+    if row is None:
+        return "known once klt is fitted to the teacher"
+    return f"{config.views.count * samples * row / 1e6:,.1f} MB in memory"

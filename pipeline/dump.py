@@ -218,6 +218,12 @@ def load_teachers(
 ) -> tuple[Teachers, list[dict]]:
     """The teachers of `folders`, and what a cache keeps of each one's identity."""
     members, identities = zip(*(load_teacher(folder, training_set) for folder in folders))
+    for folder, identity in zip(folders, identities):
+        if features and identity["model"]["memory"]:
+            raise UserError(
+                f"the network in {folder} has a memory before its classifier, and no features that a student could learn; "
+                "leave out cache.features"
+            )
     digests = [one["digest"] for one in identities]
     if repeated := [folder for number, folder in enumerate(folders) if digests[number] in digests[:number]]:
         raise UserError(f"the teacher in {repeated[0]} is given twice; name different teachers")
@@ -276,30 +282,30 @@ def _refuse_unfit(members: Sequence[torch.nn.Module], identities: Sequence[dict]
 
 
 def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.Module, dict]:
-    """The last checkpoint of a complete teacher's run, on the CPU in evaluation mode, and what a cache keeps of its identity.
+    """The last checkpoint of any complete run, on the CPU in evaluation mode, and what a cache keeps of its identity.
 
-    Raises UserError if the run is not complete, or the teacher answers for other classes.
+    Raises UserError if the run is not complete, or its network answers for other classes.
     """
     run = runs.open_run(folder)
-    if run.stage != "teacher":
-        raise UserError(f"{folder} holds a student's run; name the --out of train-teacher")
     summary, trained = run.summary(), run.config()
+    section = trained.network(run.stage)
     if tuple(summary["classes"]) != training_set.classes:
         raise UserError(
-            f"the teacher in {folder} knows other classes than {training_set.name}; use the data it was trained on"
+            f"the network in {folder} knows other classes than {training_set.name}; use the data it was trained on"
         )
     model = load_model(run, "last", trained, len(training_set.classes))
     answers_of = {
         "digest": summary["digest"],
-        "model": trained.teacher.model.model_dump(mode="json"),
+        "method": section.method.name,
+        "model": section.model.model_dump(mode="json"),
         "seed": trained.seed,
-        "epochs": trained.teacher.training.epochs,
+        "epochs": section.training.epochs,
         "data": trained.data.name,
         "dataset": summary["dataset"],
         "test": summary["last"],
     }
     if "source" in summary:
         answers_of["source"] = summary["source"]
-    if trained.teacher.expert:
-        answers_of["expert"] = trained.teacher.expert
+    if section.expert:
+        answers_of["expert"] = section.expert
     return model, answers_of

@@ -7,6 +7,7 @@ from offline_bkd.pipeline import UserError, metrics, runs, schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.training.ranks import ALONE, Ranks
 
 
 @torch.inference_mode()
@@ -23,20 +24,26 @@ def infer(model: torch.nn.Module, images, rows: np.ndarray, views=None, batch_si
     return logits
 
 
-def evaluate(model: torch.nn.Module, images, class_counts: np.ndarray, precision: str = "float32") -> dict:
-    """`metrics.scores` of `model` on every image of the source, by the training set's `class_counts` [C]."""
+def evaluate(
+    model: torch.nn.Module, images, class_counts: np.ndarray, precision: str = "float32", ranks: Ranks = ALONE
+) -> dict:
+    """`metrics.scores` of `model` on every image of the source, by the training set's `class_counts` [C].
+
+    Each of `ranks` answers for a share of the images.
+    """
     label = images.label.cpu().numpy()
-    predicted = infer(model, images, np.arange(len(label)), precision=precision).argmax(1).cpu().numpy()
+    rows = np.array_split(np.arange(len(label)), ranks.world)[ranks.rank]
+    predicted = ranks.gather(infer(model, images, rows, precision=precision).argmax(1)).cpu().numpy()
     return metrics.scores(predicted, label, class_counts)
 
 
 def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, classes: int) -> torch.nn.Module:
     """The run's model at `checkpoint` ("last" or "best"), on the CPU."""
-    section, training = getattr(experiment, run.stage).model, getattr(experiment, run.stage).training
-    section = section.without_weights()  # the checkpoint has them all
-    members = torch.ones(classes, dtype=torch.bool) if experiment.expert(run.stage) else None  # which, the checkpoint says
+    trained = experiment.network(run.stage)
+    section, layout = trained.model.without_weights(), trained.training.channels_last  # the checkpoint has all weights
+    members = torch.ones(classes, dtype=torch.bool) if trained.expert else None  # which, the checkpoint says
     size = run.summary().get("image_size")
-    model = build_model(section, classes, experiment.data, 0, size, members, training.channels_last)
+    model = build_model(section, classes, experiment.data, 0, size, members, layout)
     tensors, _ = run.load_tensors(checkpoint)
     try:
         model.load_state_dict(tensors)
@@ -76,7 +83,7 @@ def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], devic
         raise UserError(
             f"the network in {folder} was trained on images of {trained} pixels, found {found}; score it on images that large"
         )
-    precision = getattr(experiment, run.stage).training.precision
+    precision = experiment.network(run.stage).training.precision
     return evaluate(model, images, class_counts, precision)
 
 

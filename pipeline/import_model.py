@@ -36,6 +36,7 @@ def import_model(
     Raises UserError, before anything is written, where the weights do not fit, where the accuracy is further than TOLERANCE
     from `expected` percent, and, without an expectation, where another order of the classes would reach more.
     """
+    runs.refuse_several_processes()
     runs.refuse_taken(out, resume=False)
     section = config.teacher
     if section.expert:

@@ -6,7 +6,7 @@ Unknown keys, wrong types and impossible values are all reported at once, each w
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
 
@@ -191,9 +191,10 @@ class Step(Section):
 
 
 class Cosine(Section):
-    """Half a cosine from the base learning rate to zero, step by step."""
+    """A linear rise over `warmup_epochs`, then half a cosine from the base learning rate to zero, step by step."""
 
     name: Literal["cosine"]
+    warmup_epochs: Annotated[int, Strict(), Field(ge=0)] = 0
 
 
 class OneCycle(Section):
@@ -204,15 +205,20 @@ class OneCycle(Section):
 
 
 class Training(Section):
-    """Stochastic gradient descent with momentum."""
+    """How long and by what steps a network is trained."""
 
     epochs: Positive = 200
     batch_size: Positive = 128
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")
-    momentum: Fraction = 0.9
+    # sgd decays every parameter, as the papers do; adamw all but biases and scales, as transformers are trained
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Fraction = 0.9  # of sgd; of adamw it is the first beta, the second being 0.999
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    gradient_clip: Annotated[float, Field(gt=0)] | None = None  # the largest norm of all gradients together
+    # decay of an exponential moving average of the weights, step by step, which is then what is evaluated and saved
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     # of the forward pass; weights and losses stay float32. On a GPU torch multiplies in TF32 within float32's convolutions
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = True  # the memory format of images, weights and activations; false: contiguous
@@ -225,11 +231,13 @@ class Training(Section):
     def _momentum(self):
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum; set momentum, usually 0.9, or leave out nesterov")
+        if self.nesterov and self.optimizer != "sgd":
+            raise ValueError(f"nesterov is of optimizer sgd; leave it out with {self.optimizer}")
         return self
 
 
 class Method(Section):
-    """A way to train a student."""
+    """A way to train a network."""
 
     learns_from: ClassVar[Literal["probabilities", "experts", "features", "backbone"] | None] = None  # a cache's; a run's
 
@@ -239,6 +247,7 @@ class CE(Method):
 
     name: Literal["ce"]
     sampler: Literal["instance_balanced", "class_balanced"] = "instance_balanced"
+    label_smoothing: Fraction = 0.0  # share of the label that is spread evenly over all classes
 
 
 class KD(Method):
@@ -262,7 +271,10 @@ class BKD(Method):
 
 
 class CB(Method):
-    """Cross-entropy weighted by the label's inverse effective number (Cui et al., 2019)."""
+    """Cross-entropy weighted by the label's inverse effective number (Cui et al., 2019).
+
+    A batch's mean is the weighted one, as in the public code: divided by the sum of the batch's weights.
+    """
 
     name: Literal["cb"]
     beta: Fraction = 0.9999
@@ -277,7 +289,7 @@ class Focal(Method):
 
 
 class CBFocal(Method):
-    """Focal loss weighted by the label's inverse effective number (Cui et al., 2019)."""
+    """Focal loss weighted by the label's inverse effective number (Cui et al., 2019), a batch's mean being the plain one."""
 
     name: Literal["cb_focal"]
     beta: Fraction = 0.9999
@@ -293,7 +305,10 @@ class LogitAdjustment(Method):
 
 
 class LDAM(Method):
-    """Margins that grow for rare classes, with deferred re-weighting (Cao et al., 2019); needs a cosine classifier."""
+    """Margins that grow for rare classes, with deferred re-weighting (Cao et al., 2019); needs a cosine classifier.
+
+    Re-weighted, a batch's mean is divided by the sum of its weights, as in the public code.
+    """
 
     name: Literal["ldam"]
     max_margin: Annotated[float, Field(ge=0)] = 0.5
@@ -306,6 +321,7 @@ class CRT(Method):
 
     learns_from = "backbone"
     name: Literal["crt"]
+    batch_statistics: bool = False  # whether the frozen backbone normalises by the batch while the classifier learns
 
 
 class CBD(Method):
@@ -384,49 +400,76 @@ class CacheSection(Section):
 Model = Annotated[CifarResNet | TorchvisionModel | TimmModel, Field(discriminator="name")]
 
 
-class Teacher(Section):
+AnyMethod = Annotated[
+    CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | OLTR | BBN,
+    Field(discriminator="name"),
+]
+
+
+class TrainedNetwork(Section):
+    """A network and how it is trained. Teacher and student are uses of one."""
+
     model: Model
+    method: AnyMethod
     training: Training = Training()
-    expert: Literal["many", "medium", "few"] | None = None  # learns the classes of this shot group alone, for method lfme
-    color_jitter: bool = False  # strong colour augmentation while training, as half of CBD's teachers have it
-
-    @model_validator(mode="after")
-    def _plain(self):
-        if self.model.branches != 1:
-            raise ValueError("a teacher has one branch: leave out teacher.model.branches; two are for students of method bbn")
-        if self.model.memory:
-            raise ValueError("a teacher has no memory: leave out teacher.model.memory; it is for students of method oltr")
-        return self
-
-
-class Student(Section):
-    model: Model
-    method: Annotated[
-        CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | OLTR | BBN,
-        Field(discriminator="name"),
-    ] = BKD(name="bkd")
-    training: Training = Training()
+    # random colour changes of training images: mild as in the public code of cRT and OLTR, strong as of half of CBD's teachers
+    color_jitter: Annotated[
+        Literal[False, "mild", "strong"], BeforeValidator(lambda value: "strong" if value is True else value)
+    ] = False
+    expert: Literal["many", "medium", "few"] | None = None  # learns the classes of this shot group alone, to teach method lfme
 
     @model_validator(mode="after")
     def _fits(self):
-        method, model = self.method.name, self.model
+        method, model, memory = self.method.name, self.model, self.method.name == "oltr"
         if method in ("ldam", "cbd") and model.cosine_scale is None:
             usual = {"ldam": 30, "cbd": 20}[method]
-            raise ValueError(f"method {method} needs a cosine classifier: set student.model.cosine_scale, usually {usual}")
-        if (method == "oltr") != model.memory:
+            raise ValueError(f"method {method} needs a cosine classifier: set model.cosine_scale, usually {usual}")
+        if memory != model.memory:
             raise ValueError(
-                f"method {method} needs a network {'with' if method == 'oltr' else 'without'} a memory: set "
-                f"student.model.memory={'true' if method == 'oltr' else 'false'}"
+                f"method {method} needs a network {'with' if memory else 'without'} a memory: set "
+                f"model.memory={'true' if memory else 'false'}"
             )
         if model.memory and model.cosine_scale is not None:
-            raise ValueError("a memory has its own cosine classifier: leave out student.model.cosine_scale")
-        if (method == "bbn") != (model.branches == 2):
+            raise ValueError("a memory has its own cosine classifier: leave out model.cosine_scale")
+        branches = 2 if method == "bbn" else 1
+        if model.branches != branches:
             raise ValueError(
-                f"method {method} needs a network of {'two branches' if method == 'bbn' else 'one branch'}: set "
-                f"student.model.branches={2 if method == 'bbn' else 1}; found {model.branches}"
+                f"method {method} needs a network of {'two branches' if branches == 2 else 'one branch'}: set "
+                f"model.branches={branches}; found {model.branches}"
             )
         if method == "bbn" and self.training.batch_size % 2:
             raise ValueError(f"method bbn splits every batch in two: training.batch_size {self.training.batch_size} is odd")
+        if self.expert and method != "ce":
+            raise ValueError(
+                f"an expert of some classes is trained by method ce; found {method}; leave out expert or the method"
+            )
+        if self.color_jitter and self.method.learns_from in ("probabilities", "experts", "features"):
+            raise ValueError(
+                f"method {method} learns from a cache, which holds no answers to jittered images; leave out color_jitter"
+            )
+        return self
+
+
+class Teacher(TrainedNetwork):
+    method: AnyMethod = CE(name="ce")
+
+    @model_validator(mode="after")
+    def _needs_no_cache(self):
+        if self.method.learns_from not in (None, "backbone"):
+            raise ValueError(
+                f"method {self.method.name} learns from a cache, which stage one has not written yet; train it as a student, "
+                "whose run can be a teacher too"
+            )
+        return self
+
+
+class Student(TrainedNetwork):
+    method: AnyMethod = BKD(name="bkd")
+
+    @model_validator(mode="after")
+    def _knows_all_classes(self):
+        if self.expert:
+            raise ValueError("a student knows all classes: leave out student.expert; experts are teachers, for method lfme")
         return self
 
 
@@ -441,6 +484,6 @@ class Experiment(Section):
     cache: CacheSection = CacheSection()
     student: Student
 
-    def expert(self, stage: str) -> str | None:
-        """The shot group whose classes alone the network of `stage` knows, if it is an expert."""
-        return self.teacher.expert if stage == "teacher" else None
+    def network(self, role: str) -> TrainedNetwork:
+        """The section of `role`, "teacher" or "student"."""
+        return getattr(self, role)

@@ -32,7 +32,7 @@ def teacher_run(tmp_path_factory):
     """The folder of a tiny teacher's complete run."""
     import tiny
 
-    from offline_bkd.pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.train import train_teacher
 
     folder = tmp_path_factory.mktemp("tiny") / "teacher"
     train_teacher(tiny.experiment(), str(folder), tiny.CPU)

@@ -10,8 +10,7 @@ from offline_bkd.cache import open_cache
 from offline_bkd.pipeline import config, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.dump import dump_logits
-from offline_bkd.pipeline.student import train_student
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_student, train_teacher
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cifar100-lt-quick.yaml"
 pytestmark = pytest.mark.skipif(

@@ -167,7 +167,7 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     refuses("is not for this run: temperature", "train-student", "--cache", cache, overrides=["cache.temperature=3"])
     crt = "student.method={name: crt}"
     wider = [crt, "student.model.width=8"]
-    refuses("another network than student.model", "train-student", "--backbone", teacher_run, overrides=wider)
+    refuses("another network than the new one", "train-student", "--backbone", teacher_run, overrides=wider)
     refuses("is not a run's folder", "train-student", "--backbone", tmp_path, overrides=[crt])
     refuses("knows other classes", "dump-logits", "--teacher", teacher_run, overrides=[two_classes(tmp_path)])
     refuses("is not empty; resume the dump", "dump-logits", "--teacher", teacher_run, out=cache)

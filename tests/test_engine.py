@@ -18,9 +18,9 @@ import torch
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data.images import ResidentImages
 from offline_bkd.pipeline.schema import Cosine, OneCycle, Training
-from offline_bkd.pipeline.student import train_student
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import engine
+from offline_bkd.pipeline.training.optimisation import learning_rate
 from offline_bkd.pipeline.training.samplers import instance_balanced
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 def rates(training: Training, steps_per_epoch: int) -> list[float]:
     total = training.epochs * steps_per_epoch
-    return [engine.learning_rate(training, step, steps_per_epoch) for step in range(total)]
+    return [learning_rate(training, step, steps_per_epoch) for step in range(total)]
 
 
 def test_the_step_schedule_is_the_papers():
@@ -117,7 +117,7 @@ def test_twenty_interruptions_at_random_steps_change_no_bit(tmp_path, monkeypatc
     train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
     generator, left = np.random.default_rng(0), [0]
 
-    def stop_at_some_step(logits, label):
+    def stop_at_some_step(logits, label, *smoothing):
         left[0] -= 1
         if left[0] == 0:
             raise Stop
@@ -199,7 +199,7 @@ def test_the_step_that_diverged_is_the_one_named(tmp_path, monkeypatch):
 
     calls, cross_entropy = [], losses.cross_entropy
 
-    def poisoned(logits, label):
+    def poisoned(logits, label, *smoothing):
         calls.append(len(label))
         return cross_entropy(logits, label) * (float("nan") if len(calls) == 11 else 1)
 
@@ -269,10 +269,10 @@ class Dropping(torch.nn.Module):
 @pytest.fixture
 def dropping(monkeypatch):
     """Networks that draw random numbers themselves."""
-    from offline_bkd.pipeline import recipe
+    from offline_bkd.pipeline import train
 
-    build = recipe.build_model
-    monkeypatch.setattr(recipe, "build_model", lambda *arguments: Dropping(build(*arguments)))
+    build = train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *arguments: Dropping(build(*arguments)))
 
 
 def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, dropping, monkeypatch):
@@ -282,7 +282,7 @@ def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, droppin
     train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
     cross_entropy, calls = losses.cross_entropy, []
 
-    def stop(logits, label):
+    def stop(logits, label, *smoothing):
         calls.append(1)
         if len(calls) == 12:
             raise Stop
@@ -296,7 +296,7 @@ def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, droppin
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_students_trained_at_once_are_those_trained_alone_even_after_an_interruption(tmp_path, cache, dropping, monkeypatch):
+def test_students_of_several_seeds_are_those_trained_alone_even_after_an_interruption(tmp_path, cache, dropping, monkeypatch):
     for seed in (0, 1, 2):
         train_student(tiny.experiment(seed=seed), str(cache), str(tmp_path / f"alone-{seed}"), tiny.CPU)
     written, write = [], runs.folder.write_whole
@@ -324,27 +324,19 @@ def test_of_several_students_none_begins_where_one_is_refused(tmp_path, cache):
         train_student(tiny.experiment(), str(cache), "", tiny.CPU, seeds=(0, 1))
 
 
-def test_a_run_that_diverges_leaves_those_beside_it_to_their_ends():
-    done = []
+def test_a_student_that_diverges_leaves_the_others_to_their_ends(tmp_path, cache, monkeypatch):
+    from offline_bkd.pipeline.training import losses
 
-    def training(name, steps):
-        for step in range(steps):
-            done.append((name, step))
-            yield
-        if name == "bad":
-            raise engine.NotFinite(name)
+    calls, distillation = [], losses.distillation
 
-    with pytest.raises(engine.NotFinite, match="bad"):
-        engine.in_turns([training("bad", 1), training("good", 3)], tiny.CPU)
-    assert done == [("bad", 0), ("good", 0), ("good", 1), ("good", 2)]
+    def poisoned(*arguments):
+        calls.append(1)
+        return distillation(*arguments) * (float("nan") if len(calls) == 3 else 1)
 
-
-@pytest.mark.cuda
-def test_students_trained_at_once_on_a_cuda_device_follow_those_trained_alone(tmp_path, cache):
-    train_student(tiny.experiment(seed=1), str(cache), str(tmp_path / "alone"), torch.device("cuda"))
-    train_student(tiny.experiment(), str(cache), str(tmp_path / "at-once"), torch.device("cuda"), seeds=(0, 1))
-    alone, beside = (runs.Run(tmp_path / name).metrics() for name in ("alone", "at-once-1"))
-    assert beside[0]["loss"] == pytest.approx(alone[0]["loss"], rel=0.02)
+    monkeypatch.setattr(losses, "distillation", poisoned)
+    with pytest.raises(engine.NotFinite, match="seed 1: training diverged .not finite. at epoch 1, step 2"):
+        train_student(tiny.experiment(), str(cache), str(tmp_path / "s"), tiny.CPU, seeds=(1, 0))
+    assert runs.open_run(tmp_path / "s-0").summary()["last"]["epoch"] == 2
 
 
 @pytest.mark.cuda
@@ -382,27 +374,36 @@ def test_cuda_graphs_are_refused_where_there_is_no_cuda(tmp_path):
 @pytest.fixture
 def steps(monkeypatch):
     """What every step is given, by which means it is made, and what comes of it: an object a step."""
-    found, run_epoch = [], engine.run_epoch
+    seen, train_epoch = [], engine.train_epoch
 
-    def watched(task, forward, optimiser, epoch):
+    class Watched:
+        def __init__(self, task, optimisation):
+            self.method, self.optimisation, self.rows = task.method, optimisation, task.method.rows
+
+        def loss(self, output, batch, epoch):
+            terms = self.method.loss(output, batch, epoch)
+            seen[-1] |= {"rows": batch.rows, "views": batch.views, "label": batch.label, "loss": terms.mean().item()}
+            return terms
+
+    def watched(task, forward, optimisation, epoch):
         weight = next(parameter for parameter in task.model.parameters() if parameter.dim() == 4)
-        means = type(forward), weight.is_contiguous(), optimiser.defaults["fused"]
+        means = type(forward), weight.is_contiguous(), optimisation.optimiser.defaults["fused"]
+        step = type(optimisation).step
 
-        def seen(images):
-            found.append({"images": images.clone(), "means": means})
+        def look(images):
+            seen.append({"images": images.clone(), "means": means})
             return forward(images)
 
-        def loss(output, batch, epoch):
-            parts = task.loss(output, batch, epoch)
-            rate = torch.tensor(optimiser.param_groups[0]["lr"], dtype=torch.float64)
-            given = {"rows": batch.rows, "views": batch.views, "label": batch.label, "learning rate": rate}
-            found[-1] |= given | {"loss": parts["loss"].mean().item()}
-            return parts
+        def note(self, loss, rate):
+            seen[-1]["learning rate"] = torch.tensor(rate, dtype=torch.float64)
+            step(self, loss, rate)
 
-        return run_epoch(replace(task, loss=loss), seen, optimiser, epoch)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(optimisation), "step", note)
+            return train_epoch(replace(task, method=Watched(task, optimisation)), look, optimisation, epoch)
 
-    monkeypatch.setattr(engine, "run_epoch", watched)
-    return found
+    monkeypatch.setattr(engine, "train_epoch", watched)
+    return seen
 
 
 needs_compiler = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import evaluate_run, infer, load_model
 from offline_bkd.pipeline.import_model import import_model
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_teacher
 
 CLASSES = tuple("0123456789")
 

@@ -14,10 +14,9 @@ from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch
 from offline_bkd.pipeline.dump import dump_logits, load_teacher
 from offline_bkd.pipeline.evaluate import evaluate_run, infer
-from offline_bkd.pipeline.student import train_student
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import losses
-from offline_bkd.pipeline.training.methods import Setting, build_method
+from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.verify import verify_cache
 
 LFME = "student.method={name: lfme}"
@@ -66,12 +65,12 @@ def graded():
     experts, student = generator.normal(0, 3, (2, 32, 7))
     label = generator.integers(0, 7, 32)
     row = np.concatenate([softmax(experts[:, group] / T, axis=1) / 3 for group in GROUPS], axis=1)
-    setting = Setting(
+    setting = Context(
         model=torch.nn.Identity(),
         sample_id=np.arange(COUNTS.sum()),
         label=np.repeat(np.arange(7), COUNTS),
         class_counts=COUNTS,
-        targets=SimpleNamespace(gather=lambda rows, views: torch.tensor(row), temperature=T),
+        targets=SimpleNamespace(probability=lambda rows, views: torch.tensor(row), temperature=T),
         epochs=10,
         seed=0,
         device=tiny.CPU,
@@ -99,12 +98,12 @@ def test_the_loss_is_the_papers(graded):
             right[number] += group[plain[image].argmax()] == label[image]
     ce = -log_softmax(student, axis=1)[np.arange(32), label]
     trust = confidence + (1 - confidence) * 4 / 10
-    np.testing.assert_allclose(found["loss"], trust * ce + kd, rtol=1e-10)
-    np.testing.assert_allclose(found["ce"], trust * ce, rtol=1e-10)
+    np.testing.assert_allclose(found.loss, trust * ce + kd, rtol=1e-10)
+    np.testing.assert_allclose(found.parts["ce"], trust * ce, rtol=1e-10)
     np.testing.assert_array_equal(recipe.network.right[5, 0], right)
     correct = student.argmax(1) == label
     np.testing.assert_array_equal(recipe.network.right[5, 1], [correct[np.isin(label, group)].sum() for group in GROUPS])
-    assert found["correct"].tolist() == correct.tolist()
+    assert found.correct.tolist() == correct.tolist()
     recipe.loss(torch.tensor(student), batch_of(label), 4)
     np.testing.assert_array_equal(recipe.network.right[5, 0], 2 * right, "an epoch's batches add up")
     np.testing.assert_array_equal(recipe.network.right[4], [[90, 80, 70], [9, 48, 77]], "the epoch before stays as it was")
@@ -113,7 +112,7 @@ def test_the_loss_is_the_papers(graded):
 def test_its_gradient_is_that_of_finite_differences(graded):
     recipe, _, student, label = graded
     logits = torch.tensor(student, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: recipe.loss(z, batch_of(label), 4)["loss"], logits)
+    assert torch.autograd.gradcheck(lambda z: recipe.loss(z, batch_of(label), 4).loss, logits)
 
 
 def test_its_samples_are_drawn_class_by_class(graded):
@@ -208,7 +207,7 @@ def test_experts_that_do_not_have_every_class_once_are_refused(tmp_path, experts
     other = tiny.experiment("teacher.expert=few", "data.seed=1")  # the same classes
     train_teacher(other, str(tmp_path / "other"), tiny.CPU)
     refused("the few-shot expert was trained on other images than digits has", many, medium, str(tmp_path / "other"))
-    with pytest.raises(UserError, match="is an expert of few-shot classes; name one that knows all classes"):
+    with pytest.raises(UserError, match="is an expert of few-shot classes; name one of all classes"):
         train_student(tiny.experiment("student.method.name=crt"), None, str(tmp_path / "s"), tiny.CPU, backbone=few)
 
 

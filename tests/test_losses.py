@@ -18,7 +18,7 @@ from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data.images import Batch
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.training import losses
-from offline_bkd.pipeline.training.methods import Setting, build_method
+from offline_bkd.pipeline.training.methods import Context, build_method
 
 T, BETA = 2.0, 0.9999
 COUNTS = np.array([500, 200, 80, 30, 12, 5])
@@ -135,12 +135,12 @@ def test_ldam_takes_a_margin_from_the_labels_cosine(batch):
     np.testing.assert_allclose(ours, expected, rtol=1e-10)
 
 
-def recipe_of(name, targets=None, model=(), **settings):
+def method_of(name, targets=None, model=(), **settings):
     if "name" not in model:
         model = {"name": "cifar_resnet", "depth": 8, "width": 4, **dict(model)}
     section = schema.Student(model=model, method={"name": name, **settings})
     label = np.repeat(np.arange(6), COUNTS)
-    setting = Setting(
+    setting = Context(
         model=build_model(section.model, 6, schema.Data(), 0),
         sample_id=np.arange(len(label)),
         label=label,
@@ -154,33 +154,51 @@ def recipe_of(name, targets=None, model=(), **settings):
 
 
 def loss_of(name, **settings):
-    return recipe_of(name, model={"cosine_scale": 30}, **settings).loss
+    return method_of(name, model={"cosine_scale": 30}, **settings).loss
 
 
-def test_class_weights_have_mean_one_and_wait_for_their_epoch(batch):
+def test_class_weights_wait_for_their_epoch_and_weigh_the_mean_as_pytorch_does(batch):
+    student, _, label = batch
+    logits, batch = torch.tensor(student), Batch(rows=None, views=None, label=torch.tensor(label), images=None)
+    weights = torch.tensor([(1 - BETA) / (1 - BETA**n) for n in COUNTS])
+    plain, weighted = torch.nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss(weight=weights)
+    balanced = loss_of("cb", reweight_from=0.01)
+    assert balanced(logits, batch, 1).mean().item() == pytest.approx(plain(logits, batch.label).item(), rel=1e-6)
+    assert balanced(logits, batch, 2).mean().item() == pytest.approx(weighted(logits, batch.label).item(), rel=1e-6)
+    shifted = logits.clone()
+    shifted[torch.arange(32), batch.label] -= 30 * losses.ldam_margins(torch.tensor(COUNTS), 0.5)[batch.label]
+    ldam = loss_of("ldam")
+    assert ldam(logits, batch, 159).mean().item() == pytest.approx(plain(shifted, batch.label).item(), rel=1e-6)
+    assert ldam(logits, batch, 160).mean().item() == pytest.approx(weighted(shifted, batch.label).item(), rel=1e-6)
+    assert abs(weighted(shifted, batch.label) - plain(shifted, batch.label)) > 0.1, "the weights matter here"
+
+
+def test_class_balanced_focal_loss_is_weighted_by_class_and_its_mean_is_the_plain_one(batch):
     student, _, label = batch
     logits, batch = torch.tensor(student), Batch(rows=None, views=None, label=torch.tensor(label), images=None)
     weights = np.array([(1 - BETA) / (1 - BETA**n) for n in COUNTS])
     weights *= len(COUNTS) / weights.sum()
     ce = -log_softmax(student, axis=1)[np.arange(32), label]
-    balanced = loss_of("cb", reweight_from=0.01)
-    np.testing.assert_allclose(balanced(logits, batch, 1)["loss"], ce, rtol=1e-6)
-    np.testing.assert_allclose(balanced(logits, batch, 2)["loss"], weights[label] * ce, rtol=1e-6)
-    focal = (1 - np.exp(-ce)) ** 2 * ce
-    np.testing.assert_allclose(loss_of("cb_focal", gamma=2)(logits, batch, 0)["loss"], weights[label] * focal, rtol=1e-6)
-    margins = 30 * losses.ldam_margins(torch.tensor(COUNTS), 0.5).float()
-    unweighted = losses.ldam(logits, batch.label, margins)
-    np.testing.assert_allclose(loss_of("ldam")(logits, batch, 159)["loss"], unweighted, rtol=1e-6)
-    np.testing.assert_allclose(loss_of("ldam")(logits, batch, 160)["loss"], weights[label] * unweighted.numpy(), rtol=1e-6)
+    expected = weights[label] * (1 - np.exp(-ce)) ** 2 * ce
+    found = loss_of("cb_focal", gamma=2)(logits, batch, 0)
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-6)
+    assert found.mean().item() == pytest.approx(expected.mean(), rel=1e-6)
+
+
+def test_label_smoothing_is_pytorchs(batch):
+    student, _, label = batch
+    logits, batch = torch.tensor(student), Batch(rows=None, views=None, label=torch.tensor(label), images=None)
+    oracle = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, batch.label)
+    assert loss_of("ce", label_smoothing=0.1)(logits, batch, 0).mean().item() == pytest.approx(oracle.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("method", "model", "message"),
     [
-        ("ldam", {}, "ldam needs a cosine classifier: set student.model.cosine_scale, usually 30"),
-        ("cbd", {}, "cbd needs a cosine classifier: set student.model.cosine_scale, usually 20"),
-        ("bbn", {}, "bbn needs a network of two branches: set student.model.branches=2; found 1"),
-        ("ce", {"branches": 2}, "ce needs a network of one branch: set student.model.branches=1; found 2"),
+        ("ldam", {}, "ldam needs a cosine classifier: set model.cosine_scale, usually 30"),
+        ("cbd", {}, "cbd needs a cosine classifier: set model.cosine_scale, usually 20"),
+        ("bbn", {}, "bbn needs a network of two branches: set model.branches=2; found 1"),
+        ("ce", {"branches": 2}, "ce needs a network of one branch: set model.branches=1; found 2"),
     ],
 )
 def test_a_method_is_refused_with_a_network_that_does_not_fit_it(method, model, message):
@@ -205,20 +223,22 @@ def test_another_temperature_follows_from_the_probabilities(batch):
 def cached(values, widths=()):
     """What a method asks of a cache's targets."""
 
-    def gather(rows, views, temperature=T):
+    def probability(rows, views, temperature=T):
         return torch.tensor(values) if temperature == T else losses.retempered(torch.tensor(values), T / temperature)
 
-    return SimpleNamespace(gather=gather, temperature=T, widths=widths)
+    return SimpleNamespace(
+        probability=probability, features=lambda rows, views: torch.tensor(values), temperature=T, widths=widths
+    )
 
 
 def test_students_of_another_temperature_minimise_its_divergence(batch):
     student, teacher, label = batch
     targets = cached(softmax(teacher / T, axis=1))
-    loss = recipe_of("kd", targets, temperature=3.0).loss
+    loss = method_of("kd", targets, temperature=3.0).loss
     p, log_q = softmax(teacher / 3, axis=1), log_softmax(student / 3, axis=1)
     expected = 9 * (p * (np.log(p) - log_q)).sum(1)
     found = loss(torch.tensor(student), Batch(rows=None, views=None, label=torch.tensor(label), images=None), 0)
-    np.testing.assert_allclose(found["kd"], expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.parts["kd"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_class_balanced_distillation_is_cross_entropy_and_the_cosine_distance(batch):
@@ -226,23 +246,23 @@ def test_class_balanced_distillation_is_cross_entropy_and_the_cosine_distance(ba
     generator = np.random.default_rng(1)
     features, theirs = generator.normal(size=(2, 32, 16))
     theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
-    loss = recipe_of("cbd", cached(theirs, [16]), {"cosine_scale": 20}).loss
+    loss = method_of("cbd", cached(theirs, [16]), {"cosine_scale": 20}).loss
     cosine = np.array([1 - cosine_distance(f, t) for f, t in zip(features, theirs)])
     ce = -log_softmax(student, axis=1)[np.arange(32), label]
     output = torch.tensor(student), torch.tensor(features)
     found = loss(output, Batch(rows=None, views=None, label=torch.tensor(label), images=None), 0)
-    np.testing.assert_allclose(found["loss"], 0.6 * ce + 0.4 * 100 * (1 - cosine), rtol=1e-10)
-    assert found["correct"].tolist() == (student.argmax(1) == label).tolist()
+    np.testing.assert_allclose(found.loss, 0.6 * ce + 0.4 * 100 * (1 - cosine), rtol=1e-10)
+    assert found.correct.tolist() == (student.argmax(1) == label).tolist()
 
 
 def test_features_of_another_width_than_the_students_are_refused():
     with pytest.raises(UserError, match="are 16 wide, .* together 24; set student.model.projection=24"):
-        recipe_of("cbd", cached(np.ones((1, 24)), [16, 8]), {"cosine_scale": 20})
-    recipe = recipe_of("cbd", cached(np.ones((1, 24)), [16, 8]), {"cosine_scale": 20, "projection": 24})
-    logits, features = recipe.network(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
+        method_of("cbd", cached(np.ones((1, 24)), [16, 8]), {"cosine_scale": 20})
+    method = method_of("cbd", cached(np.ones((1, 24)), [16, 8]), {"cosine_scale": 20, "projection": 24})
+    logits, features = method.network(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
     assert logits.shape == (5, 6) and features.shape == (5, 24) and (features >= 0).all()
     # the logits are 20 times the cosines between features and the classifier's weights
-    weight = recipe.network.model.network.fc[2].weight
+    weight = method.network.model.network.fc[2].weight
     np.testing.assert_allclose(
         logits.detach(), 20 * cosine_similarity(features.detach().numpy() + 1e-12, weight.detach().numpy()), atol=1e-4
     )
@@ -250,32 +270,32 @@ def test_features_of_another_width_than_the_students_are_refused():
 
 def test_two_branches_share_their_weight_as_the_epochs_go(batch):
     _, _, label = batch
-    recipe = recipe_of("bbn", model={"branches": 2})
-    rows = recipe.rows(3)
+    method = method_of("bbn", model={"branches": 2})
+    rows = method.rows(3)
     assert sorted(rows[0::2]) == list(range(COUNTS.sum())), "every other is of the uniform branch"
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (32, 3, 8, 8), generator=generator).byte()
-    network = recipe.network.model.network.eval()
-    shared = network.shared(recipe.network.model.normalise(images))
+    network = method.network.model.network.eval()
+    shared = network.shared(method.network.model.normalise(images))
     common, rare = (branch(shared).mean((2, 3)).detach().double().numpy() for branch in network.branches)
     weight, bias = network.fc.weight.detach().double().numpy(), network.fc.bias.detach().double().numpy()
-    output = recipe.network.eval()(images)
+    output = method.network.eval()(images)
     for epoch, share in (0, 1.0), (100, 0.75), (199, 1 - (199 / 200) ** 2):
         mixed = np.concatenate([share * common[0::2], (1 - share) * rare[1::2]], axis=1)
         log_p = log_softmax(2 * mixed @ weight.T + bias, axis=1)
         pairs = np.arange(16)
         expected = -share * log_p[pairs, label[0::2]] - (1 - share) * log_p[pairs, label[1::2]]
-        found = recipe.loss(output, Batch(rows=None, views=None, label=torch.tensor(label), images=None), epoch)
-        np.testing.assert_allclose(found["loss"].detach()[0::2], expected, rtol=1e-4)
-        np.testing.assert_allclose(found["loss"].detach()[1::2], expected, rtol=1e-4)
+        found = method.loss(output, Batch(rows=None, views=None, label=torch.tensor(label), images=None), epoch)
+        np.testing.assert_allclose(found.loss.detach()[0::2], expected, rtol=1e-4)
+        np.testing.assert_allclose(found.loss.detach()[1::2], expected, rtol=1e-4)
     # one image's answer is that of both branches in equal shares
     whole = np.concatenate([common, rare], axis=1) @ weight.T + bias
-    np.testing.assert_allclose(recipe.network.model(images).detach(), whole, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(method.network.model(images).detach(), whole, rtol=1e-3, atol=1e-4)
 
 
 def test_two_branches_of_torchvisions_resnet_are_its_last_block_twice(batch):
-    recipe = recipe_of("bbn", model={"name": "torchvision", "architecture": "resnet18", "branches": 2})
-    model, generator = recipe.network.model, torch.Generator().manual_seed(0)
+    method = method_of("bbn", model={"name": "torchvision", "architecture": "resnet18", "branches": 2})
+    model, generator = method.network.model, torch.Generator().manual_seed(0)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             for value in (layer.weight.data, layer.bias.data, layer.running_mean, layer.running_var):
@@ -303,13 +323,13 @@ def test_two_branches_of_torchvisions_resnet_are_its_last_block_twice(batch):
     maps = residual(x[0::2], branches[0]), residual(x[1::2], branches[1])
     passes = []
     model.network.shared.register_forward_hook(lambda *_: passes.append(1))
-    output = recipe.network.train()(images)
+    output = method.network.train()(images)
     assert len(passes) == 1
     for epoch, share in (0, 1.0), (100, 0.75), (199, 1 - (199 / 200) ** 2):
         log_p = log_softmax(logits(maps, share), axis=1)
         expected = -share * log_p[pairs, label[0::2]] - (1 - share) * log_p[pairs, label[1::2]]
-        found = recipe.loss(output, Batch(rows=None, views=None, label=torch.tensor(label), images=None), epoch)
-        np.testing.assert_allclose(found["loss"].detach(), expected.repeat(2), rtol=1e-4)
+        found = method.loss(output, Batch(rows=None, views=None, label=torch.tensor(label), images=None), epoch)
+        np.testing.assert_allclose(found.loss.detach(), expected.repeat(2), rtol=1e-4)
     parts.eval()
     x = trunk()
     whole = logits([residual(x, branch) for branch in branches], 0.5)  # the branches' answers in equal shares
@@ -318,21 +338,32 @@ def test_two_branches_of_torchvisions_resnet_are_its_last_block_twice(batch):
 
 @pytest.mark.parametrize("network", [{}, {"name": "torchvision", "architecture": "resnet10"}])
 def test_two_branches_may_share_a_projection(batch, network):
-    recipe = recipe_of("bbn", model={**network, "branches": 2, "projection": 24})
+    method = method_of("bbn", model={**network, "branches": 2, "projection": 24})
     images = torch.randint(0, 256, (32, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    output = common, _ = recipe.network.eval()(images)
-    first, _, last = copy.deepcopy(recipe.network.model.network.fc).double()
+    output = common, _ = method.network.eval()(images)
+    first, _, last = copy.deepcopy(method.network.model.network.fc).double()
     mixed = torch.cat([2 * common, 0 * common], dim=1).double()
     log_p = log_softmax(last(first(mixed).relu()).detach(), axis=1)
-    found = recipe.loss(output, Batch(rows=None, views=None, label=torch.tensor(batch[2]), images=None), 0)
-    np.testing.assert_allclose(found["loss"].detach()[0::2], -log_p[np.arange(16), batch[2][0::2]], rtol=1e-4)
+    found = method.loss(output, Batch(rows=None, views=None, label=torch.tensor(batch[2]), images=None), 0)
+    np.testing.assert_allclose(found.loss.detach()[0::2], -log_p[np.arange(16), batch[2][0::2]], rtol=1e-4)
 
 
 def test_a_frozen_backbone_neither_learns_nor_counts_batches():
-    recipe = recipe_of("crt")
-    before = {name: value.clone() for name, value in recipe.network.model.state_dict().items()}
-    recipe.network.train()
-    recipe.network(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)).sum().backward()
-    learning = [name for name, value in recipe.network.model.named_parameters() if value.grad is not None]
+    method = method_of("crt")
+    before = {name: value.clone() for name, value in method.network.model.state_dict().items()}
+    method.network.train()
+    method.network(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)).sum().backward()
+    learning = [name for name, value in method.network.model.named_parameters() if value.grad is not None]
     assert learning == ["network.fc.weight", "network.fc.bias"]
-    assert all(torch.equal(value, before[name]) for name, value in recipe.network.model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in method.network.model.state_dict().items())
+
+
+def test_a_frozen_backbone_may_normalise_by_the_batch():
+    method = method_of("crt", batch_statistics=True)
+    images = torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    before = method.network.model.network.bn1.running_mean.clone()
+    trained, evaluated = method.network.train()(images), method.network.eval()(images)
+    assert not torch.allclose(trained, evaluated) and not torch.equal(method.network.model.network.bn1.running_mean, before)
+    trained.sum().backward()
+    learning = [name for name, value in method.network.model.named_parameters() if value.grad is not None]
+    assert learning == ["network.fc.weight", "network.fc.bias"]

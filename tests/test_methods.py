@@ -18,8 +18,7 @@ from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import evaluate_run
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.show.report import write_report
-from offline_bkd.pipeline.student import train_student
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training.targets import Targets
 from offline_bkd.pipeline.verify import verify_cache
 
@@ -35,7 +34,7 @@ def weights(folder, name="last"):
 def ensemble(tmp_path_factory, teacher_run):
     """A cache with the features of two teachers, one of them trained with strong colour augmentation."""
     folder = tmp_path_factory.mktemp("ensemble")
-    train_teacher(tiny.experiment("teacher.color_jitter=true", seed=1), str(folder / "jittered"), tiny.CPU)
+    train_teacher(tiny.experiment("teacher.color_jitter=strong", seed=1), str(folder / "jittered"), tiny.CPU)
     teachers = [str(teacher_run), str(folder / "jittered")]
     dump_logits(tiny.experiment("cache.features=true"), teachers, str(folder / "both.zarr"), tiny.CPU)
     return folder / "both.zarr"
@@ -54,9 +53,7 @@ def test_a_new_classifier_on_a_runs_backbone(tmp_path, teacher_run):
             tiny.experiment("student.method.name=ce"), None, str(tmp_path / "ce"), tiny.CPU, backbone=str(teacher_run)
         )
     wider = tiny.experiment("student.method={name: crt}", "student.model.width=6")
-    with pytest.raises(
-        UserError, match="is another network than student.model: width was 4 and is now 6; give the same model"
-    ):
+    with pytest.raises(UserError, match="is another network than the new one: width was 4 and is now 6; give the same model"):
         train_student(wider, None, str(tmp_path / "wider"), tiny.CPU, backbone=str(teacher_run))
     assert not (tmp_path / "wider").exists()
 
@@ -85,7 +82,7 @@ def test_targets_are_the_teachers_features_side_by_side(ensemble):
     np.testing.assert_allclose(held, np.concatenate(parts, axis=1), atol=1e-6)
     targets = Targets(store, tiny.CPU, features=True)
     targets.prepare(views, views)
-    found = targets.gather(torch.from_numpy(rows), torch.from_numpy(views))
+    found = targets.features(torch.from_numpy(rows), torch.from_numpy(views))
     np.testing.assert_allclose(found, held / np.sqrt(2), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
 
@@ -128,7 +125,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensembl
         "crt": ("student.method={name: crt}",),
         "cbd": (*CBD, "student.model.projection=32"),
         "bbn": BBN,
-        "jittered": ("teacher.color_jitter=true",),
+        "jittered": ("teacher.color_jitter=strong",),
     }
     config = tiny.experiment(*settings[method], "student.training.epochs=3", "teacher.training.epochs=3")
 
@@ -166,7 +163,7 @@ def test_colours_change_as_torchvision_changes_them():
 
 def test_only_training_images_are_jittered_each_by_its_own_draw():
     images = torch.randint(0, 256, (256, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    network = ColorJitter(torch.nn.Identity())
+    network = ColorJitter(torch.nn.Identity(), "strong")
     torch.manual_seed(0)
     seen = network.train()(images)
     same = (seen == images).flatten(1).all(1).float().mean().item()
@@ -182,7 +179,7 @@ def test_a_backbone_of_another_model_is_told_what_differs(tmp_path, teacher_run)
         ("student.model.projection=12", "projection was None and is now 12"),
     ):
         config = tiny.experiment("student.method={name: crt}", override)
-        with pytest.raises(UserError, match=f"teacher is another network than student.model: {said}.*; give the same model"):
+        with pytest.raises(UserError, match=f"teacher is another network than the new one: {said}.*; give the same model"):
             train_student(config, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(teacher_run))
     bbn = tiny.experiment("student.method={name: bbn}", "student.model.branches=2", "student.training.epochs=1")
     train_student(bbn, None, str(tmp_path / "bbn"), tiny.CPU)
@@ -216,9 +213,9 @@ def test_the_new_classifier_starts_anew(tmp_path, teacher_run):
 
 def test_a_sample_that_an_epoch_repeats_is_seen_under_several_views(tmp_path, ensemble, monkeypatch):
     asked = []
-    gather = Targets.gather
+    gather = Targets._gather
     monkeypatch.setattr(
-        Targets, "gather", lambda self, rows, views: (asked.append(torch.stack([rows, views])), gather(self, rows, views))[1]
+        Targets, "_gather", lambda self, rows, views: (asked.append(torch.stack([rows, views])), gather(self, rows, views))[1]
     )
     config = tiny.experiment(*CBD, "student.model.projection=32", "student.training.epochs=1")
     train_student(config, str(ensemble), str(tmp_path / "cbd"), tiny.CPU)
@@ -331,13 +328,16 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(64, 15), (800, 2)])  # of 464 samples, twice an epoch
 def test_a_dry_run_counts_the_samples_of_both_branches(monkeypatch, capsys, batch_size, steps):
-    monkeypatch.setattr(dry_run, "_time", lambda work, device: work() is None)  # a second for a step, none for a test
+    def second_a_step(self, work, size):  # and none for a test
+        return dry_run._Cost(seconds=float(size == min(batch_size, 928)), more_memory=0, found="as told")
+
+    monkeypatch.setattr(dry_run._Plan, "cost_of", second_a_step)
     config = tiny.experiment(*BBN, f"student.training.batch_size={batch_size}")
-    dry_run.show_plan(config, tiny.CPU, "student", "run")
+    dry_run.show_training_plan(config, tiny.CPU, "student", "run")
     assert f"about {2 * steps:,} s on cpu" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("network", ["name: cifar_resnet", "name: torchvision, architecture: resnet10"])
-def test_a_teacher_has_one_branch(network):
-    with pytest.raises(UserError, match="a teacher has one branch: leave out teacher.model.branches"):
+def test_a_teacher_of_one_branch_is_told_so(network):
+    with pytest.raises(UserError, match="teacher: method ce needs a network of one branch: set model.branches=1; found 2"):
         tiny.experiment(f"teacher.model={{{network}, branches: 2}}")

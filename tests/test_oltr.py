@@ -12,10 +12,9 @@ from offline_bkd.pipeline.data.images import Batch, open_images
 from offline_bkd.pipeline.evaluate import evaluate_run, load_model
 from offline_bkd.pipeline.models import build_model, classifier, memory, new_parts
 from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
-from offline_bkd.pipeline.student import train_student
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import losses
-from offline_bkd.pipeline.training.methods import Setting, build_method
+from offline_bkd.pipeline.training.methods import Context, build_method
 
 OLTR = "student.method={name: oltr}", "student.model.memory=true"
 DATA = schema.Digits(name="digits")
@@ -103,7 +102,27 @@ def test_the_memorys_loss_is_the_papers_and_its_gradient_that_of_finite_differen
     inputs = [torch.tensor(values, requires_grad=True) for values in (v, centroids)]
     found = losses.memory(inputs[0], torch.tensor(label), inputs[1])
     assert found.shape == (8,) and found.mean().item() == pytest.approx(attract + 0.01 * max(0, 10 - others), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda v, m: losses.memory(v, torch.tensor(label), m), inputs)
+    # centroids are kept from others' features, but drawn to their own by centroid_pull alone
+    assert torch.autograd.gradcheck(lambda v: losses.memory(v, torch.tensor(label), inputs[1].detach()), inputs[0])
+    found.mean().backward()
+    away = torch.tensor(centroids, requires_grad=True)
+    apart = sum((torch.tensor(v[i]) - away[c]).square().sum() for i in range(8) for c in range(7) if c != label[i]) / (8 * 7)
+    (0.01 * (10 - apart).clamp_min(0)).backward()
+    np.testing.assert_allclose(inputs[1].grad, away.grad, rtol=1e-9, atol=1e-15)
+
+
+def test_centroids_are_drawn_to_the_features_of_their_class_as_the_public_code_does():
+    generator = np.random.default_rng(2)
+    v, label = generator.normal(size=(8, 5)), np.array([0, 0, 0, 1, 1, 2, 3, 3])
+    centroids = torch.tensor(generator.normal(size=(5, 5)), requires_grad=True)
+    pull = losses.centroid_pull(torch.tensor(v, requires_grad=True), torch.tensor(label), centroids)
+    assert pull.tolist() == [0] * 8
+    pull.mean().backward()
+    expected = np.zeros((5, 5))
+    for c in range(4):
+        own = v[label == c]
+        expected[c] = (centroids[c].detach().numpy() - own).sum(0) / ((1 + len(own)) * 8)
+    np.testing.assert_allclose(centroids.grad, expected, rtol=1e-12)
 
 
 def network(section=None, size=(8, 8), **values):
@@ -142,9 +161,9 @@ def test_torchvisions_resnets_may_have_a_memory_and_others_may_not(side):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("student.method={name: oltr}", "method oltr needs a network with a memory: set student.model.memory=true"),
-        ("student.model.memory=true", "method bkd needs a network without a memory: set student.model.memory=false"),
-        ("teacher.model.memory=true", "a teacher has no memory: leave out teacher.model.memory"),
+        ("student.method={name: oltr}", "student: method oltr needs a network with a memory: set model.memory=true"),
+        ("student.model.memory=true", "student: method bkd needs a network without a memory: set model.memory=false"),
+        ("teacher.model.memory=true", "teacher: method ce needs a network without a memory: set model.memory=false"),
     ],
 )
 def test_a_memory_is_for_students_of_oltr(override, message):
@@ -153,7 +172,7 @@ def test_a_memory_is_for_students_of_oltr(override, message):
 
 
 def test_a_memory_has_its_own_classifier():
-    with pytest.raises(UserError, match="has its own cosine classifier: leave out student.model.cosine_scale"):
+    with pytest.raises(UserError, match="has its own cosine classifier: leave out model.cosine_scale"):
         tiny.experiment(*OLTR, "student.model.cosine_scale=16")
 
 
@@ -163,7 +182,7 @@ def recipe(teacher_run):
     experiment = tiny.experiment(*OLTR)
     train, _ = datasets.load(experiment.data)
     backbone = load_model(runs.open_run(teacher_run), "last", experiment, 10)
-    setting = Setting(
+    setting = Context(
         model=build_model(experiment.student.model, 10, experiment.data, 0, (8, 8)),
         sample_id=train.sample_id,
         label=train.label,
@@ -201,10 +220,11 @@ def test_its_loss_is_cross_entropy_and_a_hundredth_of_the_memorys(recipe):
     found = recipe[0].loss((torch.tensor(logits), torch.tensor(features).float()), batch, 0)
     ce = -log_softmax(logits, axis=1)[np.arange(8), label]
     distance = losses.memory(torch.tensor(features), torch.tensor(label), centroids.double()).detach()
-    np.testing.assert_allclose(found["loss"].detach(), ce + 0.01 * distance.numpy(), rtol=1e-5)
-    assert found["correct"].tolist() == (logits.argmax(1) == label).tolist()
-    found["loss"].mean().backward()
-    assert centroids.grad.abs().sum() > 0, "which is what its centroids learn from"
+    np.testing.assert_allclose(found.loss.detach(), ce + 0.01 * distance.numpy(), rtol=1e-5)
+    assert found.correct.tolist() == (logits.argmax(1) == label).tolist()
+    found.mean().backward()
+    pull = (centroids.detach()[:8].numpy() - features) / (2 * 8)  # one feature of each class, in a batch of eight
+    np.testing.assert_allclose(centroids.grad[:8], pull, rtol=0.05, atol=0.002), "not a hundredth of it"
 
 
 def test_it_learns_from_a_backbone_and_scores_as_it_was_saved(tmp_path, teacher_run):

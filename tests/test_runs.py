@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from offline_bkd.cache.storage import LocalStorage
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.evaluate import evaluate_run
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_teacher
 
 READERS = {
     "config.yaml": lambda run: run.config(),
@@ -180,15 +179,9 @@ def test_what_a_run_says_never_reaches_the_terminal_as_commands(tmp_path, capsys
     assert "\x1b" not in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_training_under_torchrun_is_refused_before_anything_is_written(tmp_path, monkeypatch, stage):
-    from offline_bkd.pipeline.student import train_student
-
-    monkeypatch.setenv("RANK", "0")
+def test_commands_of_one_process_are_refused_under_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    train = train_teacher if stage == "teacher" else lambda config, *rest: train_student(config, None, *rest)
-    with pytest.raises(UserError, match="training runs in one process, but torchrun started 2 of it"):
-        train(tiny.experiment("student.method={name: ce}"), str(tmp_path / "run"), tiny.CPU)
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="this command runs in one process, but torchrun started 2 of it"):
+        runs.refuse_several_processes()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    runs.refuse_taken(Path(tmp_path / "run"), resume=False)
+    runs.refuse_several_processes()

@@ -14,8 +14,7 @@ from offline_bkd.pipeline import UserError, runs, schema
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import evaluate_run
 from offline_bkd.pipeline.models import build_model, classifier
-from offline_bkd.pipeline.student import train_student
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_student, train_teacher
 
 timm = pytest.importorskip("timm")
 DATA = schema.Digits(name="digits")

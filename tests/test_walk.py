@@ -16,9 +16,9 @@ from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.dump import dump_logits, load_teacher
 from offline_bkd.pipeline.models import build_model
-from offline_bkd.pipeline.student import open_matching_cache, train_student
-from offline_bkd.pipeline.teacher import train_teacher
-from offline_bkd.pipeline.training.methods import Setting, build_method
+from offline_bkd.pipeline.requirements import open_matching_cache
+from offline_bkd.pipeline.train import train_student, train_teacher
+from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.training.samplers import instance_balanced
 from offline_bkd.pipeline.training.targets import Targets
 from offline_bkd.pipeline.verify import verify_cache
@@ -41,23 +41,23 @@ def losses_of(config, gather, beside=None) -> np.ndarray:
         rows = instance_balanced(config.seed, epoch, train.sample_id)
         for batch in images.batches(rows, config.views.draw(config.seed, epoch, train.sample_id[rows]), 64):
             logits = model(batch.images)
-            value = loss(logits, batch, epoch)["loss"].mean()
+            value = loss(logits, batch, epoch).loss.mean()
             optimiser.zero_grad()
             value.backward()
             optimiser.step()
-            found.append([value.item(), other(logits, batch, epoch)["loss"].mean().item()])
+            found.append([value.item(), other(logits, batch, epoch).loss.mean().item()])
         epoch += 1
     found = np.array(found[:STEPS])
     return found if beside else found[:, 0]
 
 
 def loss_of(config, model, train, gather):
-    setting = Setting(
+    setting = Context(
         model=model,
         sample_id=train.sample_id,
         label=train.label,
         class_counts=train.class_counts,
-        targets=SimpleNamespace(gather=gather, temperature=2.0),
+        targets=SimpleNamespace(probability=gather, temperature=2.0),
         epochs=config.student.training.epochs,
         seed=config.seed,
         device=tiny.CPU,
@@ -81,7 +81,7 @@ def live_teacher(config, teacher_run):
 def cached(path, config):
     targets, views = Targets(open_cache(path), tiny.CPU), np.arange(config.views.count)
     targets.prepare(views, views)
-    return targets.gather
+    return targets.probability
 
 
 @pytest.mark.parametrize("method", ["{name: kd}", "{name: bkd}", "{name: bkd, reweight_from: 0.5}"])
@@ -211,7 +211,7 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
     """Random-resized crops of image files: dumped, trained from, with the next plane read ahead."""
     from test_folders import folder_of_images
 
-    from offline_bkd.pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.train import train_teacher
 
     folder_of_images(tmp_path)
     config = tiny.experiment(
@@ -234,7 +234,7 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
     targets, drawn = Targets(cache, tiny.CPU), [config.views.draw(0, epoch, cache.sample_id) for epoch in range(4)]
     for epoch in range(3):
         targets.prepare(drawn[epoch], drawn[epoch + 1])
-        gathered = targets.gather(torch.arange(6), torch.from_numpy(drawn[epoch]))
+        gathered = targets.probability(torch.arange(6), torch.from_numpy(drawn[epoch]))
         np.testing.assert_array_equal(gathered, open_cache(tmp_path / "cache.zarr").plane(int(drawn[epoch][0])))
         assert len(targets.held) == 1
     targets.reader.shutdown()
@@ -258,20 +258,19 @@ def test_planes_too_large_for_memory_lie_in_a_scratch_file(cache, monkeypatch):
 def test_verify_agrees_with_the_teacher_and_notices_another(tmp_path, teacher_run, cache):
     report = verify_cache(str(cache), [str(teacher_run)], 2, None, (), tiny.CPU)
     assert report["passed"] and report["worst"] < 1e-6 and len(report["views"]) == 2 and len(report["classes"]) == 10
-    from offline_bkd.pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.train import train_teacher
 
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
     with pytest.raises(CacheError, match="teacher.digest"):
         verify_cache(str(cache), [str(tmp_path / "other")], 2, None, (), tiny.CPU)
 
 
-def test_a_run_that_is_no_complete_teacher_is_refused(tmp_path, cache):
+def test_any_complete_run_may_teach_and_no_other(tmp_path, cache):
     train, _ = datasets.load(tiny.experiment().data)
     with pytest.raises(UserError, match="is not a run's folder"):
         load_teacher(str(tmp_path), train)
     train_student(tiny.experiment(), str(cache), str(tmp_path / "student"), tiny.CPU)
-    with pytest.raises(UserError, match="holds a student's run; name the --out of train-teacher"):
-        load_teacher(str(tmp_path / "student"), train)
+    assert load_teacher(str(tmp_path / "student"), train)[1]["method"] == "bkd", "whoever trained it, and however"
     (tmp_path / "student" / "summary.json").unlink()
     with pytest.raises(UserError, match="is not complete; go on with it by --resume"):
         load_teacher(str(tmp_path / "student"), train)
@@ -299,7 +298,7 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
 
     from offline_bkd.cache import CacheWriter
     from offline_bkd.pipeline import dump
-    from offline_bkd.pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.train import train_teacher
 
     folder_of_images(tmp_path)
     views = "views={name: random_resized_crop, size: 8, count: 5}"
@@ -343,7 +342,7 @@ def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sampl
 
 
 def test_several_teachers_are_averaged_or_kept_apart(tmp_path, teacher_run):
-    from offline_bkd.pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.train import train_teacher
 
     config = tiny.experiment(tiny.EXACT)
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
@@ -489,7 +488,7 @@ def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_wr
 
 
 def test_features_are_dumped_beside_the_probabilities(tmp_path, teacher_run):
-    from offline_bkd.pipeline.teacher import train_teacher
+    from offline_bkd.pipeline.train import train_teacher
 
     config = tiny.experiment(tiny.EXACT, "cache.features=true")
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)

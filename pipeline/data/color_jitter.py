@@ -1,10 +1,24 @@
-"""Strong colour augmentation on the training device, each image by its own draw."""
+"""Random colour changes on the training device, each image by its own draw."""
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-STRENGTH = 0.8, 0.8, 0.8, 0.2  # of brightness, contrast, saturation and hue (SimCLR's at strength 1)
-JITTER, GREY = 0.8, 0.2  # probabilities
+
+class Strength(NamedTuple):
+    brightness: float  # the largest change of the factor, up or down
+    contrast: float
+    saturation: float
+    hue: float  # the largest turn, of whole turns
+    probability: float  # that an image is changed at all
+    grey: float  # the probability that it is grey
+
+
+STRENGTHS = {
+    "mild": Strength(0.4, 0.4, 0.4, 0.0, 1.0, 0.0),  # of the public code of cRT, OLTR and LFME for ImageNet-LT and Places-LT
+    "strong": Strength(0.8, 0.8, 0.8, 0.2, 0.8, 0.2),  # SimCLR's at strength 1, as CBD has it
+}
 LUMA = 0.2989, 0.587, 0.114
 
 
@@ -15,9 +29,9 @@ class ColorJitter(nn.Module):
     saturation and hue are changed in this order.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, strength: str):
         super().__init__()
-        self.network = network
+        self.network, self.strength = network, STRENGTHS[strength]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(self.jitter(images) if self.training else images)
@@ -26,12 +40,12 @@ class ColorJitter(nn.Module):
         """uint8 [B, 3, H, W] to uint8 of the same shape."""
         count, device = len(images), images.device
         draws = torch.rand(6, count, 1, 1, 1, device=device)
-        factors = [1 + strength * (2 * draw - 1) for draw, strength in zip(draws, STRENGTH[:3])]
-        turn = STRENGTH[3] * (2 * draws[3] - 1)
+        factors = [1 + strength * (2 * draw - 1) for draw, strength in zip(draws, self.strength[:3])]
+        turn = self.strength.hue * (2 * draws[3] - 1)
         plain = images.float() / 255
         changed = adjust(plain, *factors, turn)
-        changed = torch.where(draws[4] < JITTER, changed, plain)
-        changed = torch.where(draws[5] < GREY, luma(changed), changed)
+        changed = torch.where(draws[4] < self.strength.probability, changed, plain)
+        changed = torch.where(draws[5] < self.strength.grey, luma(changed), changed)
         return (changed * 255).round().to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 

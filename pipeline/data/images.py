@@ -1,8 +1,7 @@
 """Images of numbered views, in batches, as uint8 tensors on the training device.
 
-Two sources with one interface: `batches(rows, views, batch_size)` yields `Batch`es in the order of `rows`, of images of
-`crop_size` (height, width).
-`ResidentImages` holds a whole set on the device and crops by one gather; `DecodedImages` decodes in worker processes.
+Two sources with one interface, `ImageSource`: `ResidentImages` holds a whole set on the device and crops by one gather;
+`DecodedImages` decodes in worker processes.
 Shapes: B samples a batch, S the side of a crop. Normalisation belongs to the model.
 """
 
@@ -11,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +29,20 @@ class Batch(NamedTuple):
     images: torch.Tensor  # uint8 [B, 3, S, S], channels last
 
 
-def open_images(dataset: Dataset, views: CropFlip | RandomResizedCrop, device: torch.device, workers: int):
+class ImageSource(Protocol):
+    """The images of one part of a data set, N samples."""
+
+    decodes: bool  # whether images are decoded whenever they are asked for
+    crop_size: tuple[int, int]  # height and width of what it gives
+    image_size: np.ndarray  # int64 [N, 2], height and width of the whole images
+    label: torch.Tensor  # int64 [N]
+    device: torch.device
+
+    def batches(self, rows: np.ndarray, views: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
+        """Batches of `rows` [M] under `views` [M], in order; whole images for None. The last batch may be smaller."""
+
+
+def open_images(dataset: Dataset, views: CropFlip | RandomResizedCrop, device: torch.device, workers: int) -> ImageSource:
     """The source that fits `views`: the whole image's own pixels stay on the device, resized crops are decoded as needed."""
     if isinstance(views, CropFlip):
         return ResidentImages(dataset, views, device)

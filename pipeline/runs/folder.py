@@ -22,11 +22,14 @@ from offline_bkd.pipeline.show.terminal import printable
 class Run:
     """An open run folder. What it reads raises UserError if it is missing, damaged, or not as it was written."""
 
-    def __init__(self, folder: Path, label: str = ""):
-        self.folder, self.label = folder, label
+    def __init__(self, folder: Path, label: str = "", silent: bool = False):
+        """`silent`: `log` says nothing, as of a process beside the one that writes the run."""
+        self.folder, self.label, self.silent = folder, label, silent
 
     def log(self, line: str) -> None:
         """Prints `line`, after the run's label, and keeps it in log.txt with the time until the run is complete."""
+        if self.silent:
+            return
         line = printable(line)
         print(f"{self.label}{line}", flush=True)
         if not self.has("summary.json"):  # a complete run may lie where nothing can be written

@@ -19,7 +19,6 @@ from offline_bkd.pipeline.schema import Experiment
 
 def refuse_taken(folder: str | Path, resume: bool) -> None:
     """Raises UserError if `folder` cannot be a new run's, or with `resume` goes on with one. Writes nothing."""
-    refuse_several_processes()
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
@@ -34,7 +33,7 @@ def refuse_several_processes() -> None:
     """Raises UserError where torchrun, or what sets the same variables, started this command more than once."""
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(
-            f"training runs in one process, but torchrun started {world} of it (WORLD_SIZE); "
+            f"this command runs in one process, but torchrun started {world} of it (WORLD_SIZE); "
             "start the command without torchrun, or with --nproc-per-node 1"
         )
 

@@ -16,13 +16,13 @@ _open: list["Progress"] = []  # a terminal has room for one display, which those
 class Progress:
     """A context: `advance` after each unit of work."""
 
-    def __init__(self, what: str, total: int, done: int, unit: str, plain: bool = False):
-        """`plain`: print lines where there is no terminal (for work that prints none of its own)."""
-        self.what, self.total, self.done, self.unit, self.plain = what, total, done, unit, plain
+    def __init__(self, what: str, total: int, done: int, unit: str, plain: bool = False, shown: bool = True):
+        """`plain`: print lines where there is no terminal (for work that prints none of its own). `shown`: print at all."""
+        self.what, self.total, self.done, self.unit, self.plain, self.shown = what, total, done, unit, plain, shown
         self.start, self.first, self.last_line = time.monotonic(), done, time.monotonic()
 
     def __enter__(self) -> "Progress":
-        self.bar = _open[0].bar if _open else _display()
+        self.bar = _open[0].bar if _open else _display(self.shown)
         self.task = self.bar.add_task(f"{self.what} ({self.unit})", total=self.total, completed=self.done, rate="")
         _open.append(self)
         return self
@@ -39,7 +39,7 @@ class Progress:
         self.bar.update(self.task, advance=units, rate=f"{rate:,.0f} {rate_unit}")
         now = time.monotonic()
         ended = self.done == self.total and now - self.start > SHORT_SECONDS
-        if self.plain and self.bar.disable and (now - self.last_line > PLAIN_SECONDS or ended):
+        if self.plain and self.shown and self.bar.disable and (now - self.last_line > PLAIN_SECONDS or ended):
             self.last_line = now
             left = (now - self.start) / max(self.done - self.first, 1) * (self.total - self.done)
             print(
@@ -48,9 +48,9 @@ class Progress:
             )
 
 
-def _display() -> Bar:
+def _display(shown: bool) -> Bar:
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not (shown and console.is_terminal))
     bar.start()
     return bar

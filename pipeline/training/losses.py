@@ -1,16 +1,16 @@
 """Losses and class weights, as pure functions.
 
 Shapes: logits z [B, C], labels y int64 [B], probability p [B, C] (a teacher's, tempered by T), weights w [C].
-Losses are per sample, float32 [B]; the engine takes the mean.
+Losses are per sample, float32 [B]; the engine takes the mean, by the method's sample weights where it gives any.
 """
 
 import torch
 from torch.nn import functional
 
 
-def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """-log softmax(z)_y."""
-    return functional.cross_entropy(logits, label, reduction="none")
+def cross_entropy(logits: torch.Tensor, label: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """-log softmax(z)_y; with smoothing e, (1 - e) of that and e of the mean of -log softmax(z)_c over all classes c."""
+    return functional.cross_entropy(logits, label, reduction="none", label_smoothing=label_smoothing)
 
 
 def focal(logits: torch.Tensor, label: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -81,11 +81,23 @@ def memory(features: torch.Tensor, label: torch.Tensor, centroids: torch.Tensor)
     """|v - M_y|^2 / 2 + 0.01 max(0, 10 - d), d the batch's mean of sum_{c != y} |v - M_c|^2 / C (Liu et al., 2019, 3.3).
 
     Of features v [B, D] and centroids M [C, D]: a feature is drawn to its own centroid and kept from the others. The
-    authors divide a centroid's pull by one more than the batch's samples of its class; here it is the formula's gradient.
+    features alone are drawn; what draws the centroids is `centroid_pull`.
     """
-    own = (features - centroids[label]).square().sum(1)
-    others = torch.cdist(features, centroids).square().sum(1) - own
+    own = (features - centroids[label].detach()).square().sum(1)
+    distances = torch.cdist(features, centroids).square()
+    others = distances.sum(1) - distances.gather(1, label[:, None])[:, 0]
     return own / 2 + 0.01 * (10 - others.mean() / len(centroids)).clamp_min(0)
+
+
+def centroid_pull(features: torch.Tensor, label: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Zeros [B] whose gradient draws each centroid M_c [D] to the batch's n_c features v of its class.
+
+    The mean's gradient at M_c is sum (M_c - v) / ((1 + n_c) B), as in OLTR's public code, whose centre loss lets no weight
+    of the loss reach the centroids: scaled by 0.01 with the rest they would learn 20 to 50 times as slowly.
+    """
+    count = functional.one_hot(label, len(centroids)).sum(0)
+    pull = (features.detach() - centroids[label]).square().sum(1) / (2 * (1 + count[label]))
+    return pull - pull.detach()
 
 
 def feature_distance(features: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Targets:
     """
 
     def __init__(self, cache: Cache, device: torch.device, features: bool = False):
-        self.cache, self.device, self.features = cache, device, features
+        self.cache, self.device, self.of_features = cache, device, features
         self.temperature, self.widths = cache.temperature, list(cache.features.values())
         self.decoder = cache.decoder and [torch.from_numpy(part).to(device) for part in cache.decoder]
         self.reader = ThreadPoolExecutor(1)
@@ -36,10 +36,6 @@ class Targets:
         if isinstance(cache.views, CropFlip):  # any epoch draws from all of them
             everything = np.arange(cache.views.count)
             self.prepare(everything, everything)
-
-    def beside(self) -> "Targets":
-        """What one more network uses at the same time: these, if they hold every view, or else planes of its own."""
-        return self if len(self.held) == self.cache.views.count else Targets(self.cache, self.device, self.features)
 
     def prepare(self, views: np.ndarray, later: np.ndarray) -> None:
         """Holds the planes of `views`, and begins to read those of `later`, which will be asked for next."""
@@ -57,16 +53,9 @@ class Targets:
         if self.coming is None and not np.isin(later, self.held).all():
             self.coming = later, self.reader.submit(self._read, later)
 
-    def gather(self, rows: torch.Tensor, views: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
-        """Of the samples at `rows` [B] under `views` [B]: probabilities, float32 [B, C], at `temperature`; None: the cache's.
-
-        Or features, float32 [B, D]: each teacher's of length one, side by side, and the whole of length one again.
-        """
-        index = self.slots[views].to(self.planes.device), rows.to(self.planes.device)
-        stored = self.planes[index].to(self.device).float()
-        if self.features:
-            parts = stored.split(self.widths, dim=1)
-            return functional.normalize(torch.cat([functional.normalize(part) for part in parts], dim=1))
+    def probability(self, rows: torch.Tensor, views: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
+        """Of the samples at `rows` [B] under `views` [B]: float32 [B, C], softened by `temperature` (None: the cache's T)."""
+        stored = self._gather(rows, views)
         ratio = self.temperature / (temperature or self.temperature)
         if self.cache.encoding.name == "probability":
             return stored if ratio == 1 else losses.retempered(stored, ratio)
@@ -75,12 +64,21 @@ class Targets:
             stored = torch.addmm(mean, stored, basis)
         return torch.softmax(stored if ratio == 1 else ratio * stored, dim=1)
 
+    def features(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        """Float32 [B, D]: each teacher's feature of length one, side by side, and the whole of length one again."""
+        parts = self._gather(rows, views).split(self.widths, dim=1)
+        return functional.normalize(torch.cat([functional.normalize(part) for part in parts], dim=1))
+
+    def _gather(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        index = self.slots[views].to(self.planes.device), rows.to(self.planes.device)
+        return self.planes[index].to(self.device).float()
+
     def _read(self, views: np.ndarray) -> Planes:
-        width, dtype = row_format(self.cache, self.features)
+        width, dtype = row_format(self.cache, self.of_features)
         size = len(views) * len(self.cache) * width * dtype.itemsize
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         scratch = tempfile.gettempdir() if size > ROOM * memory else None
-        return Planes(self.cache, views, scratch=scratch, features=self.features)
+        return Planes(self.cache, views, scratch=scratch, features=self.of_features)
 
     def _place(self, codes: torch.Tensor) -> torch.Tensor:
         """`codes` on the device if it has room, else where they are."""

@@ -1,0 +1,98 @@
+"""What training asks of its settings and sources: refused or noted in one line before anything is written."""
+
+import copy
+
+import numpy as np
+import torch
+
+from offline_bkd.cache import Cache, CacheError, open_cache
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import ImageSource
+from offline_bkd.pipeline.dump import refuse_other
+from offline_bkd.pipeline.schema import Experiment, Method, TrainedNetwork, Training
+
+
+def refuse_device(training: Training, role: str, device: torch.device) -> None:
+    """Raises UserError where the device cannot do what `training` asks for."""
+    if training.compile == "cuda_graphs" and device.type != "cuda":
+        raise UserError(f"{role}.training.compile: cuda_graphs needs a CUDA device, found {device.type}; set true or false")
+
+
+def refuse_sources(method: Method, cache: str | None, backbone: str | None) -> None:
+    """Raises UserError where what `method` learns from is not given, or something else is."""
+    for given, option, wanted in (
+        (cache, "--cache", method.learns_from not in (None, "backbone")),
+        (backbone, "--backbone", method.learns_from == "backbone"),
+    ):
+        if wanted and given is None:
+            raise UserError(f"method {method.name} learns from a {option[2:]}; name one with {option}")
+        if given is not None and not wanted:
+            raise UserError(f"method {method.name} learns from no {option[2:]}; leave out {option}")
+
+
+def open_matching_cache(path: str, config: Experiment, training_set: datasets.Dataset) -> Cache:
+    """The complete cache at `path`. Raises CacheError with every difference if it is not for this experiment."""
+    cache = open_cache(path)
+    refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
+    if missing := cache.missing_blocks:
+        raise CacheError(f"{path} lacks {missing} blocks; finish it with dump-logits --resume")
+    method = config.student.method
+    if (method.learns_from == "experts") != ("experts" in cache.identity.teacher):
+        what, remedy = (
+            ("whole teachers' answers", "dump those of teacher.expert many, medium and few")
+            if method.learns_from == "experts"
+            else ("experts' answers, each for its own classes alone", "dump a whole teacher's, or use method lfme")
+        )
+        raise CacheError(f"{path} holds {what}, which method {method.name} does not learn from; {remedy}")
+    cache.refuse_temperature(getattr(method, "temperature", None) or cache.temperature)
+    if method.learns_from == "features" and not cache.features:
+        raise CacheError(
+            f"{path} holds no features, which method {method.name} learns from; "
+            "dump with -o cache.features=true into another folder"
+        )
+    return cache
+
+
+def refuse_unfit(network: torch.nn.Module, images: ImageSource, samples: int, batch_size: int) -> None:
+    """Raises UserError if `network` cannot take the first or the last, perhaps smaller, batch of an epoch of `samples`.
+
+    Four images stand for more: what fails does so for the size of the images, or for too few of them to normalise over.
+    """
+    for size in {min(batch_size, samples), samples % batch_size or min(batch_size, samples)}:
+        tried, rows = copy.deepcopy(network).train(), np.arange(min(size, 4)) % len(images.label)  # batch statistics move
+        (batch,) = images.batches(rows, np.zeros(len(rows), np.int64), len(rows))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                output = tried(batch.images)
+        except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
+            raise UserError(
+                f"the network cannot train on {size} images of {tuple(batch.images.shape[2:])} pixels "
+                f"({str(error).splitlines()[0]}); choose another model, views or batch_size"
+            )
+        shape = tuple((output[0] if isinstance(output, tuple) else output).shape)
+        if len(shape) != 2:
+            raise UserError(f"the network answers {shape}, not logits [batch, classes]; choose another model")
+
+
+def notes_on_training(section: TrainedNetwork, cache: Cache | None) -> list[str]:
+    """What is allowed, but perhaps not meant."""
+    notes, training, schedule = [], section.training, section.training.schedule
+    if beyond := [str(epoch) for epoch in getattr(schedule, "milestones", ()) if epoch >= training.epochs]:
+        notes.append(f"training.schedule.milestones {', '.join(beyond)} do not come in {training.epochs} epochs")
+    if getattr(schedule, "warmup_epochs", 0) >= training.epochs:
+        notes.append(f"training.schedule.warmup_epochs {schedule.warmup_epochs} do not end in {training.epochs} epochs")
+    if section.method.name == "cbd" and cache and (linear := _linear_teachers(cache)):
+        notes.append(f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}")
+    return notes
+
+
+def _linear_teachers(cache: Cache) -> str:
+    """Names the teachers of `cache` whose classifier is a linear one."""
+    identity = cache.identity.teacher
+    teachers = [teacher for teacher in identity.get("average_of", [identity]) if "model" in teacher]
+    return ", ".join(
+        f"the cache's {teacher['model']['name']} of seed {teacher['seed']}"
+        for teacher in teachers
+        if not teacher["model"]["cosine_scale"]
+    )

@@ -1,0 +1,212 @@
+"""Recipe: train a network into a run's folder. Teacher and student are uses of a network; one recipe trains both."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from offline_bkd.cache import Cache
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.backbone import take_backbone
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.color_jitter import ColorJitter
+from offline_bkd.pipeline.data.images import ImageSource, open_images
+from offline_bkd.pipeline.evaluate import evaluate
+from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.requirements import (
+    notes_on_training,
+    open_matching_cache,
+    refuse_device,
+    refuse_sources,
+    refuse_unfit,
+)
+from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.show.report import draw_run
+from offline_bkd.pipeline.training.engine import NotFinite, Task, train
+from offline_bkd.pipeline.training.methods import Context, build_method
+from offline_bkd.pipeline.training.ranks import Ranks, join, refuse_shares
+from offline_bkd.pipeline.training.targets import Targets
+
+Role = Literal["teacher", "student"]  # the section of the experiment that describes the network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a network is trained and judged on. Networks that differ in their seeds alone share it."""
+
+    training_set: datasets.Dataset
+    test_set: datasets.Dataset
+    images: ImageSource  # of the training part
+    test_images: ImageSource
+    cache: Cache | None  # what the method learns from, if it learns from one
+    targets: Targets | None  # of that cache
+    backbone: runs.Run | None  # the run whose backbone is taken, if the method takes one
+
+    @property
+    def learns_from(self) -> str | None:
+        """The digest of the cache, or of the other run's network."""
+        return self.cache.digest if self.cache else self.backbone and self.backbone.summary()["digest"]
+
+
+def train_teacher(
+    config: Experiment, out: str, device: torch.device, resume: bool = False, backbone: str | None = None
+) -> None:
+    """Trains the teacher of `config` into the folder `out`, by a method that needs no cache.
+
+    An expert (LFME) sees, and is judged on, the images of its own classes alone, among which it answers.
+    """
+    ranks = join(device)
+    if ranks.first:
+        runs.refuse_taken(out, resume)
+    inputs = read_inputs(config, "teacher", device, None, backbone)
+    train_network(config, "teacher", inputs, out, device, ranks, resume)
+
+
+def train_student(
+    config: Experiment,
+    cache: str | None,
+    out: str,
+    device: torch.device,
+    resume: bool = False,
+    backbone: str | None = None,
+    seeds: Sequence[int] = (),
+) -> None:
+    """Trains the student of `config` into the folder `out`, from the store at `cache` or the run in `backbone`.
+
+    With `seeds` a student of each is trained, one after the other, into the folders `out`-<seed>: each as it would be
+    alone, from one copy of images and targets. One that diverges leaves the others to their ends.
+
+    Raises CacheError before anything is written if the cache is for other data, views or classes, or is not complete.
+    """
+    if seeds and not Path(out).name:
+        raise UserError(f"--out {out!r} is no name that seeds can be added to; name a folder")
+    ranks = join(device)
+    students = {f"{Path(out)}-{seed}": config.model_copy(update={"seed": seed}) for seed in seeds}
+    for folder in (students or (out,)) if ranks.first else ():
+        runs.refuse_taken(folder, resume)
+    inputs = read_inputs(config, "student", device, cache, backbone)
+    if not seeds:
+        return train_network(config, "student", inputs, out, device, ranks, resume)
+    for folder, student in students.items():
+        if ranks.first and runs.begun(Path(folder)):  # what cannot go on is refused before others begin
+            with runs.start_run(folder, student, "student", device, resume, inputs.learns_from):
+                pass
+    diverged = None
+    for folder, student in students.items():
+        try:
+            train_network(student, "student", inputs, folder, device, ranks, resume, f"seed {student.seed}: ")
+        except NotFinite as error:
+            print(error, flush=True)  # the others may take long
+            diverged = diverged or error
+    if diverged:
+        raise diverged
+
+
+def read_inputs(
+    config: Experiment, role: Role, device: torch.device, cache: str | None = None, backbone: str | None = None
+) -> Inputs:
+    """The data of `config`, the store at `cache` and the run in `backbone`, refused where they do not fit each other."""
+    section = config.network(role)
+    refuse_device(section.training, role, device)
+    refuse_sources(section.method, cache, backbone)
+    training_set, test_set = datasets.load(config.data, section.expert)
+    store = cache and open_matching_cache(cache, config, training_set)
+    images, test_images = (open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set))
+    return Inputs(
+        training_set=training_set,
+        test_set=test_set,
+        images=images,
+        test_images=test_images,
+        cache=store or None,
+        targets=Targets(store, device, features=section.method.learns_from == "features") if store else None,
+        backbone=runs.open_run(backbone) if backbone else None,
+    )
+
+
+def train_network(
+    config: Experiment,
+    role: Role,
+    inputs: Inputs,
+    out: str,
+    device: torch.device,
+    ranks: Ranks,
+    resume: bool = False,
+    label: str = "",
+) -> None:
+    """Trains the network of `role` into the folder `out`, and draws its pictures. `label` goes before what is printed.
+
+    The first of `ranks` alone writes.
+    """
+    section, training_set, images = config.network(role), inputs.training_set, inputs.images
+    members = torch.from_numpy(training_set.class_counts > 0) if section.expert else None
+    classes, layout = len(training_set.classes), section.training.channels_last
+    model = build_model(section.model, classes, config.data, config.seed, images.crop_size, members, layout).to(device)
+    context = Context(
+        model=model,
+        sample_id=training_set.sample_id,
+        label=training_set.label,
+        class_counts=training_set.class_counts,
+        targets=inputs.targets,
+        epochs=section.training.epochs,
+        seed=config.seed,
+        device=device,
+        images=images,
+        backbone=inputs.backbone and take_backbone(model, section.model, inputs.backbone, training_set).to(device),
+    )
+    method = build_method(section.method, context)
+    network = ColorJitter(method.network, section.color_jitter) if section.color_jitter else method.network
+    refuse_unfit(network, images, len(method.rows(0)), section.training.batch_size)
+    refuse_shares(section.method.name, section.training.batch_size, ranks.world)
+    started = runs.start_run(out, config, role, device, resume, inputs.learns_from, label)
+    with started if ranks.first else nullcontext(runs.Run(Path(out), label, silent=True)) as run:
+        ranks.wait()  # until the first has begun
+        if ranks.first and not run.has("log.txt"):
+            for note in notes_on_training(section, inputs.cache):
+                run.log(f"note: {note}")
+            if ranks.world > 1 and device.type == "cpu":
+                run.log(
+                    f"note: each of {ranks.world} processes normalises over its own share of a batch: torch synchronises "
+                    "batch statistics on GPUs only"
+                )
+        task = Task(
+            model=model,
+            network=network,
+            method=method,
+            images=images,
+            sample_id=training_set.sample_id,
+            views=config.views,
+            targets=inputs.targets,
+            evaluate=partial(
+                evaluate,
+                images=inputs.test_images,
+                class_counts=training_set.class_counts,
+                precision=section.training.precision,
+                ranks=ranks,
+            ),
+            training=section.training,
+            seed=config.seed,
+            ranks=ranks,
+        )
+        train(task, run, describe(config, role, inputs))
+        if ranks.first:
+            draw_run(run)
+
+
+def describe(config: Experiment, role: Role, inputs: Inputs) -> dict:
+    """What a run's summary says of what was trained, and from what."""
+    section = config.network(role)
+    plain = "teacher" if role == "teacher" and section.method.name == "ce" else section.method.name
+    return {
+        "method": f"{section.expert}-shot expert" if section.expert else plain,
+        "classes": inputs.training_set.classes,
+        "class_counts": inputs.training_set.class_counts.tolist(),
+        "image_size": inputs.images.crop_size,
+        "dataset": inputs.training_set.fingerprint,
+        "test_dataset": inputs.test_set.fingerprint,
+        "teacher": inputs.cache and inputs.cache.identity.teacher,
+        "backbone": inputs.backbone and runs.experiment_of(inputs.backbone),
+    }

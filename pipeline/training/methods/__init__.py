@@ -1,0 +1,44 @@
+"""Methods: for each kind of schema.AnyMethod, what a step runs, which rows an epoch visits and what is minimised.
+
+A new method is a section in schema.py, a class here (contract.Method says what of) and a line in METHODS; its formula, if it
+has a new one, is a pure function in losses.py.
+"""
+
+from offline_bkd.pipeline.schema import Method as Settings
+from offline_bkd.pipeline.training.methods.bbn import BilateralBranches
+from offline_bkd.pipeline.training.methods.contract import Context, Method, StepLoss
+from offline_bkd.pipeline.training.methods.crt import ClassifierRetraining
+from offline_bkd.pipeline.training.methods.distillation import BalancedDistillation, ClassBalancedDistillation, Distillation
+from offline_bkd.pipeline.training.methods.labels import (
+    ClassBalanced,
+    ClassBalancedFocal,
+    CrossEntropy,
+    Focal,
+    LogitAdjustment,
+    MarginWithDeferredWeights,
+)
+from offline_bkd.pipeline.training.methods.lfme import MultipleExperts
+from offline_bkd.pipeline.training.methods.oltr import OpenLongTail
+
+__all__ = ["Context", "Method", "StepLoss", "build_method"]
+
+METHODS = {
+    "ce": CrossEntropy,
+    "cb": ClassBalanced,
+    "focal": Focal,
+    "cb_focal": ClassBalancedFocal,
+    "logit_adjustment": LogitAdjustment,
+    "ldam": MarginWithDeferredWeights,
+    "kd": Distillation,
+    "bkd": BalancedDistillation,
+    "cbd": ClassBalancedDistillation,
+    "lfme": MultipleExperts,
+    "crt": ClassifierRetraining,
+    "oltr": OpenLongTail,
+    "bbn": BilateralBranches,
+}
+
+
+def build_method(settings: Settings, context: Context) -> Method:
+    """The method that `settings` describe, over `context`. Raises UserError where the two do not fit."""
+    return METHODS[settings.name](settings, context)

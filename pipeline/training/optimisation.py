@@ -1,0 +1,107 @@
+"""From a loss to new weights: the learning rate of every step, the optimiser, clipping, the moving average."""
+
+import math
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from offline_bkd.pipeline.schema import Training
+
+
+def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of `step` (from 0 over the whole run)."""
+    schedule, base, total = training.schedule, training.learning_rate, training.epochs * steps_per_epoch
+    if schedule.name == "constant":
+        return base
+    if schedule.name == "cosine":
+        rise = schedule.warmup_epochs * steps_per_epoch
+        if step < rise:
+            return base * (step + 1) / rise
+        return base * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
+    if schedule.name == "one_cycle":
+        rise = schedule.warmup * total
+        return base * ((step + 1) / (rise + 1) if step < rise else (total - step) / (total - rise))
+    epoch = step // steps_per_epoch
+    if epoch < schedule.warmup_epochs:
+        return base * (epoch + 1) / schedule.warmup_epochs
+    return base * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
+
+
+class Optimisation:
+    """The optimiser of `network`, whose parameters are those of `model`, and what resuming needs of both."""
+
+    def __init__(self, network: torch.nn.Module, model: torch.nn.Module, training: Training):
+        self.network, self.model, self.training = network, model, training
+        self.optimiser = build_optimiser(model, training)
+        average = training.ema and get_ema_multi_avg_fn(training.ema)
+        self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if average else None
+
+    @property
+    def averaged(self) -> torch.nn.Module | None:
+        """The model of averaged weights, if there is an average."""
+        return self.average and self.average.module
+
+    def step(self, loss: torch.Tensor, rate: float) -> None:
+        """One step down the gradient of `loss` at the learning rate `rate`."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.training.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.gradient_clip)
+        self.optimiser.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a resumed run goes on from, by name."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimiser.state[parameter].items():
+                if value is not None:
+                    tensors[f"{_STORED.get(key, key)}.{name}"] = torch.as_tensor(value)
+        if self.average:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        return tensors
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Goes on from what `state` gave."""
+        self.network.load_state_dict({name: tensors[f"network.{name}"] for name in self.network.state_dict()})
+        for name, parameter in self.network.named_parameters():
+            for key in _KEPT[self.training.optimizer]:
+                if (value := tensors.get(f"{_STORED.get(key, key)}.{name}")) is not None:
+                    if value.shape == parameter.shape:  # in the parameter's memory format
+                        value = torch.empty_like(parameter).copy_(value)
+                    self.optimiser.state[parameter][key] = value.to(parameter.device)
+        if self.average:
+            self.average.load_state_dict({name: tensors[f"average.{name}"] for name in self.average.state_dict()})
+
+
+# what an optimiser keeps of each parameter, and the one that is stored under another name
+_KEPT = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
+_STORED = {"momentum_buffer": "momentum"}
+
+
+def build_optimiser(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
+    """Over every parameter that is not frozen. SGD decays all of them, AdamW all but biases and scales."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            learning,
+            lr=training.learning_rate,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
+            weight_decay=training.weight_decay,
+            fused=training.fused,
+        )
+    groups = [
+        {"params": [parameter for parameter in learning if parameter.dim() > 1]},
+        {"params": [parameter for parameter in learning if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=training.learning_rate,
+        betas=(training.momentum, 0.999),
+        weight_decay=training.weight_decay,
+        fused=training.fused,
+    )

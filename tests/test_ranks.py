@@ -1,0 +1,81 @@
+"""Several processes train one network as one process does: the same rows, the same gradients, one writer."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from train_in_ranks import trained
+
+from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.training.ranks import Ranks, refuse_shares
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 127, 128, 129, 130, 131, 257, 464])
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 64), (2, 6), (4, 64), (4, 128), (3, 63)])
+def test_the_shares_of_all_ranks_are_the_epoch_batch_by_batch(samples, world, batch_size):
+    rows, views = np.random.default_rng(0).permutation(samples), np.arange(samples) % 9
+    shares = [Ranks(rank, world).share(rows, views, batch_size) for rank in range(world)]
+    steps = -(-samples // batch_size)
+    assert all(-(-len(share.rows) // share.batch_size) == steps for share in shares), "every rank takes part in every step"
+    for step in range(steps):
+        whole = rows[step * batch_size : (step + 1) * batch_size]
+        parts = [share.part(step) for share in shares if share.idle_step != step]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    for share in shares:
+        np.testing.assert_array_equal(share.views, views[np.argsort(rows)[share.rows]])
+
+
+def launch(world: int, *arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *map(str, arguments)], env=environment, **options)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_and_weights_of_an_epoch_are_those_of_one_process(tmp_path, world):
+    assert launch(world, ROOT / "tests" / "train_in_ranks.py", tmp_path / "found").wait() == 0
+    found, alone = torch.load(tmp_path / "found", weights_only=True), trained()
+    for method, values in alone.items():
+        for name, value in values.items():
+            torch.testing.assert_close(found[method][name], value, rtol=1e-9, atol=1e-12, msg=f"{method} {name}")
+
+
+def test_a_killed_rank_ends_all_and_any_number_goes_on(tmp_path):
+    options = [ROOT / "cli.py", "train-student", *tiny.options("student.method={name: ce}", "student.training.epochs=4")]
+    command = [*options, "--out", tmp_path / "run", "--resume"]
+    process = launch(2, *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    start = time.monotonic()
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and time.monotonic() - start < 60
+    assert rest.count("epoch 4/4") == 0 and not (tmp_path / "run" / "summary.json").exists()
+    assert len(runs.Run(tmp_path / "run").metrics()) in (2, 3), "one process writes"
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [record["epoch"] for record in runs.open_run(tmp_path / "run").metrics()] == [1, 2, 3, 4]
+
+
+def test_batches_that_cannot_be_shared_are_refused():
+    refuse_shares("lfme", 127, 1)
+    refuse_shares("bbn", 128, 4)
+    for method, batch_size, world, message in (
+        ("ce", 128, 3, "3 processes cannot have equal shares of training.batch_size 128; change one or the other"),
+        ("bbn", 126, 2, "2 processes cannot have an even share of training.batch_size 126"),
+        ("lfme", 128, 2, "method lfme learns from whole batches; train it in one process, without torchrun"),
+        ("oltr", 128, 2, "method oltr learns from whole batches"),
+    ):
+        with pytest.raises(UserError, match=message):
+            refuse_shares(method, batch_size, world)
