@@ -141,6 +141,15 @@ def test_overrides_may_stand_in_any_order():
         assert (method.name, method.alpha) == ("kd", 3)
 
 
+def test_what_a_file_does_not_name_is_of_its_default_kind_to_files_and_overrides(files):
+    model = "{name: cifar_resnet, depth: 8}"
+    bare = f"name: a\ndata: {{name: digits}}\nviews: {{name: crop_flip}}\nteacher: {{model: {model}}}"
+    path = files(own="base: bare.yaml\nstudent: {method: {beta: 0.9}}", bare=f"{bare}\nstudent: {{model: {model}}}")
+    config = load_config(path, ("student.method.alpha=3", "teacher.training.schedule.gamma=0.5"))
+    assert (config.student.method.name, config.student.method.beta, config.student.method.alpha) == ("bkd", 0.9, 3)
+    assert (config.teacher.training.schedule.name, config.teacher.training.schedule.gamma) == ("step", 0.5)
+
+
 def test_an_override_may_replace_a_whole_section():
     schedule = (
         "teacher.training.schedule={name: step, gamma: 0.5}",
