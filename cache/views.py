@@ -35,8 +35,8 @@ class CropFlip:
     __pydantic_config__ = {"extra": "forbid"}  # read where a configuration is checked; needs no import here
 
     name: Literal["crop_flip"] = "crop_flip"
-    pad: int = 4
-    flip: bool = True
+    pad: int = 4  # pixels, from 0 to 64
+    flip: bool = True  # every crop mirrored, too
 
     def __post_init__(self):
         if not 0 <= self.pad <= 64:
@@ -76,12 +76,12 @@ class RandomResizedCrop:
     __pydantic_config__ = {"extra": "forbid"}
 
     name: Literal["random_resized_crop"] = "random_resized_crop"
-    size: int
-    count: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    flip: bool = True
-    seed: int = 0
+    size: int  # pixels of the side that a crop is resized to
+    count: int  # views a sample
+    scale: tuple[float, float] = (0.08, 1.0)  # range of a crop's share of the image's area
+    ratio: tuple[float, float] = (0.75, 4 / 3)  # range of its width over its height
+    flip: bool = True  # half of the crops mirrored
+    seed: int = 0  # of the crops
 
     def __post_init__(self):
         if self.size < 1 or self.count < 1:

@@ -39,7 +39,7 @@ class Data(Section):
     max_per_class: Positive | None = None  # n_max; null takes the first class's size
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**64)] = 0  # which samples stay
     mean: PerChannel | None = None  # of pixels in [0, 1]; null: the network's own, for all but timm's that of ImageNet
-    std: PositivePerChannel | None = None
+    std: PositivePerChannel | None = None  # likewise
     workers: Annotated[int, Strict(), Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
 
 
@@ -54,9 +54,9 @@ class Parquet(Data):
 
     name: Literal["parquet"]
     train: str  # a file or a pattern such as train-*.parquet
-    test: str
-    image: str = "image"
-    label: str = "label"
+    test: str  # likewise
+    image: str = "image"  # the column of images
+    label: str = "label"  # the column of class numbers
 
 
 class Cifar(Data):
@@ -69,16 +69,16 @@ class ImageFolder(Data):
     """A folder for each class, of image files; classes are the folders' sorted names."""
 
     name: Literal["imagefolder"]
-    train: str = "train"
-    test: str = "test"
+    train: str = "train"  # the folder of the classes' folders
+    test: str = "test"  # likewise
 
 
 class ImageList(Data):
     """Text files of lines `relative/path.jpg label`, as ImageNet-LT and Places-LT are given; paths start from `root`."""
 
     name: Literal["image_list"]
-    train: str
-    test: str
+    train: str  # the file
+    test: str  # likewise
     classes: str | None = None  # a file with a class name on each line; null names the classes 0, 1, …
 
 
@@ -86,8 +86,8 @@ class INaturalist(Data):
     """The JSON files of iNaturalist 2017 and 2018: images, an annotation for each, categories; paths start from `root`."""
 
     name: Literal["inaturalist"]
-    train: str
-    test: str
+    train: str  # the file
+    test: str  # likewise
 
 
 class Network(Section):
@@ -115,7 +115,7 @@ class CifarResNet(Network):
     """He et al.'s ResNets for small images, depth 6n + 2, with parameter-free (option A) shortcuts."""
 
     name: Literal["cifar_resnet"]
-    depth: Positive = 32
+    depth: Positive = 32  # layers
     width: Annotated[int, Strict(), Field(ge=2, multiple_of=2)] = 16  # channels of the first stage
 
     @model_validator(mode="after")
@@ -128,7 +128,7 @@ class CifarResNet(Network):
 class LibraryModel(Network):
     """A network that a library knows by its name."""
 
-    architecture: str
+    architecture: str  # the name in the library
     weights: str | None = None  # initial ones: a local .pth or .safetensors file, or the library's own, downloaded
 
     @property
@@ -178,6 +178,8 @@ class TimmModel(LibraryModel):
 
 
 class Constant(Section):
+    """The base learning rate throughout."""
+
     name: Literal["constant"]
 
 
@@ -185,37 +187,37 @@ class Step(Section):
     """A linear rise over whole epochs, then a factor `gamma` at each milestone (the BKD paper's CIFAR recipe)."""
 
     name: Literal["step"]
-    warmup_epochs: Annotated[int, Strict(), Field(ge=0)] = 5
-    milestones: tuple[Positive, ...] = (160, 180)
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.01
+    warmup_epochs: Annotated[int, Strict(), Field(ge=0)] = 5  # of the rise; 0: none
+    milestones: tuple[Positive, ...] = (160, 180)  # epochs after which the rate falls
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.01  # the factor of each fall
 
 
 class Cosine(Section):
     """A linear rise over `warmup_epochs`, then half a cosine from the base learning rate to zero, step by step."""
 
     name: Literal["cosine"]
-    warmup_epochs: Annotated[int, Strict(), Field(ge=0)] = 0
+    warmup_epochs: Annotated[int, Strict(), Field(ge=0)] = 0  # of the rise; 0: none
 
 
 class OneCycle(Section):
     """A linear rise over `warmup` of all steps, then a linear fall to zero."""
 
     name: Literal["one_cycle"]
-    warmup: Fraction = 0.25
+    warmup: Fraction = 0.25  # share of all steps
 
 
 class Training(Section):
     """How long and by what steps a network is trained."""
 
-    epochs: Positive = 200
-    batch_size: Positive = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")
+    epochs: Positive = 200  # in each the sampler visits as many samples as there are
+    batch_size: Positive = 128  # samples a step; the last batch of an epoch may be smaller
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the base learning rate, which the schedule changes
+    schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")  # of that rate
     # sgd decays every parameter, as the papers do; adamw all but biases and scales, as transformers are trained
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9  # of sgd; of adamw it is the first beta, the second being 0.999
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    nesterov: bool = False  # sgd with Nesterov's momentum
+    weight_decay: Annotated[float, Field(ge=0)] = 2e-4  # of the optimizer
     gradient_clip: Annotated[float, Field(gt=0)] | None = None  # the largest norm of all gradients together
     # decay of an exponential moving average of the weights, step by step, which is then what is evaluated and saved
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -246,6 +248,7 @@ class CE(Method):
     """Cross-entropy alone."""
 
     name: Literal["ce"]
+    # instance_balanced: every sample once an epoch; class_balanced: a class, each as often, then one of its samples
     sampler: Literal["instance_balanced", "class_balanced"] = "instance_balanced"
     label_smoothing: Fraction = 0.0  # share of the label that is spread evenly over all classes
 
@@ -255,7 +258,7 @@ class KD(Method):
 
     learns_from = "probabilities"
     name: Literal["kd"]
-    alpha: Annotated[float, Field(ge=0)] = 1.0
+    alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the distillation
     temperature: Temperature | None = None  # null: the cache's; inspect says which others it serves
 
 
@@ -264,9 +267,9 @@ class BKD(Method):
 
     learns_from = "probabilities"
     name: Literal["bkd"]
-    alpha: Annotated[float, Field(ge=0)] = 1.0
-    temperature: Temperature | None = None
-    beta: Fraction = 0.9999
+    alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the distillation
+    temperature: Temperature | None = None  # null: the cache's; inspect says which others it serves
+    beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
     reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights; 0.8 in the CIFAR-10 recipe
 
 
@@ -277,31 +280,31 @@ class CB(Method):
     """
 
     name: Literal["cb"]
-    beta: Fraction = 0.9999
-    reweight_from: ShareOfEpochs = 0.0
+    beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
+    reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights
 
 
 class Focal(Method):
     """Focal loss (Lin et al., 2017)."""
 
     name: Literal["focal"]
-    gamma: Annotated[float, Field(ge=0)] = 1.0
+    gamma: Annotated[float, Field(ge=0)] = 1.0  # how much less a sample counts that is classified well; 0: cross-entropy
 
 
 class CBFocal(Method):
     """Focal loss weighted by the label's inverse effective number (Cui et al., 2019), a batch's mean being the plain one."""
 
     name: Literal["cb_focal"]
-    beta: Fraction = 0.9999
-    gamma: Annotated[float, Field(ge=0)] = 1.0
-    reweight_from: ShareOfEpochs = 0.0
+    beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
+    gamma: Annotated[float, Field(ge=0)] = 1.0  # how much less a sample counts that is classified well; 0: cross-entropy
+    reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights
 
 
 class LogitAdjustment(Method):
     """Cross-entropy of logits shifted by the log prior (Menon et al., 2021)."""
 
     name: Literal["logit_adjustment"]
-    tau: Annotated[float, Field(ge=0)] = 1.0
+    tau: Annotated[float, Field(ge=0)] = 1.0  # factor of the log prior
 
 
 class LDAM(Method):
@@ -311,9 +314,9 @@ class LDAM(Method):
     """
 
     name: Literal["ldam"]
-    max_margin: Annotated[float, Field(ge=0)] = 0.5
-    beta: Fraction = 0.9999
-    reweight_from: ShareOfEpochs = 0.8
+    max_margin: Annotated[float, Field(ge=0)] = 0.5  # of the rarest class, as a cosine
+    beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
+    reweight_from: ShareOfEpochs = 0.8  # share of the epochs without class weights
 
 
 class CRT(Method):
@@ -329,8 +332,8 @@ class CBD(Method):
 
     learns_from = "features"
     name: Literal["cbd"]
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.4
-    beta: Annotated[float, Field(ge=0)] = 100.0
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.4  # share of the distillation
+    beta: Annotated[float, Field(ge=0)] = 100.0  # factor of the distance of features
 
 
 class LFME(Method):
@@ -377,7 +380,7 @@ class Probability(Section):
     """The tempered probabilities themselves."""
 
     name: Literal["probability"]
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "float32"] = "float16"  # 11 bits a probability in 2 bytes, or exact in 4
 
 
 class Klt(Section):
@@ -390,8 +393,8 @@ class Klt(Section):
 class CacheSection(Section):
     """What stage one writes."""
 
-    temperature: Temperature = 2.0
-    encoding: Annotated[Logit | Probability | Klt, Field(discriminator="name")] = Logit(name="logit")
+    temperature: Temperature = 2.0  # T of softmax(z / T), the answers that are stored
+    encoding: Annotated[Logit | Probability | Klt, Field(discriminator="name")] = Logit(name="logit")  # how they are stored
     features: bool = False  # also each teacher's last feature, L2-normalised, 8 bits a number
     batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
     precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass
@@ -409,9 +412,9 @@ AnyMethod = Annotated[
 class TrainedNetwork(Section):
     """A network and how it is trained. Teacher and student are uses of one."""
 
-    model: Model
-    method: AnyMethod
-    training: Training = Training()
+    model: Model  # the network
+    method: AnyMethod  # what is minimised
+    training: Training = Training()  # by what steps
     # random colour changes of training images: mild as in the public code of cRT and OLTR, strong as of half of CBD's teachers
     color_jitter: Annotated[
         Literal[False, "mild", "strong"], BeforeValidator(lambda value: "strong" if value is True else value)
@@ -451,7 +454,9 @@ class TrainedNetwork(Section):
 
 
 class Teacher(TrainedNetwork):
-    method: AnyMethod = CE(name="ce")
+    """The network whose answers are cached."""
+
+    method: AnyMethod = CE(name="ce")  # what is minimised; none that learns from a cache
 
     @model_validator(mode="after")
     def _needs_no_cache(self):
@@ -464,7 +469,9 @@ class Teacher(TrainedNetwork):
 
 
 class Student(TrainedNetwork):
-    method: AnyMethod = BKD(name="bkd")
+    """The network that learns, from a cache or without one."""
+
+    method: AnyMethod = BKD(name="bkd")  # what is minimised
 
     @model_validator(mode="after")
     def _knows_all_classes(self):
@@ -476,13 +483,13 @@ class Student(TrainedNetwork):
 class Experiment(Section):
     """One experiment: a data set, its views, a teacher, a cache and a student."""
 
-    name: str
+    name: str  # for messages and pictures
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0  # of initial weights, sample order and views drawn
-    data: Annotated[Digits | Parquet | Cifar | ImageFolder | ImageList | INaturalist, Field(discriminator="name")]
-    views: Annotated[CropFlip | RandomResizedCrop, Field(discriminator="name")]
-    teacher: Teacher
-    cache: CacheSection = CacheSection()
-    student: Student
+    data: Annotated[Digits | Parquet | Cifar | ImageFolder | ImageList | INaturalist, Field(discriminator="name")]  # images
+    views: Annotated[CropFlip | RandomResizedCrop, Field(discriminator="name")]  # the crops that are numbered and cached
+    teacher: Teacher  # of stage one
+    cache: CacheSection = CacheSection()  # between the stages
+    student: Student  # of stage two
 
     def network(self, role: str) -> TrainedNetwork:
         """The section of `role`, "teacher" or "student"."""

@@ -148,6 +148,9 @@ def test_the_page_of_keys_is_what_the_schema_says(monkeypatch):
 
     page = configuration.page()
     assert (ROOT / "docs" / "configuration.md").read_text() == page, "run: python docs/configuration.py"
+    assert [line for line in page.splitlines() if line.endswith("|  |")] == [], (
+        "each key's line in the schema says its meaning"
+    )
 
 
 def test_the_page_of_methods_has_every_key_and_default():
