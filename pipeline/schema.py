@@ -50,13 +50,15 @@ class Digits(Data):
 
 
 class Parquet(Data):
-    """Parquet in the Hugging Face layout: an image struct with `bytes`, an integer label column."""
+    """Parquet in the Hugging Face layout: an image struct with `bytes` or a `path`, an integer label column."""
 
     name: Literal["parquet"]
     train: str  # a file or a pattern such as train-*.parquet
     test: str  # likewise
     image: str = "image"  # the column of images
     label: str = "label"  # the column of class numbers
+    # a folder for the copy of the images that a part of more than 1 GiB is read from; null: `copies` beside its files
+    copies: str | None = None
 
 
 class Cifar(Data):

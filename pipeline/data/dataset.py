@@ -8,7 +8,7 @@ import io
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +33,8 @@ class Dataset:
     classes: tuple[str, ...]
     sample_id: np.ndarray  # int64 [N]: the sample's position in its source, whatever has been left out since
     label: np.ndarray  # int64 [N]
-    images: Sequence  # N of uint8 arrays [H, W, 3], encoded bytes, or paths of image files as text
+    images: Sequence  # N of uint8 arrays [H, W, 3], or encoded bytes; a list holds paths of image files, as text
+    image_digest: np.ndarray | None = None  # uint8 [N, 32]: the sha256 of each image's bytes, where they have been read before
     root: Path | None = None  # the folder that paths begin with, left out of fingerprints
     listed: str | None = None  # where paths are listed, up to a sample's number there, from 1: "train.txt line"
     notes: tuple[str, ...] = ()  # what is allowed, but perhaps not meant: a line each
@@ -60,7 +61,9 @@ class Dataset:
     @cached_property
     def image_key(self) -> np.ndarray:
         """int64 [N], equal for samples of one file, or of equal bytes."""
-        if len(self) and isinstance(self.images[0], str):
+        if self.image_digest is not None:
+            return np.ascontiguousarray(self.image_digest[:, :8]).view("<i8")[:, 0]
+        if isinstance(self.images, list):
             return self.file_status[:, 1]
         return np.fromiter((hash(bytes(image)) for image in self.images), np.int64, len(self))
 
@@ -82,33 +85,32 @@ class Dataset:
             for part in threads.map(some, range(0, len(self), ROWS_A_TASK)):
                 results += part
                 progress.advance(len(results) / (time.perf_counter() - start), "images/s", len(part))
-        if broken := [str(error) for error in results if isinstance(error, UserError)]:
-            more = f" (and {len(broken) - 3} more)" if len(broken) > 3 else ""
-            raise UserError("; ".join(broken[:3]) + f"{more}: {remedy}")
+        refuse([str(error) for error in results if isinstance(error, UserError)], remedy)
         return results
 
     def decode(self, row: int) -> Image.Image:
         """Image `row`, in RGB, upright. Raises UserError naming it if it cannot be read."""
         image = self.images[row]
-        return Image.fromarray(image) if isinstance(image, np.ndarray) else self._read(row, decoding.decode)
+        return Image.fromarray(image) if isinstance(image, np.ndarray) else self._read(row, image, decoding.decode)
 
     def size(self, row: int) -> tuple[int, int]:
         """(height, width) of image `row`, upright. Raises UserError naming it if it cannot be read to its end."""
         image = self.images[row]
-        return image.shape[:2] if isinstance(image, np.ndarray) else self._read(row, decoding.image_size)
+        return image.shape[:2] if isinstance(image, np.ndarray) else self._read(row, image, decoding.image_size)
 
     def describe(self, row: int) -> str:
         """What a person calls the sample, in printable characters: its file, or its position in the source."""
-        image = self.images[row]
-        if not isinstance(image, str):
+        if not isinstance(self.images, list):
             return f"{self.name} sample {self.sample_id[row]}"
-        return printable(image) + (f" ({self.listed} {self.sample_id[row] + 1})" if self.listed else "")
+        return printable(self.images[row]) + (f" ({self.listed} {self.sample_id[row] + 1})" if self.listed else "")
 
     def take(self, rows: np.ndarray, notes: Sequence[str] = ()) -> "Dataset":
         """The samples at `rows`, in that order, with further `notes`."""
         images = [self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows]
         notes = (*self.notes, *notes)
-        part = replace(self, sample_id=self.sample_id[rows], label=self.label[rows], images=images, notes=notes)
+        digest = None if self.image_digest is None else self.image_digest[rows]
+        columns = {"sample_id": self.sample_id[rows], "label": self.label[rows], "images": images, "image_digest": digest}
+        part = replace(self, **columns, notes=notes)
         for known in ("image_size", "file_status", "image_key"):  # what has been read is not read again
             if known in vars(self):
                 vars(part)[known] = vars(self)[known][rows]
@@ -116,12 +118,19 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What the data set is, by part: sha256 of sample ids, labels and images (files: their paths and sizes)."""
+        """What the data set is, by part: sha256 of sample ids, labels and images.
+
+        Of images: all their bytes, or their digests where these are known; of files, their paths and sizes.
+        """
         images, top = hashlib.sha256(), os.path.join(self.root or "", "")
-        for row, image in enumerate(self.images):
-            if isinstance(image, str):
-                image = os.fsencode(f"{image.removeprefix(top)} {self.file_status[row, 0]}\n")
-            images.update(image)
+        content: Iterable = self.images
+        if self.image_digest is not None:
+            content = [self.image_digest.tobytes()]
+        elif isinstance(self.images, list):
+            sizes = self.file_status[:, 0].tolist()
+            content = (os.fsencode(f"{path.removeprefix(top)} {size}\n") for path, size in zip(self.images, sizes))
+        for part in content:
+            images.update(part)
         return {
             "size": f"{len(self):,} samples of {len(self.classes):,} classes",
             "samples": hashlib.sha256(self.sample_id.astype("<i8").tobytes()).hexdigest(),
@@ -129,9 +138,8 @@ class Dataset:
             "images": images.hexdigest(),
         }
 
-    def _read(self, row: int, read: Callable):
-        """What `read` makes of the encoded image `row`."""
-        image = self.images[row]
+    def _read(self, row: int, image: bytes | str, read: Callable):
+        """What `read` makes of the encoded `image`, which is that of `row`."""
         try:
             with decoding.open_regular(image) if isinstance(image, str) else io.BytesIO(image) as file:
                 return read(file)
@@ -139,7 +147,7 @@ class Dataset:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{self.describe(row)} cannot be read as an image: {reason}")
 
-    def _file_status(self, row: int) -> tuple[int, int, int]:
+    def _file_status(self, row: int) -> tuple[int, int]:
         try:
             status = os.stat(self.images[row])
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -147,6 +155,13 @@ class Dataset:
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{self.describe(row)} cannot be read: it is no regular file")
         return status.st_size, hash((status.st_dev, status.st_ino) if status.st_ino else self.images[row])
+
+
+def refuse(problems: Sequence[str], remedy: str = "replace or remove them") -> None:
+    """Raises one UserError of all `problems`, if there are any, with a `remedy`."""
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError("; ".join(problems[:3]) + f"{more}: {remedy}")
 
 
 def numbered_classes(*labels: Sequence[int]) -> list[str]:

@@ -24,11 +24,12 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
     """The training part, made long-tailed as `section` says, and the test part, whole.
 
     With `shot`, a shot group of metrics.py, only the samples of its classes, in both parts; all classes keep their names
-    and numbers. What is allowed, but perhaps not meant, is in the parts' notes, and printed. Raises UserError for files
-    that are missing, labels out of range, classes without training samples and a group without classes.
+    and numbers. Without `download`, nothing is downloaded or copied: it must be there. What is allowed, but perhaps not
+    meant, is in the parts' notes, and printed. Raises UserError for files that are missing, labels out of range, classes
+    without training samples and a group without classes.
     """
     loader = LOADERS[section.name]
-    options = {"download": download} if loader is _cifar else {}
+    options = {"download": download} if loader in (_cifar, load_parquet) else {}
     train, test = loader(section, config.expand(section.root), **options)
     _print_notes(*train.notes, *test.notes)
     _refuse_classes(train, test)

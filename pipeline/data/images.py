@@ -51,11 +51,13 @@ def open_images(dataset: Dataset, views: CropFlip | RandomResizedCrop, device: t
 
 def memory() -> int:
     """Bytes of memory that this machine, or the container, has."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or "max"
-        return whole
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in "memory.max", "memory/memory.limit_in_bytes":  # of cgroups, version 2 and 1
+        try:
+            limit = min(limit, int(Path("/sys/fs/cgroup", file).read_text()))
+        except (OSError, ValueError):  # there is none, or "max"
+            pass
+    return limit
 
 
 class ResidentImages:

@@ -1,16 +1,17 @@
 """Data sets as Parquet in the Hugging Face layout: an image struct of `bytes` or a `path`, an integer label column.
 
-Shards are read some rows at a time, so that what is in memory beside the images is small, however a file was written.
+Shards are read some rows at a time, and what is more than some memory from a copy: how large a set is, and how its files
+were written, does not say how much memory it takes.
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,11 @@ from pyarrow import types
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data.dataset import Dataset, numbered_classes, printable
+from offline_bkd.pipeline.data.image_copy import CopiedImages, make_copy, open_copy
 from offline_bkd.pipeline.data.lists import listed_part
 
-ROWS = 32  # that are unpacked at a time
+ROWS = 64  # that are unpacked at a time
+IN_MEMORY = 2**30  # bytes of a part's images that are held in memory; of more a copy is read
 UNPACKED, TIMES = 2**30, 100  # what unpacks to more bytes, and to more times its file's, is refused
 SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})(.*)")
 
@@ -47,29 +50,43 @@ class EncodedImages(Sequence):
 class Shard(NamedTuple):
     path: Path
     names: list[str] | None  # of the classes, from its metadata
+    rows: int
+    unpacked: int  # bytes of images and labels
 
 
-def load_parquet(section: schema.Parquet, root: Path) -> tuple[Dataset, Dataset]:
-    """Both parts. Classes are named by the metadata of either, or numbered up to the largest label of both."""
-    found = [_shards(section, root, section.train, "data.train"), _shards(section, root, section.test, "data.test")]
-    names = [_names(shards) for shards in found]
-    columns = [_read(shards, section) for shards in found]
-    numbered = numbered_classes(*(label for _, label in columns))
-    parts = []
-    for pattern, shards, own, (images, label) in zip((section.train, section.test), found, names, columns):
-        classes = own or names[0] or names[1] or numbered
-        if isinstance(images, list):
-            part = listed_part(root, f"{pattern} row", images, label, classes)
-        else:
-            part = Dataset(
-                name=printable(shards[0].path.parent.name),
-                classes=tuple(classes),
-                sample_id=np.arange(len(label)),
-                label=label,
-                images=images,
-            )
-        parts.append(replace(part, notes=_missing(shards)))
-    return tuple(parts)
+def load_parquet(section: schema.Parquet, root: Path, download: bool) -> tuple[Dataset, Dataset]:
+    """Both parts. Classes are named by the metadata of either, or numbered up to the largest label of both.
+
+    A part of more than IN_MEMORY bytes is read from a copy (image_copy.py), which must be there if not `download`.
+    """
+    patterns = section.train, section.test
+    shards = [_shards(section, root, pattern, key) for pattern, key in zip(patterns, ("data.train", "data.test"))]
+    columns = [_read(own, section, root, download) for own in shards]
+    pyarrow.default_memory_pool().release_unused()  # what reading took beside the images
+    names = [_names(own) for own in shards]
+    classes = names[0] or names[1] or numbered_classes(*(label for _, label in columns))
+    return tuple(
+        _part(root, pattern, own, images, label, named or classes)
+        for pattern, own, named, (images, label) in zip(patterns, shards, names, columns)
+    )
+
+
+def _part(root: Path, pattern: str, shards: list[Shard], images: Sequence, label: np.ndarray, classes: list[str]) -> Dataset:
+    if isinstance(images, list):
+        part = listed_part(root, f"{pattern} row", images, label, classes)
+    else:
+        copied = isinstance(images, CopiedImages)
+        part = Dataset(
+            name=printable(shards[0].path.parent.name),
+            classes=tuple(classes),
+            sample_id=np.arange(len(label)),
+            label=label,
+            images=images,
+            image_digest=images.records["sha256"] if copied else None,
+        )
+        if copied:
+            vars(part)["image_size"] = images.records["size"].astype(np.int64)  # decoded when they were copied
+    return part.take(np.arange(len(part)), _missing(shards))
 
 
 def read_images(path: Path, preferred: str) -> EncodedImages:
@@ -109,7 +126,10 @@ def _shards(section: schema.Parquet, root: Path, pattern: str, key: str) -> list
         with _opened(path) as file:
             if file.metadata.num_rows:
                 _refuse_columns(file, section, path)
-                shards.append(Shard(path, _class_names(file.schema_arrow, section.label, path)))
+                unpacked = _unpacked(file, section)
+                _refuse_bomb(path, unpacked)
+                names = _class_names(file.schema_arrow, section.label, path)
+                shards.append(Shard(path, names, file.metadata.num_rows, unpacked))
     if not shards:
         raise UserError(f"{printable(str(root / pattern))} holds no samples; name other files in {key}")
     return shards
@@ -129,10 +149,14 @@ def _refuse_columns(file: pyarrow.parquet.ParquetFile, section: schema.Parquet, 
         )
     if not types.is_integer(label):
         raise UserError(f"{path}: column {section.label!r} is {label}; labels are whole numbers")
+
+
+def _unpacked(file: pyarrow.parquet.ParquetFile, section: schema.Parquet) -> int:
+    """Bytes that the columns hold by the file's own account; repeated values may make them more."""
     groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
     chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
     read = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in (section.image, section.label))
-    _refuse_bomb(path, max(sum(chunk.total_uncompressed_size for chunk in read), 8 * file.metadata.num_rows))
+    return max(sum(chunk.total_uncompressed_size for chunk in read), 8 * file.metadata.num_rows)
 
 
 def _image_fields(kind: pyarrow.DataType) -> dict[str, pyarrow.DataType]:
@@ -211,35 +235,70 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
         raise UserError(f"cannot read {printable(str(path))} as Parquet: {' '.join(str(error).split())}")
 
 
-def _read(shards: list[Shard], section: schema.Parquet) -> tuple[EncodedImages | list[str], np.ndarray]:
+def _read(shards: list[Shard], section: schema.Parquet, root: Path, download: bool) -> tuple[Sequence, np.ndarray]:
     """Encoded images, or the paths of their files, and labels, int64 [N], of all shards."""
-    chunks, paths, labels = [], [], []
-    for shard in shards:
-        for data, files, label in _batches(shard.path, section):
-            chunks.append(data)
-            paths += files
-            labels += label
+    chunks, paths, labels, size = [], [], [], sum(shard.unpacked for shard in shards)
+    if size > IN_MEMORY:
+        return _copied(shards, section, root, size, download)
+    size = 0
+    for data, files, label in _batches(shards, section):
+        size += data.nbytes
+        if size > IN_MEMORY:  # values that are stored once and come again
+            return _copied(shards, section, root, size, download)
+        chunks.append(data)
+        paths += files
+        labels += label
     column = pyarrow.chunked_array(chunks, pyarrow.large_binary())
-    label = np.array(labels, np.int64)
     if column.null_count == len(column) and None not in paths:
-        return paths, label
+        return paths, np.array(labels, np.int64)
     if column.null_count:
-        row = column.is_null().index(True).as_py()
-        raise UserError(f"{shards[0].path.parent}: row {row} has no image bytes ({column.null_count} such rows)")
-    return EncodedImages(column, np.arange(len(column))), label
+        _refuse_null(shards, column.is_null().index(True).as_py(), column.null_count)
+    return EncodedImages(column, np.arange(len(column))), np.array(labels, np.int64)
 
 
-def _batches(path: Path, section: schema.Parquet) -> Iterator[tuple[pyarrow.Array, list[str | None], list[int]]]:
+def _copied(
+    shards: list[Shard], section: schema.Parquet, root: Path, size: int, download: bool
+) -> tuple[CopiedImages, np.ndarray]:
+    """The same from a copy, named by the files that it is of; it is made if it is not there."""
+    folder = root / section.copies if section.copies else shards[0].path.parent / "copies"
+    status = [(shard.path, shard.path.stat()) for shard in shards]
+    source = [section.image, section.label, *((path.name, found.st_size, found.st_mtime_ns) for path, found in status)]
+    path = folder / f"{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:20]}.images"
+    if not path.exists():
+        if not download:
+            raise UserError(
+                f"{size / 1e9:,.1f} GB of images in {printable(str(shards[0].path.parent))} are read from a copy in "
+                f"{printable(str(folder))}, which is yet to be made, and a dry run writes nothing; leave out --dry-run"
+            )
+        make_copy(path, _samples(shards, section), sum(shard.rows for shard in shards), size)
+    images = open_copy(path)
+    return images, images.records["label"].astype(np.int64)
+
+
+def _samples(shards: list[Shard], section: schema.Parquet) -> Iterator[list[tuple[bytes, int]]]:
+    row = 0
+    for data, _, label in _batches(shards, section):
+        if data.null_count:
+            _refuse_null(shards, row + data.is_null().to_pylist().index(True))
+        yield list(zip(data.to_pylist(), label))
+        row += len(data)
+
+
+def _refuse_null(shards: list[Shard], row: int, count: int = 1):
+    raise UserError(f"{printable(str(shards[0].path.parent))}: row {row} has no image bytes ({count} such rows); remove it")
+
+
+def _batches(shards: list[Shard], section: schema.Parquet) -> Iterator[tuple[pyarrow.Array, list[str | None], list[int]]]:
     """Image bytes, paths and labels, some rows at a time."""
-    unpacked = 0
-    with _opened(path) as file:
-        for batch in file.iter_batches(ROWS, columns=[section.image, section.label], use_threads=False):
-            unpacked += batch.nbytes
-            _refuse_bomb(path, unpacked)
-            image, label = batch.column(section.image), batch.column(section.label)
-            if label.null_count:
-                raise UserError(f"{path}: column {section.label!r} must hold whole numbers without gaps; a row has none")
-            fields = _encoded(image)
-            empty = pyarrow.nulls(len(batch))
-            data = fields.get("bytes", empty).cast(pyarrow.large_binary())
-            yield data, fields.get("path", empty).to_pylist(), label.cast(pyarrow.int64()).to_pylist()
+    for shard in shards:
+        unpacked = 0
+        with _opened(shard.path) as file:
+            for batch in file.iter_batches(ROWS, columns=[section.image, section.label], use_threads=False):
+                unpacked += batch.nbytes
+                _refuse_bomb(shard.path, unpacked)
+                image, label = batch.column(section.image), batch.column(section.label)
+                if label.null_count:
+                    raise UserError(f"{shard.path}: column {section.label!r} must hold whole numbers without gaps")
+                fields, empty = _encoded(image), pyarrow.nulls(len(batch))
+                data = fields.get("bytes", empty).cast(pyarrow.large_binary())
+                yield data, fields.get("path", empty).to_pylist(), label.cast(pyarrow.int64()).to_pylist()
