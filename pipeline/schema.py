@@ -190,6 +190,7 @@ class Step(Section):
 
     name: Literal["step"]
     warmup_epochs: Annotated[int, Strict(), Field(ge=0)] = 5  # of the rise; 0: none
+    warmup_from: Fraction = 0.0  # share of the learning rate that the rise begins from; its first epoch is one step above
     milestones: tuple[Positive, ...] = (160, 180)  # epochs after which the rate falls
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.01  # the factor of each fall
 
@@ -215,6 +216,8 @@ class Training(Section):
     batch_size: Positive = 128  # samples a step; the last batch of an epoch may be smaller
     learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the base learning rate, which the schedule changes
     schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")  # of that rate
+    # share of the learning rate that all but the classifier, and what OLTR adds, learns at; 0 freezes it
+    backbone_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     # sgd decays every parameter, as the papers do; adamw all but biases and scales, as transformers are trained
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9  # of sgd; of adamw it is the first beta, the second being 0.999
@@ -342,8 +345,10 @@ class LFME(Method):
     """Self-paced distillation from one expert a shot group, on class-balanced samples (Xiang et al., 2020).
 
     An expert teaches less the more often the student has been right about its classes, beside the expert, in the epoch
-    before, and no longer once it is as often; images that their expert is unsure of come in as the epochs go. Both are
-    measured on the training images that an epoch visits: the authors use a validation set, which not all data have.
+    before, and no longer once it is as often; images that their expert is unsure of come in over the first half of the
+    epochs. Both are measured on the training images that an epoch visits: the authors use a validation set, which not all
+    data have. Their confidence is scaled to the range of its class and has a floor for each shot group, here it is the
+    expert's probability as it is; their groups end at 100 and 20 images inclusively, here as everywhere.
     """
 
     learns_from = "experts"
@@ -355,7 +360,7 @@ class OLTR(Method):
     """Another run's backbone, all of it training on, with a memory of class centroids (Liu et al., 2019).
 
     On class-balanced samples; needs model.memory. The authors draw four samples of a class in a row, here each is drawn
-    alone; their backbone learns at a tenth of the rest's rate, here one rate is for all.
+    alone.
     """
 
     learns_from = "backbone"

@@ -17,6 +17,7 @@ import torch
 
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data.images import ResidentImages
+from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.schema import Cosine, OneCycle, Training
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import engine
@@ -36,6 +37,34 @@ def test_the_step_schedule_is_the_papers():
     np.testing.assert_allclose(by_epoch[:6], [0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
     np.testing.assert_allclose(by_epoch[159:161], [0.1, 0.001])
     np.testing.assert_allclose(by_epoch[179:181], [0.001, 0.00001])
+
+
+def test_a_warm_up_may_begin_above_zero_as_bbns_does():
+    schedule = {"name": "step", "warmup_epochs": 5, "warmup_from": 1 / 3, "milestones": [119, 159]}
+    by_epoch = rates(Training(schedule=schedule), 2)[::2]
+    np.testing.assert_allclose(by_epoch[:6], [0.0466667, 0.06, 0.0733333, 0.0866667, 0.1, 0.1], rtol=1e-6)
+    np.testing.assert_allclose([by_epoch[118], by_epoch[119], by_epoch[159]], [0.1, 0.001, 0.00001])
+
+
+def test_a_backbone_may_learn_at_a_share_of_the_rate_or_not_at_all(tmp_path, teacher_run):
+    moved = {}
+    for share in (1, 0.1, 0):
+        settings = "student.method={name: ce}", "student.training.epochs=1", "student.training.batch_size=464"
+        config = tiny.experiment(*settings, f"student.training.backbone_rate={share}", "student.training.momentum=0")
+        train_student(config, None, str(tmp_path / f"{share}"), tiny.CPU)
+        start = build_model(config.student.model, 10, config.data, 0).state_dict()
+        end = tensors(tmp_path / f"{share}")
+        moved[share] = {name: end[name] - start[name] for name in ("network.conv1.weight", "network.fc.weight")}
+    np.testing.assert_allclose(moved[0.1]["network.conv1.weight"], 0.1 * moved[1]["network.conv1.weight"], atol=1e-6)
+    assert not moved[0]["network.conv1.weight"].any() and moved[1]["network.conv1.weight"].any()
+    for share in (0.1, 0):
+        np.testing.assert_allclose(moved[share]["network.fc.weight"], moved[1]["network.fc.weight"], atol=1e-6)
+
+
+def test_the_cosine_schedule_rises_first_where_asked():
+    found = rates(Training(epochs=10, schedule=Cosine(name="cosine", warmup_epochs=2)), 4)
+    np.testing.assert_allclose(found[:8], 0.1 * np.arange(1, 9) / 8)
+    np.testing.assert_allclose(found[8:], rates(Training(epochs=8, schedule=Cosine(name="cosine")), 4))
 
 
 def test_the_cosine_schedule_is_torchs():
@@ -443,10 +472,57 @@ def test_what_makes_steps_fast_leaves_the_recipe_as_it_is(tmp_path, cache, steps
         torch.testing.assert_close(others[name], value, rtol=rounding, atol=rounding)
 
 
-def test_an_interruption_changes_no_bit_whatever_the_memory_format_and_the_optimiser(tmp_path, cache):
-    config = tiny.experiment("student.training.channels_last=false", "student.training.fused=false")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("channels_last=false", "fused=false"),
+        ("optimizer=adamw", "learning_rate=0.001", "gradient_clip=1"),
+        ("ema=0.9", "backbone_rate=0.1"),
+    ],
+)
+def test_an_interruption_changes_no_bit_whatever_the_memory_format_and_the_optimiser(tmp_path, cache, settings):
+    config = tiny.experiment(*(f"student.training.{setting}" for setting in settings))
     train_student(config, str(cache), str(tmp_path / "whole"), tiny.CPU)
     with tiny.interrupted_after(1):
         train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU)
     train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU, resume=True)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_what_is_evaluated_and_saved_is_the_moving_average(tmp_path, monkeypatch):
+    from offline_bkd.pipeline.training.optimisation import Optimisation
+
+    weights, step = [], Optimisation.step
+
+    def record(self, loss, rate):
+        if not weights:
+            weights.append(self.model.network.fc.weight.detach().clone())
+        step(self, loss, rate)
+        weights.append(self.model.network.fc.weight.detach().clone())
+
+    monkeypatch.setattr(Optimisation, "step", record)
+    config = tiny.experiment("teacher.training.ema=0.75", "teacher.training.epochs=1")
+    train_teacher(config, str(tmp_path / "run"), tiny.CPU)
+    expected = weights[1]  # an average begins with the weights after the first step
+    for later in weights[2:]:
+        expected = 0.75 * expected + 0.25 * later
+    torch.testing.assert_close(tensors(tmp_path / "run")["network.fc.weight"], expected)
+
+
+def test_gradients_are_clipped_to_a_norm_of_all_together():
+    from offline_bkd.pipeline.training.optimisation import Optimisation
+
+    model = torch.nn.Linear(3, 2)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    training = Training(gradient_clip=0.5, momentum=0, weight_decay=0)
+    Optimisation(model, model, training).step(1e3 * model(torch.ones(1, 3)).sum(), 1.0)
+    moved = torch.cat([(old - new).flatten() for old, new in zip(before, model.parameters())])
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_adamw_decays_neither_biases_nor_scales():
+    from offline_bkd.pipeline.training.optimisation import build_optimiser
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    groups = build_optimiser(model, Training(optimizer="adamw", weight_decay=0.05)).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.05), (3, 0.0)]

@@ -5,6 +5,7 @@ import math
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from offline_bkd.pipeline.models import new_parts
 from offline_bkd.pipeline.schema import Training
 
 
@@ -23,7 +24,8 @@ def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
         return base * ((step + 1) / (rise + 1) if step < rise else (total - step) / (total - rise))
     epoch = step // steps_per_epoch
     if epoch < schedule.warmup_epochs:
-        return base * (epoch + 1) / schedule.warmup_epochs
+        risen = (epoch + 1) / schedule.warmup_epochs
+        return base * (schedule.warmup_from + (1 - schedule.warmup_from) * risen if schedule.warmup_from else risen)
     return base * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
 
 
@@ -44,7 +46,7 @@ class Optimisation:
     def step(self, loss: torch.Tensor, rate: float) -> None:
         """One step down the gradient of `loss` at the learning rate `rate`."""
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if self.training.gradient_clip:
@@ -83,23 +85,32 @@ _STORED = {"momentum_buffer": "momentum"}
 
 
 def build_optimiser(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
-    """Over every parameter that is not frozen. SGD decays all of them, AdamW all but biases and scales."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Over every parameter that is not frozen; groups have their `share` of the learning rate.
+
+    SGD decays all of them, AdamW all but biases and scales.
+    """
+    shares = {1.0: [], training.backbone_rate: []}
+    heads = tuple(f"{name}." for name in new_parts(model)) if training.backbone_rate != 1 else ("",)
+    for name, parameter in model.named_parameters():
+        share = 1.0 if name.startswith(heads) else training.backbone_rate
+        if not share:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            shares[share].append(parameter)
+    groups = [{"params": parameters, "share": share} for share, parameters in shares.items() if parameters]
     if training.optimizer == "sgd":
         return torch.optim.SGD(
-            learning,
+            groups,
             lr=training.learning_rate,
             momentum=training.momentum,
             nesterov=training.nesterov,
             weight_decay=training.weight_decay,
             fused=training.fused,
         )
-    groups = [
-        {"params": [parameter for parameter in learning if parameter.dim() > 1]},
-        {"params": [parameter for parameter in learning if parameter.dim() <= 1], "weight_decay": 0.0},
-    ]
+    decayed = [{**group, "params": [one for one in group["params"] if one.dim() > 1]} for group in groups]
+    others = [{**group, "params": [one for one in group["params"] if one.dim() <= 1], "weight_decay": 0.0} for group in groups]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [group for group in decayed + others if group["params"]],
         lr=training.learning_rate,
         betas=(training.momentum, 0.999),
         weight_decay=training.weight_decay,

@@ -38,7 +38,8 @@ class MultipleExperts:
         self.network.right[epoch + 1] += right @ functional.one_hot(own_group, len(self.groups)).float()
         confidence = expert.gather(1, batch.label[:, None])[:, 0]
         # the paper weighs the loss, its public code the logits
-        ce = (confidence + (1 - confidence) * epoch / self.epochs) * losses.cross_entropy(logits, batch.label)
+        trust = confidence + (1 - confidence) * min(1, 2 * epoch / self.epochs)
+        ce = trust * losses.cross_entropy(logits, batch.label)
         return StepLoss(loss=ce + kd, correct=correct, parts={"ce": ce, "kd": kd})
 
 
