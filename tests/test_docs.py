@@ -16,7 +16,7 @@ from offline_bkd.pipeline import reproduce, schema
 from offline_bkd.pipeline.config import load_config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 PROGRAMS = ("python", "make", "export", "torchrun", "pip")
 
@@ -171,7 +171,7 @@ def test_links_lead_to_files_that_are_there(page):
     links = re.findall(r"\]\((?!\w+://)([^)#]+)", page.read_text())
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
-    named = re.findall(r"`((?:configs|results|benchmarks|tests|docs)/[\w./-]*\w)`", page.read_text())
+    named = re.findall(r"`((?:benchmarks|cache|configs|docs|pipeline|results|tests)/[\w./-]*\w)`", page.read_text())
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
