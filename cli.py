@@ -337,6 +337,24 @@ def predict(run, images, out, probabilities, checkpoint, device):
     return 1 if skipped else 0
 
 
+@main.command("export-model", short_help="Write a network that runs without this package.")
+@click.argument("run", type=PLACE)
+@click.option("--format", "form", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
+@click.option("--out", required=True, type=PLACE, metavar="FOLDER", help="A folder, which must not exist or be empty.")
+@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
+@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Where its test images are (data); repeatable.")
+@guarded
+def export_model(run, form, out, checkpoint, overrides):
+    """Example: python cli.py export-model runs/student --out student-onnx
+
+    Write a run's network as ONNX or as a program of torch.export: images in, logits out, checked on test images.
+    """
+    from offline_bkd.pipeline.export_model import export_model as write_network
+    from offline_bkd.pipeline.show import terminal
+
+    terminal.facts(write_network(run, form, out, checkpoint, overrides), out)
+
+
 @main.command(short_help="Tell what a cache is.")
 @click.argument("store", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
