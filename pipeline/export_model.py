@@ -19,7 +19,7 @@ from torch import nn
 from offline_bkd.cache.views import CropFlip
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
-from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.data.images import ImageSource, open_images
 from offline_bkd.pipeline.evaluate import infer, load_model
 
 OPSET = 20  # of ONNX: it has every operator that is needed, and runtimes know it since 2023
@@ -138,7 +138,7 @@ def export_model(
     runs.refuse_taken(out, resume=False)
     run = runs.open_run(folder)
     experiment, classes = run.config(overrides), run.summary()["classes"]
-    if getattr(experiment, run.stage).model.memory:
+    if experiment.network(run.stage).model.memory:
         raise UserError(f"the network in {folder} has a memory, whose distances (torch.cdist) no exporter takes; name another")
     _, test_set = datasets.load(experiment.data)
     if test_set.classes != tuple(classes):
@@ -169,7 +169,7 @@ def export_model(
     }
 
 
-def compare(model: nn.Module, exported: Exported, images) -> str:
+def compare(model: nn.Module, exported: Exported, images: ImageSource) -> str:
     """In words, how far the exported network's answers are from the model's, about all of `images`.
 
     Raises RuntimeError if that is further than TOLERANCE.

@@ -54,7 +54,7 @@ def predict(
     experiment, summary = run.config(), run.summary()
     classes, size = summary["classes"], tuple(summary.get("image_size", ()))
     model = load_model(run, checkpoint, experiment, len(classes)).to(device)
-    precision = getattr(experiment, run.stage).training.precision
+    precision = experiment.network(run.stage).training.precision
     column, skipped = getattr(experiment.data, "image", "image"), []
     pieces = [piece for source in sources for piece in _pieces(source, column, tuple(classes))]
     schema = _schema(classes, probabilities)

@@ -13,8 +13,7 @@ from offline_bkd.pipeline import UserError, export_model, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.evaluate import infer, load_model
-from offline_bkd.pipeline.student import train_student
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_student, train_teacher
 
 
 @pytest.fixture(scope="module")

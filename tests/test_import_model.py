@@ -129,7 +129,7 @@ def test_torchvisions_and_timms_networks_answer_as_there(tmp_path):
 
 def test_an_imported_network_teaches(tmp_path, trained_run, network):
     torch.save(network, tmp_path / "weights.pth")
-    experiment = tiny.experiment("cache.encoding.dtype=float32")
+    experiment = tiny.experiment("cache.encoding={name: probability, dtype: float32}")
     import_model(experiment, str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
     for name, folder in ("imported", tmp_path / "run"), ("trained", trained_run):
         dump_logits(experiment, [str(folder)], str(tmp_path / name), tiny.CPU)

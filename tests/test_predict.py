@@ -18,7 +18,7 @@ from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.evaluate import infer, load_model
 from offline_bkd.pipeline.predict import predict
 from offline_bkd.pipeline.show import progress
-from offline_bkd.pipeline.teacher import train_teacher
+from offline_bkd.pipeline.train import train_teacher
 
 
 @pytest.fixture(scope="module")
