@@ -64,7 +64,7 @@ class SimulatedTargets:
 def load(name: str, root: str | None) -> tuple[datasets.Dataset, datasets.Dataset, schema.Experiment]:
     experiment = config.load_config(ROOT / "configs" / f"{name}-quick.yaml")
     if root:
-        return *datasets.load(experiment.data), experiment
+        return *datasets.load(experiment.data)[:2], experiment
     classes, largest = (100, 500) if name == "cifar100-lt" else (10, 5000)
     label = np.repeat(np.arange(classes), datasets.long_tailed_counts(classes, largest, 100))
     pixels = np.random.default_rng(0).integers(0, 256, (len(label), 32, 32, 3), dtype=np.uint8)

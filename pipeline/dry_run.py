@@ -117,7 +117,7 @@ class _Plan:
 
     def __init__(self, config: Experiment, section: TrainedNetwork, device: torch.device):
         self.config, self.device = config, device
-        self.training_set, self.test_set = datasets.load(config.data, section.expert, download=False)
+        self.training_set, self.test_set, _ = datasets.load(config.data, section.expert, download=False)
         first = (part.take(np.arange(min(TRIED, len(part)))) for part in (self.training_set, self.test_set))
         self.images, self.test_images = (open_images(part, config.views, device, config.data.workers) for part in first)
 

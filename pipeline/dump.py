@@ -41,7 +41,7 @@ def dump_logits(
     With `apart` there is a cache for each, named as its folder, in the folder `out`: one decode of an image serves all.
     What is already committed is kept with `resume`. Under torchrun, processes share the blocks.
     """
-    training_set, _ = datasets.load(config.data)
+    training_set, _, _ = datasets.load(config.data)
     section = config.cache
     teacher, identities = load_teachers(teachers, training_set, section.features)
     if apart and "expert" in identities[0]:

@@ -69,7 +69,7 @@ def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], devic
             f"the network in {folder} is scored as it was trained, but {changed}; "
             f"-o may say where its test images are (data) and {run.stage}.training.precision"
         )
-    _, test_set = datasets.load(experiment.data)
+    _, test_set, _ = datasets.load(experiment.data)
     if tuple(summary["classes"]) != test_set.classes:
         raise UserError(f"the network in {folder} knows other classes than {test_set.name}; use the data it was trained on")
     class_counts = np.array(summary["class_counts"])

@@ -41,7 +41,7 @@ def import_model(
     section = config.teacher
     if section.expert:
         raise UserError("an imported network answers for all classes; leave out teacher.expert")
-    training_set, test_set = datasets.load(config.data)
+    training_set, test_set, _ = datasets.load(config.data)
     order = class_order(classes, training_set.classes) if classes else None
     images = open_images(test_set, config.views, device, config.data.workers)
     model = build_model(

@@ -31,16 +31,39 @@ PerChannel = tuple[float, float, float]
 PositivePerChannel = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
+def _validation(value):
+    if value is None or isinstance(value, str):
+        return value
+    share, count = isinstance(value, float) and 0 < value < 1, type(value) is int and value > 0
+    if not share and not count:
+        raise ValueError(
+            "a share of each class's training images, above 0 and below 1, a whole number of them, or the files of a "
+            f"validation part; found {value!r}"
+        )
+    return value
+
+
 class Data(Section):
     """What every data set has: where it is, how its training part is made long-tailed, how pixels are normalised."""
 
     root: str = "."  # folder that relative paths start from; ~ and ${VARIABLES} are expanded
     imbalance_ratio: Annotated[float, Field(ge=1)] | None = None  # n_max / n_min; null keeps every training sample
     max_per_class: Positive | None = None  # n_max; null takes the first class's size
-    seed: Annotated[int, Strict(), Field(ge=0, lt=2**64)] = 0  # which samples stay
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**64)] = 0  # which samples stay, and which are held out
+    # the part by which epochs are chosen: held out, a share of each class's training images (0.1) or so many of them (20);
+    # or its own files, given as those of `test`
+    validation: Annotated[int | float | str | None, BeforeValidator(_validation)] = None
     mean: PerChannel | None = None  # of pixels in [0, 1]; null: the network's own, for all but timm's that of ImageNet
     std: PositivePerChannel | None = None  # likewise
     workers: Annotated[int, Strict(), Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
+
+    @model_validator(mode="after")
+    def _own_files(self):
+        if isinstance(self.validation, str) and not hasattr(self, "test"):
+            raise ValueError(
+                f"{self.name} has no files to name as validation: give a share of the training images such as 0.1"
+            )
+        return self
 
 
 class Digits(Data):

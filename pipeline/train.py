@@ -113,7 +113,7 @@ def read_inputs(
     section = config.network(role)
     refuse_device(section.training, role, device)
     refuse_sources(section.method, cache, backbone)
-    training_set, test_set = datasets.load(config.data, section.expert)
+    training_set, test_set, _ = datasets.load(config.data, section.expert)
     store = cache and open_matching_cache(cache, config, training_set)
     images, test_images = (open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set))
     return Inputs(

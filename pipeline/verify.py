@@ -35,7 +35,7 @@ def verify_cache(
             f"{path} is verified as it was dumped, but {changed}; "
             "-o may say where the training images are (data), cache.precision and cache.batch_size"
         )
-    training_set, _ = datasets.load(config.data)
+    training_set, _, _ = datasets.load(config.data)
     cache = open_cache(path)
     teachers = _as_dumped(cache, teachers)
     teacher, identities = load_teachers(teachers, training_set, features=bool(cache.features))

@@ -30,7 +30,7 @@ def test_the_sets_are_the_published_ones():
     experiment = config.load_config(CONFIG)
     for ratio, total in ((100, 10_847), (50, 12_608), (None, 19_573)):
         data = experiment.data.model_copy(update={"imbalance_ratio": ratio})
-        train, test = datasets.load(data)
+        train, test, _ = datasets.load(data)
         assert len(train) == total and test.class_counts.tolist() == [100] * 100
     assert train.classes[:2] == ("apple", "aquarium_fish") and train.image_size[0].tolist() == [32, 32]
 

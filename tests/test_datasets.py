@@ -27,7 +27,7 @@ def test_class_counts_are_the_published_ones(classes, largest, ratio, total):
 
 
 def test_the_long_tailed_draw_is_a_function_of_seed_and_sample_ids():
-    train, _ = datasets.load(schema.Digits(name="digits"))
+    train, _, _ = datasets.load(schema.Digits(name="digits"))
     first, again, other = (datasets.long_tailed(train, 20, None, seed) for seed in (3, 3, 4))
     assert first.class_counts.tolist() == datasets.long_tailed_counts(10, train.class_counts[0], 20).tolist()
     np.testing.assert_array_equal(first.sample_id, again.sample_id)
@@ -39,7 +39,7 @@ def test_the_long_tailed_draw_is_a_function_of_seed_and_sample_ids():
 
 
 def test_an_imbalanced_set_can_be_thinned_further_but_not_made_larger():
-    train, _ = datasets.load(schema.Digits(name="digits", imbalance_ratio=20))
+    train, _, _ = datasets.load(schema.Digits(name="digits", imbalance_ratio=20))
     assert len(datasets.long_tailed(train, 40, None, 0)) < len(train)
     with pytest.raises(UserError, match=r"ratio 10 asks for 106 samples of class '1', which has 98; lower data.max_per_class"):
         datasets.long_tailed(train, 10, None, 0)
@@ -47,10 +47,76 @@ def test_an_imbalanced_set_can_be_thinned_further_but_not_made_larger():
         datasets.long_tailed(train, 1000, None, 0)
 
 
+def test_a_share_of_every_class_is_held_out_for_validation():
+    section = schema.Digits(name="digits", imbalance_ratio=20)
+    whole, test, none = datasets.load(section)
+    training, same_test, validation = datasets.load(section.model_copy(update={"validation": 0.1}))
+    assert none is None and same_test.fingerprint == test.fingerprint
+    assert sorted([*training.sample_id, *validation.sample_id]) == sorted(whole.sample_id)
+    assert validation.class_counts.tolist() == np.maximum(1, np.rint(whole.class_counts * 0.1)).tolist()
+    assert validation.classes == training.classes
+    again = datasets.load(section.model_copy(update={"validation": 0.1}))
+    other = datasets.load(section.model_copy(update={"validation": 0.1, "seed": 1}))
+    assert again.validation.fingerprint == validation.fingerprint
+    assert set(other.validation.sample_id) != set(validation.sample_id)
+
+
+def test_what_is_held_out_does_not_depend_on_what_else_there_is(tmp_path):
+    whole, _, _ = datasets.load(schema.Digits(name="digits"))
+    shuffled = whole.take(np.random.default_rng(0).permutation(len(whole)))
+    (_, held), (_, same) = datasets.hold_out(whole, 5, 3), datasets.hold_out(shuffled, 5, 3)
+    assert set(held.sample_id) == set(same.sample_id) and held.class_counts.tolist() == [5] * 10
+    _, share = datasets.hold_out(whole, 0.1, 3)
+    _, without = datasets.hold_out(whole.take(np.flatnonzero(whole.label != 7)), 0.1, 3)
+    assert set(without.sample_id) == set(share.sample_id[share.label != 7])
+
+
+def test_no_class_is_held_out_whole(tmp_path, capsys):
+    names = ("cat", "dog", "eel")
+    parquet(tmp_path, [0] * 9 + [1, 2, 2], names=names)
+    parquet(tmp_path, [0, 1, 2], "test-0.parquet", names, [png(row) for row in (97, 98, 99)])
+    training, _, validation = datasets.load(section(tmp_path, validation=0.9))
+    assert training.class_counts.tolist() == [1, 1, 1] and validation.class_counts.tolist() == [8, 0, 1]
+    assert "1 classes have no validation image, and no accuracy: 'dog'" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match="holds out 2 samples a class, and 2 classes have not more: 'dog', 'eel'; lower it, or"
+    ):
+        datasets.load(section(tmp_path, validation=2))
+
+
+def test_a_validation_part_may_have_files_of_its_own(tmp_path, capsys):
+    parquet(tmp_path, [0, 1, 0])
+    parquet(tmp_path, [0, 1], "test-0.parquet", images=[png(98), png(99)])
+    parquet(tmp_path, [1, 0], "val-0.parquet", images=[png(96), png(0)])
+    training, test, validation = datasets.load(section(tmp_path, validation="val-*.parquet"))
+    assert [len(part) for part in (training, test, validation)] == [3, 2, 2] and validation.label.tolist() == [1, 0]
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 1 and "1 validation images are training images too" in said
+    parquet(tmp_path, [1, 2], "val-0.parquet", names=("cat", "dog"))
+    with pytest.raises(UserError, match="label 2 is outside 0 … 1 .* in the validation part"):
+        datasets.load(section(tmp_path, validation="val-*.parquet"))
+    with pytest.raises(UserError, match="no file matches 'no.parquet' in .*; check data.root and data.validation"):
+        datasets.load(section(tmp_path, validation="no.parquet"))
+
+
+def test_an_expert_is_validated_on_its_own_classes():
+    section = schema.Digits(name="digits", imbalance_ratio=20, validation=1)
+    training, test, validation = datasets.load(section, "few")
+    assert set(training.label) == set(test.label) == set(validation.label) and len(set(training.label)) < 10
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, 1.5, 0.0, True, [0.1], "a file"])
+def test_a_validation_part_that_cannot_be_is_refused_with_what_can_be(value):
+    with pytest.raises(
+        UserError, match=r"data.validation|data: .*(a share of|as validation: give a share of the training images)"
+    ):
+        tiny.experiment(f"data.validation={value}")
+
+
 def test_digits_are_scikit_learns_with_a_balanced_test_part():
     from sklearn.datasets import load_digits
 
-    train, test = datasets.load(schema.Digits(name="digits"))
+    train, test, _ = datasets.load(schema.Digits(name="digits"))
     source = load_digits()
     assert test.class_counts.tolist() == [40] * 10 and len(train) + len(test) == len(source.target)
     assert not set(train.sample_id) & set(test.sample_id)
@@ -62,7 +128,7 @@ def test_digits_are_scikit_learns_with_a_balanced_test_part():
 def test_a_class_without_test_images_is_noted_whether_or_not_classes_are_named(tmp_path, names, capsys):
     parquet(tmp_path, [0, 1, 2], names=names)
     parquet(tmp_path, [0, 1], "test-0.parquet", names=names)
-    train, test = datasets.load(section(tmp_path))
+    train, test, _ = datasets.load(section(tmp_path))
     note = f"1 classes have no test image, and no accuracy: {(names or '012')[2]!r}"
     assert train.classes == test.classes and test.class_counts.tolist() == [1, 1, 0]
     assert any(note in line for line in test.notes) and note in capsys.readouterr().err
@@ -71,7 +137,7 @@ def test_a_class_without_test_images_is_noted_whether_or_not_classes_are_named(t
 def test_names_that_one_part_gives_are_those_of_both(tmp_path):
     parquet(tmp_path, [0, 1])
     parquet(tmp_path, [0, 1], "test-0.parquet", names=None)
-    assert [part.classes for part in datasets.load(section(tmp_path))] == [("cat", "dog")] * 2
+    assert [part.classes for part in datasets.load(section(tmp_path))[:2]] == [("cat", "dog")] * 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +157,7 @@ def test_names_that_one_part_gives_are_those_of_both(tmp_path):
             "every label of the test part is negative, as where there are none; name labelled data",
         ),
         ([0, 1], [-1, -1], None, "every label of the test part is negative"),
-        ([-1, -1], [-1, -1], None, "has 0 classes; there must be 2 to 100,000"),
+        ([-1, -1], [-1, -1], None, "every label of the training part is negative"),
         ([0, 1], [0, 1, 2], None, "1 classes have no training sample: '2'; leave them out"),
     ],
 )
@@ -105,7 +171,7 @@ def test_labels_that_do_not_fit_the_classes_are_one_line_that_says_both(tmp_path
 def test_an_image_under_two_labels_or_in_both_parts_is_noted(tmp_path, capsys):
     parquet(tmp_path, [0, 1, 1, 0], images=[png(5), png(6), png(5), png(7)])
     parquet(tmp_path, [0, 1], "test-0.parquet", images=[png(7), png(8)])
-    _, test = datasets.load(section(tmp_path))
+    _, test, _ = datasets.load(section(tmp_path))
     assert "1 images have two labels, such as " in test.notes[0] and "sample 0: 'cat' and 'dog'" in test.notes[0]
     assert "1 test images are training images too, such as " in test.notes[1] and "sample 0;" in test.notes[1]
     assert [line.removeprefix("note: ") for line in capsys.readouterr().err.splitlines()] == list(test.notes)
@@ -158,7 +224,7 @@ def test_cifar_is_read_through_torchvision(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
         patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-        train, test = datasets.load(schema.Cifar(name="cifar10", root=str(tmp_path)))
+        train, test, _ = datasets.load(schema.Cifar(name="cifar10", root=str(tmp_path)))
     assert train.classes == tuple(names) and train.class_counts.tolist() == [10] * 10 and len(test) == 20
     assert train.image_size[0].tolist() == [32, 32]
 
@@ -179,7 +245,7 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch):
 
 
 def test_the_fingerprint_tells_pixels_labels_and_choice_apart():
-    train, _ = datasets.load(tiny.experiment().data)
+    train, _, _ = datasets.load(tiny.experiment().data)
     same = train.take(np.arange(len(train)))
     assert same.fingerprint == train.fingerprint
     changed = train.take(np.arange(len(train)))

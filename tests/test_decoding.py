@@ -26,7 +26,7 @@ def test_odd_images_are_decoded_upright_in_rgb_and_broken_ones_named(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (16, 8)).save(ant / "2.jpg", exif=exif)
-    train, _ = datasets.load(section)
+    train, _, _ = datasets.load(section)
     sizes = dict(zip([Path(path).name for path in train.images], train.image_size.tolist()))
     assert (sizes["0.jpg"], sizes["1.jpg"], sizes["2.jpg"]) == ([8, 16], [8, 16], [16, 8])
     for row in range(len(train)):
@@ -35,7 +35,7 @@ def test_odd_images_are_decoded_upright_in_rgb_and_broken_ones_named(tmp_path):
     whole = png(0, (64, 64), "JPEG")
     (ant / "3.jpg").write_bytes(whole[: len(whole) // 2])
     (ant / "4.jpg").write_bytes(b"not an image")
-    train, _ = datasets.load(section)
+    train, _, _ = datasets.load(section)
     with pytest.raises(UserError, match=r"3\.jpg cannot be read.*4\.jpg cannot be read.*: replace or remove them"):
         _ = train.image_size
 
@@ -48,7 +48,7 @@ def test_sixteen_bits_become_eight_and_the_size_of_a_turned_tiff_is_right(tmp_pa
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (16, 8)).save(ant / "1.tif", exif=exif)
-    train, _ = datasets.load(section)
+    train, _, _ = datasets.load(section)
     rows = {Path(path).name: row for row, path in enumerate(train.images) if Path(path).parent == ant}
     np.testing.assert_array_equal(np.asarray(train.decode(rows["0.png"]))[..., 0].ravel(), np.arange(256))
     assert train.image_size[rows["1.tif"]].tolist() == [16, 8] == list(train.decode(rows["1.tif"]).size[::-1])
@@ -66,7 +66,7 @@ def test_the_size_of_a_jpeg_is_that_of_its_first_picture_upright(tmp_path):
         exif = Image.Exif()
         exif[0x0112] = orientation
         picture.save(ant / f"turned{orientation}.jpg", exif=exif)
-    train, _ = datasets.load(section)
+    train, _, _ = datasets.load(section)
     sizes = {Path(path).name: size for path, size in zip(train.images, train.image_size.tolist())}
     assert sizes["0.jpg"] == [80, 160]
     for orientation in range(10):
@@ -232,7 +232,7 @@ def test_a_damaged_file_gives_pixels_or_one_line_with_its_name(tmp_path, format)
     exif[0x0112], exif[270] = 6, "a" * 40
     pixels = np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     whole = encoded(Image.fromarray(pixels), format, **({} if format in ("BMP", "GIF", "PPM") else {"exif": exif})).getvalue()
-    train, _ = datasets.load(section)
+    train, _, _ = datasets.load(section)
     row = train.images.index(str(path))
     generator = np.random.default_rng(2)
     for turn in range(60):

@@ -33,9 +33,9 @@ def copies(folder: Path) -> list[str]:
 
 
 def test_a_copy_is_the_same_set_as_what_it_is_of(large, monkeypatch):
-    copied, _ = datasets.load(section(large))
+    copied, _, _ = datasets.load(section(large))
     monkeypatch.setattr("offline_bkd.pipeline.data.parquet.IN_MEMORY", 2**30)
-    held, _ = datasets.load(section(large))
+    held, _, _ = datasets.load(section(large))
     assert len(copies(large)) == 1 and copied.classes == held.classes and len(copied) == 40
     np.testing.assert_array_equal(copied.label, held.label)
     np.testing.assert_array_equal(copied.image_size, held.image_size)
@@ -45,7 +45,7 @@ def test_a_copy_is_the_same_set_as_what_it_is_of(large, monkeypatch):
 
 
 def test_any_image_is_read_alone_and_also_in_worker_processes(large, monkeypatch):
-    train, _ = datasets.load(section(large))
+    train, _, _ = datasets.load(section(large))
     size = len(train.images[33])
     read, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda file, length, start: read.append(length) or pread(file, length, start))
@@ -62,14 +62,14 @@ def test_any_image_is_read_alone_and_also_in_worker_processes(large, monkeypatch
 
 
 def test_a_copy_is_made_once_and_again_where_its_source_has_changed(large, monkeypatch):
-    first, _ = datasets.load(section(large))
+    first, _, _ = datasets.load(section(large))
     monkeypatch.setattr(image_copy, "_write", None)
-    again, _ = datasets.load(section(large), download=False)
+    again, _, _ = datasets.load(section(large), download=False)
     assert again.fingerprint == first.fingerprint
     monkeypatch.undo()
     monkeypatch.setattr("offline_bkd.pipeline.data.parquet.IN_MEMORY", 2000)
     parquet(large, [0, 1] * 10, "train-1.parquet", images=[png(row) for row in range(100, 120)])
-    changed, _ = datasets.load(section(large))
+    changed, _, _ = datasets.load(section(large))
     assert len(copies(large)) == 2 and np.asarray(changed.decode(20))[0, 0, 0] == 100
     assert {key for key in first.fingerprint if first.fingerprint[key] != changed.fingerprint[key]} == {"images"}
 

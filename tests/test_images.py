@@ -76,7 +76,7 @@ def test_consecutive_views_of_a_sample_decode_it_once(folder, monkeypatch):
 def test_images_that_stay_on_the_device_are_opened_once(tmp_path, monkeypatch):
     parquet(tmp_path, [0, 1, 1])
     parquet(tmp_path, [0, 1], "test-0.parquet")
-    train, _ = datasets.load(section(tmp_path))
+    train, _, _ = datasets.load(section(tmp_path))
     opened, open_image = [], Image.open
     monkeypatch.setattr(Image, "open", lambda *args, **values: opened.append(1) or open_image(*args, **values))
     images = ResidentImages(train, FLIPPED, tiny.CPU)
@@ -88,7 +88,7 @@ def test_images_that_stay_on_the_device_are_opened_once(tmp_path, monkeypatch):
 def test_broken_images_are_all_named_before_any_stays_on_the_device(tmp_path):
     parquet(tmp_path, [0, 1, 1, 0, 1, 0], images=[b"", png(1), b"no", b"image", png(4), b"here"])
     parquet(tmp_path, [0, 1], "test-0.parquet")
-    train, _ = datasets.load(section(tmp_path))
+    train, _, _ = datasets.load(section(tmp_path))
     message = r"sample 0 cannot be read.*; .* sample 2 .*; .* sample 3 .* \(and 1 more\): replace or remove them"
     with pytest.raises(UserError, match=message):
         open_images(train, FLIPPED, tiny.CPU, 0)

@@ -114,7 +114,7 @@ def test_torchvisions_and_timms_networks_answer_as_there(tmp_path):
             "test_convnext", num_classes=10, patch_size=1
         ),
     }
-    _, test_set = datasets.load(tiny.experiment().data)
+    _, test_set, _ = datasets.load(tiny.experiment().data)
     for number, (section, network) in enumerate(networks.items()):
         experiment = tiny.experiment(f"teacher.model={section}")
         top1, logits = accuracy(network, experiment.data.mean, experiment.data.std, test_set)

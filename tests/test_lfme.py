@@ -121,10 +121,10 @@ def test_its_samples_are_drawn_class_by_class(graded):
 
 
 def test_an_expert_learns_and_is_judged_on_its_own_classes(experts):
-    whole, test = datasets.load(tiny.experiment().data)
+    whole, test, _ = datasets.load(tiny.experiment().data)
     for shot, folder in zip(SHOTS, experts):
         members = metrics.shot_groups(whole.class_counts)[shot]
-        train, _ = datasets.load(tiny.experiment().data, shot)
+        train, _, _ = datasets.load(tiny.experiment().data, shot)
         np.testing.assert_array_equal(train.sample_id, whole.sample_id[members[whole.label]])
         summary = runs.open_run(folder).summary()
         assert (
@@ -145,7 +145,7 @@ def test_a_row_of_the_cache_holds_every_experts_answer(experts, experts_cache):
     from offline_bkd.pipeline.data.images import open_images
 
     experiment, cache = tiny.experiment(), open_cache(experts_cache)
-    train, _ = datasets.load(experiment.data)
+    train, _, _ = datasets.load(experiment.data)
     images = open_images(train, experiment.views, tiny.CPU, 0)
     plane = cache.plane(5)
     for shot, folder in zip(SHOTS, experts):

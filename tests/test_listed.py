@@ -64,7 +64,7 @@ def inaturalist(root, change=lambda content: None) -> schema.INaturalist:
 
 
 def test_a_list_gives_files_and_labels_in_its_order(tmp_path):
-    train, test = datasets.load(lists(tmp_path))
+    train, test, _ = datasets.load(lists(tmp_path))
     assert train.images == [str(tmp_path / line.rpartition(" ")[0]) for line in TRAIN]
     assert train.label.tolist() == [0, 1, 2] and test.label.tolist() == [2, 0]
     assert train.classes == test.classes == ("0", "1", "2")
@@ -77,7 +77,7 @@ def test_a_list_may_come_from_windows_with_tabs_and_lie_elsewhere(tmp_path):
     (tmp_path / "images" / "train.txt").rename(tmp_path / "train.txt")
     windows = "\ufeff" + "\r\n".join(line[:-2] + "\t" + line[-1] for line in TRAIN) + "\r\n\r\n"
     (tmp_path / "train.txt").write_bytes(windows.encode())
-    train, _ = datasets.load(section.model_copy(update={"train": str(tmp_path / "train.txt")}))
+    train, _, _ = datasets.load(section.model_copy(update={"train": str(tmp_path / "train.txt")}))
     assert train.images[1].endswith("images/train/Sus scrofa/0 a.jpg") and train.label.tolist() == [0, 1, 2]
 
 
@@ -86,7 +86,7 @@ def test_classes_of_a_list_are_as_many_as_the_larger_label_of_both_parts_or_a_fi
         datasets.load(lists(tmp_path, test=[*TEST, "val/3.jpg 3"]))
     section = lists(tmp_path, classes="classes.txt")
     (tmp_path / "classes.txt").write_text("tench\nwild boar\ngoldfish\n")
-    assert [part.classes for part in datasets.load(section)] == [("tench", "wild boar", "goldfish")] * 2
+    assert [part.classes for part in datasets.load(section)[:2]] == [("tench", "wild boar", "goldfish")] * 2
     (tmp_path / "classes.txt").write_text("tench\nwild boar\n")
     with pytest.raises(UserError, match=r"n01443537_2.JPEG \(train.txt line 3\): label 2 is outside 0 … 1"):
         datasets.load(section)
@@ -114,7 +114,7 @@ def test_a_file_of_classes_that_is_not_utf8_or_lacks_a_name_is_refused(tmp_path)
 
 
 def test_one_file_listed_under_two_labels_or_in_both_lists_is_noted(tmp_path, capsys):
-    _, test = datasets.load(lists(tmp_path, train=[*TRAIN, f"{TRAIN[0][:-2]} 1"], test=[*TEST, f"train/../{TRAIN[1]}"]))
+    _, test, _ = datasets.load(lists(tmp_path, train=[*TRAIN, f"{TRAIN[0][:-2]} 1"], test=[*TEST, f"train/../{TRAIN[1]}"]))
     twice, both = (note for note in test.notes if "test image," not in note)
     assert "1 images have two labels, such as " in twice and "n01440764_190.JPEG (train.txt line 1): '0' and '1'" in twice
     assert "1 test images are training images too, such as " in both and "0 a.jpg (test.txt line 3)" in both
@@ -190,7 +190,7 @@ def test_every_file_is_asked_for_its_size_once(tmp_path, monkeypatch):
     section = lists(tmp_path)
     asked, stat = [], os.stat
     monkeypatch.setattr(os, "stat", lambda path, **values: asked.append(str(path)) or stat(path, **values))
-    train, test = datasets.load(section)
+    train, test, _ = datasets.load(section)
     _ = train.fingerprint, test.fingerprint
     asked = [path for path in asked if path.startswith(str(tmp_path)) and path.lower().endswith(("jpg", "jpeg"))]
     assert sorted(asked) == sorted([*train.images, *test.images])
@@ -212,7 +212,7 @@ def test_odd_jpegs_are_read_upright_in_rgb_and_a_truncated_one_is_named_with_its
     section = lists(tmp_path, train=[*TRAIN, *(f"odd kinds/{name}.jpg 1" for name in odd)])
     for name, data in odd.items():
         write(tmp_path, f"odd kinds/{name}.jpg", data=data)
-    train, _ = datasets.load(section)
+    train, _, _ = datasets.load(section)
     assert train.image_size.tolist() == [[8, 16]] * 3 + [[8, 16], [8, 16], [16, 8], [8, 16]]
     images = DecodedImages(train, RandomResizedCrop(size=4, count=2), tiny.CPU, 0)
     (batch,) = images.batches(np.arange(7), np.ones(7, np.int64), 7)
@@ -245,7 +245,7 @@ def test_shot_groups_are_those_of_the_published_sets(tmp_path, layout):
             }
             (tmp_path / name).write_text(json.dumps(content))
         section = schema.INaturalist(name="inaturalist", root=str(tmp_path), train="train.json", test="val.json")
-    train, _ = datasets.load(section)
+    train, _, _ = datasets.load(section)
     assert len(train) == 245 and train.class_counts.tolist() == counts
     groups = {name: np.flatnonzero(members).tolist() for name, members in metrics.shot_groups(train.class_counts).items()}
     assert groups == {"many": [1], "medium": [3, 4], "few": [0, 2]}
@@ -258,7 +258,7 @@ def test_inaturalists_json_may_begin_with_a_byte_order_mark(tmp_path):
 
 
 def test_inaturalist_joins_annotations_to_images_whatever_their_order(tmp_path):
-    train, test = datasets.load(inaturalist(tmp_path, lambda content: content["annotations"].reverse()))
+    train, test, _ = datasets.load(inaturalist(tmp_path, lambda content: content["annotations"].reverse()))
     assert train.classes == test.classes == ("Sus scrofa", "Dicentra formosa"), "by id"
     assert [os.path.relpath(path, tmp_path) for path in train.images] == [
         "train_val2018/Plantae/0.jpg",

@@ -180,7 +180,7 @@ def test_a_memory_has_its_own_classifier():
 def recipe(teacher_run):
     """The method's recipe on the tiny teacher's backbone, which it learns from."""
     experiment = tiny.experiment(*OLTR)
-    train, _ = datasets.load(experiment.data)
+    train, _, _ = datasets.load(experiment.data)
     backbone = load_model(runs.open_run(teacher_run), "last", experiment, 10)
     setting = Context(
         model=build_model(experiment.student.model, 10, experiment.data, 0, (8, 8)),

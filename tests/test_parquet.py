@@ -50,7 +50,7 @@ def test_parquet_is_read_from_one_or_many_shards(tmp_path):
     parquet(tmp_path, [0, 1, 1], "train-0.parquet")
     parquet(tmp_path, [1, 0], "train-1.parquet", images=[png(3), png(4)])
     parquet(tmp_path, [0, 1], "test-0.parquet")
-    train, test = datasets.load(section(tmp_path))
+    train, test, _ = datasets.load(section(tmp_path))
     assert train.classes == ("cat", "dog") and train.label.tolist() == [0, 1, 1, 1, 0] and len(test) == 2
     assert [np.asarray(train.decode(row))[0, 0, 0] for row in range(5)] == [0, 1, 2, 3, 4]
     assert train.image_size.tolist() == [[5, 6]] * 5
@@ -87,7 +87,7 @@ def test_image_bytes_of_any_arrow_type_are_read(tmp_path, kind):
     values = [{"bytes": data, "path": "x.png"} for data in images] if pa.types.is_struct(kind) else images
     for name in "train-0.parquet", "test-0.parquet":
         pq.write_table(pa.table({"image": pa.array(values, kind), "label": pa.array([0, 1], pa.uint8())}), tmp_path / name)
-    train, _ = datasets.load(section(tmp_path))
+    train, _, _ = datasets.load(section(tmp_path))
     assert [np.asarray(train.decode(row))[0, 0, 0] for row in range(2)] == [0, 1]
 
 
@@ -100,7 +100,7 @@ def test_images_may_be_files_whose_paths_parquet_lists(tmp_path):
         values = [{"bytes": None, "path": f"{part}/{row}.png"} for row in range(3)]
         table = pa.table({"image": pa.array(values, kind), "label": [0, 1, 1]})
         pq.write_table(table, tmp_path / f"{part}-0.parquet")
-    train, test = datasets.load(section(tmp_path))
+    train, test, _ = datasets.load(section(tmp_path))
     assert [np.asarray(train.decode(row))[0, 0, 0] for row in range(3)] == [0, 1, 2] and len(test) == 3
     assert train.images[2] == str(tmp_path / "train" / "2.png")
     (tmp_path / "train" / "1.png").unlink()
@@ -123,7 +123,7 @@ def test_shards_that_are_not_there_are_noted(tmp_path):
     for number in (0, 2):
         parquet(tmp_path, [0, 1], f"train-0000{number}-of-00003.parquet", images=[png(number), png(number + 1)])
     parquet(tmp_path, [0, 1], "test-00000-of-00001.parquet", images=[png(9), png(8)])
-    train, test = datasets.load(section(tmp_path))
+    train, test, _ = datasets.load(section(tmp_path))
     (note,) = train.notes
     assert note.startswith("of the 3 shards ") and "/train-*-of-00003.parquet 2 are read; the others are empty or not" in note
     assert not test.notes
@@ -137,7 +137,7 @@ def test_a_folder_whose_name_has_signs_of_a_pattern_is_that_folder(tmp_path, fol
     values = {"train": str(tmp_path / folder / "train-0.parquet"), "test": "test-[x].parquet"}
     for changed in {}, values:
         chosen = section(tmp_path / folder).model_copy(update=changed)
-        assert [len(part) for part in datasets.load(chosen)] == [2, 2]
+        assert [len(part) for part in datasets.load(chosen)[:2]] == [2, 2]
 
 
 @pytest.mark.parametrize("names", [5, "ab", [1, 2], ["a", None], {"0": "a", "1": "b"}, [["a"], ["b"]], "a" * 9999])

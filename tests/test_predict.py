@@ -24,7 +24,7 @@ from offline_bkd.pipeline.train import train_teacher
 @pytest.fixture(scope="module")
 def digits():
     """Forty test images, and what is known of them."""
-    _, test_set = datasets.load(tiny.experiment().data)
+    _, test_set, _ = datasets.load(tiny.experiment().data)
     return test_set.take(np.arange(40))
 
 

@@ -31,7 +31,7 @@ def losses_of(config, gather, beside=None) -> np.ndarray:
 
     With `beside`, another `gather`, [STEPS, 2]: the losses to its targets, of the same weights, are the second column.
     """
-    train, _ = datasets.load(config.data)
+    train, _, _ = datasets.load(config.data)
     images = open_images(train, config.views, tiny.CPU, 0)
     model = build_model(config.student.model, 10, config.data, config.seed)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -67,7 +67,7 @@ def loss_of(config, model, train, gather):
 
 def live_teacher(config, teacher_run):
     """Asks the teacher itself for the same crop that the student sees: what the cache replaces."""
-    train, _ = datasets.load(config.data)
+    train, _, _ = datasets.load(config.data)
     teacher, _ = load_teacher(str(teacher_run), train)
     images = open_images(train, config.views, tiny.CPU, 0)
 
@@ -177,7 +177,7 @@ def test_a_cache_with_another_class_order_is_refused(cache):
     from dataclasses import replace
 
     config = tiny.experiment()
-    train, _ = datasets.load(config.data)
+    train, _, _ = datasets.load(config.data)
     swapped = replace(train, classes=("1", "0", *train.classes[2:]))
     with pytest.raises(CacheError, match="classes: class 0 is '0' in the store and '1' in the run"):
         open_matching_cache(str(cache), config, swapped)
@@ -266,7 +266,7 @@ def test_verify_agrees_with_the_teacher_and_notices_another(tmp_path, teacher_ru
 
 
 def test_any_complete_run_may_teach_and_no_other(tmp_path, cache):
-    train, _ = datasets.load(tiny.experiment().data)
+    train, _, _ = datasets.load(tiny.experiment().data)
     with pytest.raises(UserError, match="is not a run's folder"):
         load_teacher(str(tmp_path), train)
     train_student(tiny.experiment(), str(cache), str(tmp_path / "student"), tiny.CPU)
@@ -279,7 +279,7 @@ def test_any_complete_run_may_teach_and_no_other(tmp_path, cache):
 def test_a_checkpoint_that_is_not_the_summarys_is_refused(tmp_path, teacher_run):
     from dataclasses import replace
 
-    train, _ = datasets.load(tiny.experiment().data)
+    train, _, _ = datasets.load(tiny.experiment().data)
     shutil.copytree(teacher_run, tmp_path / "teacher")
     run = runs.Run(tmp_path / "teacher")
     state, _ = run.load_tensors("last")
@@ -336,7 +336,7 @@ def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sampl
 
     infer = dump.infer
     monkeypatch.setattr(dump, "infer", poisoned)
-    train, _ = datasets.load(tiny.experiment().data)
+    train, _, _ = datasets.load(tiny.experiment().data)
     with pytest.raises(ValueError, match=rf"sample {train.sample_id[7]}, view 0"):
         dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "c.zarr"), tiny.CPU)
 
@@ -497,7 +497,7 @@ def test_features_are_dumped_beside_the_probabilities(tmp_path, teacher_run):
     dump_logits(config, both, str(tmp_path / "apart"), tiny.CPU, apart=True)
     cache = open_cache(tmp_path / "both.zarr")
     assert cache.features == {"other": 16, "teacher": 16}
-    train, _ = datasets.load(config.data)
+    train, _, _ = datasets.load(config.data)
     images = open_images(train, config.views, tiny.CPU, 0)
     rows, views = torch.arange(464), torch.full((464,), 5)
     for name, folder in {"teacher": teacher_run, "other": tmp_path / "other"}.items():

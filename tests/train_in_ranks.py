@@ -33,7 +33,7 @@ class Network(nn.Module):
 
 def train(ranks: Ranks, settings: schema.Method) -> dict:
     data = schema.Digits(name="digits", imbalance_ratio=20, max_per_class=136)
-    training_set, _ = datasets.load(data)
+    training_set, _, _ = datasets.load(data)
     views = CropFlip(pad=1)
     images = ResidentImages(training_set, views, CPU)
     torch.manual_seed(0)

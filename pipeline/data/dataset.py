@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.show.progress import Progress
 
@@ -162,6 +162,11 @@ def refuse(problems: Sequence[str], remedy: str = "replace or remove them") -> N
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError("; ".join(problems[:3]) + f"{more}: {remedy}")
+
+
+def part_names(section: schema.Data) -> list[str]:
+    """What the configuration calls the training, the test and, where it has files of its own, the validation part."""
+    return [section.train, section.test, *([section.validation] if isinstance(section.validation, str) else [])]
 
 
 def numbered_classes(*labels: Sequence[int]) -> list[str]:

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,37 +21,51 @@ from offline_bkd.pipeline.data.lists import load_image_list, load_inaturalist
 from offline_bkd.pipeline.data.parquet import load_parquet
 
 
-def load(section: schema.Data, shot: str | None = None, download: bool = True) -> tuple[Dataset, Dataset]:
-    """The training part, made long-tailed as `section` says, and the test part, whole.
+class Parts(NamedTuple):
+    """What an experiment's data are, of the same classes."""
 
-    With `shot`, a shot group of metrics.py, only the samples of its classes, in both parts; all classes keep their names
+    training: Dataset
+    test: Dataset
+    validation: Dataset | None  # by which epochs and methods are chosen, if there is one
+
+
+def load(section: schema.Data, shot: str | None = None, download: bool = True) -> Parts:
+    """The training part, made long-tailed as `section` says, less what is held out of it for validation; the others whole.
+
+    With `shot`, a shot group of metrics.py, only the samples of its classes, in all parts; all classes keep their names
     and numbers. Without `download`, nothing is downloaded or copied: it must be there. What is allowed, but perhaps not
     meant, is in the parts' notes, and printed. Raises UserError for files that are missing, labels out of range, classes
     without training samples and a group without classes.
     """
     loader = LOADERS[section.name]
     options = {"download": download} if loader in (_cifar, load_parquet) else {}
-    train, test = loader(section, config.expand(section.root), **options)
-    _print_notes(*train.notes, *test.notes)
-    _refuse_classes(train, test)
-    _refuse_labels(train, "training")
-    _refuse_labels(test, "test")
+    training, *others = loader(section, config.expand(section.root), **options)
+    others = dict(zip(("test", "validation"), others))
+    _print_notes(*training.notes, *(note for part in others.values() for note in part.notes))
+    _refuse_labels(training, "training")
+    for name, part in others.items():
+        _refuse_classes(training, part, name)
+        _refuse_labels(part, name)
     if section.imbalance_ratio is not None or section.max_per_class is not None:
-        train = long_tailed(train, section.imbalance_ratio or 1.0, section.max_per_class, section.seed)
-    if empty := [name for name, count in zip(train.classes, train.class_counts) if not count]:
-        lowest = train.label.min()
+        training = long_tailed(training, section.imbalance_ratio or 1.0, section.max_per_class, section.seed)
+    if empty := [name for name, count in zip(training.classes, training.class_counts) if not count]:
+        lowest = training.label.min()
         remedy = f"its labels begin at {lowest}: number them from 0" if lowest else "leave them out of the set"
-        raise UserError(f"{train.name}: {len(empty)} classes have no training sample: {_some(empty)}; {remedy}")
-    notes = notes_on_parts(train, test)
-    _print_notes(*notes)
-    test = test.take(np.arange(len(test)), notes)
-    if shot is None:
-        return train, test
-    members = metrics.shot_groups(train.class_counts)[shot]
-    for part, dataset in ("training", train), ("test", test):
-        if not members[dataset.label].any():
-            raise UserError(f"{dataset.name}: the {part} part has no {shot}-shot classes; leave out their expert")
-    return tuple(dataset.take(np.flatnonzero(members[dataset.label])) for dataset in (train, test))
+        raise UserError(f"{training.name}: {len(empty)} classes have no training sample: {_some(empty)}; {remedy}")
+    if isinstance(section.validation, int | float):
+        training, others["validation"] = hold_out(training, section.validation, section.seed)
+    for name, part in others.items():
+        notes = notes_on_parts(training, part, name)
+        _print_notes(*notes)
+        others[name] = part.take(np.arange(len(part)), notes)
+    if shot is not None:
+        members = metrics.shot_groups(training.class_counts)[shot]
+        for name, part in {"training": training, **others}.items():
+            if not members[part.label].any():
+                raise UserError(f"{part.name}: the {name} part has no {shot}-shot classes; leave out their expert")
+        training = training.take(np.flatnonzero(members[training.label]))
+        others = {name: part.take(np.flatnonzero(members[part.label])) for name, part in others.items()}
+    return Parts(training, others["test"], others.get("validation"))
 
 
 def _print_notes(*notes: str) -> None:
@@ -64,11 +79,13 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
 
 
-def _refuse_classes(train: Dataset, test: Dataset) -> None:
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
+def _refuse_classes(train: Dataset, other: Dataset, part: str) -> None:
+    if train.classes != other.classes:
+        odd = sorted(set(train.classes) ^ set(other.classes))
         what = f"only one has {_some(odd)}" if odd else "their order differs"
-        raise UserError(f"{train.name}: the training and the test part differ in their classes: {what}; mend the data's names")
+        raise UserError(
+            f"{train.name}: the training and the {part} part differ in their classes: {what}; mend the data's names"
+        )
     if len(set(train.classes)) < len(train.classes):
         twice = [name for name, count in Counter(train.classes).items() if count > 1]
         raise UserError(f"{train.name}: class names must be distinct texts, found {_some(twice)} twice; mend the data's names")
@@ -95,25 +112,25 @@ def _refuse_labels(dataset: Dataset, part: str) -> None:
         )
 
 
-def notes_on_parts(train: Dataset, test: Dataset) -> tuple[str, ...]:
-    """What is allowed, but perhaps not meant, of two parts: classes that are not tested, images that are there twice."""
+def notes_on_parts(train: Dataset, other: Dataset, part: str) -> tuple[str, ...]:
+    """What is allowed, but perhaps not meant, of two parts: classes that are not judged, images that are there twice."""
     notes = []
-    if untested := [name for name, count in zip(test.classes, test.class_counts) if not count]:
-        notes.append(f"{test.name}: {len(untested)} classes have no test image, and no accuracy: {_some(untested)}")
+    if absent := [name for name, count in zip(other.classes, other.class_counts) if not count]:
+        notes.append(f"{other.name}: {len(absent)} classes have no {part} image, and no accuracy: {_some(absent)}")
     order = np.argsort(train.image_key, kind="stable")
     key, label = train.image_key[order], train.label[order]
     twice = np.flatnonzero((key[1:] == key[:-1]) & (label[1:] != label[:-1]))
-    if len(twice):
+    if len(twice) and part == "test":  # it is said once
         first, second = (train.classes[label[place]] for place in (twice[0], twice[0] + 1))
         notes.append(
             f"{train.name}: {len(twice)} images have two labels, such as {train.describe(order[twice[0]])}: "
             f"{first!r} and {second!r}"
         )
-    both = np.flatnonzero(np.isin(test.image_key, key))
+    both = np.flatnonzero(np.isin(other.image_key, key))
     if len(both):
         notes.append(
-            f"{test.name}: {len(both)} test images are training images too, such as {test.describe(both[0])}; "
-            "the test accuracy is too high by them"
+            f"{other.name}: {len(both)} {part} images are training images too, such as {other.describe(both[0])}; "
+            f"the {part} accuracy is too high by them"
         )
     return tuple(notes)
 
@@ -135,11 +152,37 @@ def long_tailed(dataset: Dataset, ratio: float, largest: int | None, seed: int) 
                 f"{dataset.name}: imbalance ratio {ratio:g} asks for {wanted} samples of class {name!r}, which has {found}; "
                 f"{'raise' if wanted == 0 else 'lower'} data.max_per_class or change data.imbalance_ratio"
             )
+    ranked = _ranked(dataset, seed)
+    return dataset.take(np.sort(np.concatenate([rows[:count] for rows, count in zip(ranked, counts)])))
+
+
+def hold_out(dataset: Dataset, held: float | int, seed: int) -> tuple[Dataset, Dataset]:
+    """`dataset` without what is held out, and that: of each class a share `held` below 1, or so many samples.
+
+    Of a share, at least one sample where a class has two, and never all. Which follows from `seed` and their ids alone.
+    Raises UserError where a class has not more than the number.
+    """
+    counts = dataset.class_counts
+    if isinstance(held, int):
+        if short := [name for name, count in zip(dataset.classes, counts) if count <= held]:
+            raise UserError(
+                f"{dataset.name}: data.validation holds out {held} samples a class, and {len(short)} classes have not more: "
+                f"{_some(short)}; lower it, or give a share or files"
+            )
+        held_counts = np.full(len(counts), held)
+    else:
+        held_counts = np.minimum(np.maximum(np.rint(counts * held).astype(np.int64), 1), counts - 1)
+    # the last of those that a larger imbalance ratio would leave out first
+    rows = [rows[len(rows) - count :] for rows, count in zip(_ranked(dataset, seed), held_counts)]
+    chosen = np.sort(np.concatenate(rows))
+    return dataset.take(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.take(chosen)
+
+
+def _ranked(dataset: Dataset, seed: int) -> list[np.ndarray]:
+    """The rows of each class in a random order, which follows from `seed` and the samples' ids alone."""
     order = philox.permutation(seed, philox.SUBSET, dataset.sample_id)
-    ranked = order[np.argsort(dataset.label[order], kind="stable")]  # by class, in random order within each
-    starts = np.concatenate([[0], np.cumsum(dataset.class_counts)[:-1]])
-    kept = np.concatenate([ranked[start : start + count] for start, count in zip(starts, counts)])
-    return dataset.take(np.sort(kept))
+    by_class = order[np.argsort(dataset.label[order], kind="stable")]
+    return np.split(by_class, np.cumsum(dataset.class_counts)[:-1])
 
 
 def _digits(section: schema.Digits, root: Path) -> tuple[Dataset, Dataset]:

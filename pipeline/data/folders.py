@@ -7,28 +7,31 @@ from pathlib import Path
 import numpy as np
 
 from offline_bkd.pipeline import UserError, schema
-from offline_bkd.pipeline.data.dataset import Dataset, printable
+from offline_bkd.pipeline.data.dataset import Dataset, part_names, printable
 from offline_bkd.pipeline.data.decoding import SUFFIXES
 
 
-def load_folders(section: schema.ImageFolder, root: Path) -> tuple[Dataset, Dataset]:
-    """Both parts. The classes are the training part's folders, some of which the test part may lack."""
-    places = root / section.train, root / section.test
+def load_folders(section: schema.ImageFolder, root: Path) -> tuple[Dataset, ...]:
+    """The parts. The classes are the training part's folders, some of which the others may lack."""
+    places = [root / name for name in part_names(section)]
     parts = [_read_part(place) for place in places]
     classes = sorted(parts[0][0])
-    if extra := sorted(parts[1][0].keys() - parts[0][0].keys()):
-        names = ", ".join(map(repr, extra[:5]))
-        raise UserError(
-            f"{printable(places[0].parent.name)}: the training and the test part differ in their classes: only the test part "
-            f"has {names}; add their training images, or remove them"
-        )
+    for place, (files, _) in zip(places, parts):
+        if extra := sorted(files.keys() - parts[0][0].keys()):
+            names = ", ".join(map(repr, extra[:5]))
+            raise UserError(
+                f"{printable(str(place))} has folders of {len(extra)} classes that the training part lacks: {names}; "
+                "add their training images, or remove them"
+            )
     return tuple(_part(place, classes, *part) for place, part in zip(places, parts))
 
 
 def _read_part(root: Path) -> tuple[dict[str, list[str]], Counter]:
     """The image files of each class folder, in their order, and how many files of which kind are none."""
     if not root.is_dir():
-        raise UserError(f"there is no folder {printable(str(root))}; check data.root and data.train or data.test")
+        raise UserError(
+            f"there is no folder {printable(str(root))}; check data.root and data.train, data.test or data.validation"
+        )
     left_out, files = Counter(), {}
     for entry in _entries(str(root)):
         if not _is_folder(entry):

@@ -12,19 +12,17 @@ from pydantic import FailFast, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from offline_bkd.pipeline import UserError, schema, yaml_files
-from offline_bkd.pipeline.data.dataset import MOST_CLASSES, Dataset, numbered_classes, printable
+from offline_bkd.pipeline.data.dataset import MOST_CLASSES, Dataset, numbered_classes, part_names, printable
 
 MOST_BYTES = 2**30  # of a list
 LABEL = re.compile("[0-9]{1,5}")
 
 
-def load_image_list(section: schema.ImageList, root: Path) -> tuple[Dataset, Dataset]:
-    parts = [_read_list(root / name) for name in (section.train, section.test)]
+def load_image_list(section: schema.ImageList, root: Path) -> tuple[Dataset, ...]:
+    names = part_names(section)
+    parts = [_read_list(root / name) for name in names]
     classes = _read_classes(root / section.classes) if section.classes else numbered_classes(*(label for _, label in parts))
-    return tuple(
-        listed_part(root, f"{name} line", files, label, classes)
-        for name, (files, label) in zip((section.train, section.test), parts)
-    )
+    return tuple(listed_part(root, f"{name} line", files, label, classes) for name, (files, label) in zip(names, parts))
 
 
 def _read_list(path: Path) -> tuple[list[str], list[int]]:
@@ -75,8 +73,8 @@ class _INaturalist(TypedDict):
     annotations: Annotated[list[_Annotation], FailFast()]
 
 
-def load_inaturalist(section: schema.INaturalist, root: Path) -> tuple[Dataset, Dataset]:
-    return _inaturalist_part(root, section.train), _inaturalist_part(root, section.test)
+def load_inaturalist(section: schema.INaturalist, root: Path) -> tuple[Dataset, ...]:
+    return tuple(_inaturalist_part(root, name) for name in part_names(section))
 
 
 def _inaturalist_part(root: Path, name: str) -> Dataset:
@@ -140,7 +138,7 @@ def listed_part(root: Path, listed: str, files: list[str], label: list[int], cla
     return dataset
 
 
-def _read(path: Path, key: str = "data.train and data.test") -> str:
+def _read(path: Path, key: str = "data.train, data.test and data.validation") -> str:
     try:
         return yaml_files.read_text(path, MOST_BYTES)
     except OSError as error:

@@ -21,7 +21,7 @@ import pyarrow.parquet
 from pyarrow import types
 
 from offline_bkd.pipeline import UserError, schema
-from offline_bkd.pipeline.data.dataset import Dataset, numbered_classes, printable
+from offline_bkd.pipeline.data.dataset import Dataset, numbered_classes, part_names, printable
 from offline_bkd.pipeline.data.image_copy import CopiedImages, make_copy, open_copy
 from offline_bkd.pipeline.data.lists import listed_part
 
@@ -54,17 +54,17 @@ class Shard(NamedTuple):
     unpacked: int  # bytes of images and labels
 
 
-def load_parquet(section: schema.Parquet, root: Path, download: bool) -> tuple[Dataset, Dataset]:
-    """Both parts. Classes are named by the metadata of either, or numbered up to the largest label of both.
+def load_parquet(section: schema.Parquet, root: Path, download: bool) -> tuple[Dataset, ...]:
+    """The parts. Classes are named by the metadata of any, or numbered up to the largest label of all.
 
     A part of more than IN_MEMORY bytes is read from a copy (image_copy.py), which must be there if not `download`.
     """
-    patterns = section.train, section.test
-    shards = [_shards(section, root, pattern, key) for pattern, key in zip(patterns, ("data.train", "data.test"))]
+    patterns = part_names(section)
+    shards = [_shards(section, root, *named) for named in zip(patterns, ("data.train", "data.test", "data.validation"))]
     columns = [_read(own, section, root, download) for own in shards]
     pyarrow.default_memory_pool().release_unused()  # what reading took beside the images
     names = [_names(own) for own in shards]
-    classes = names[0] or names[1] or numbered_classes(*(label for _, label in columns))
+    classes = next(filter(None, names), None) or numbered_classes(*(label for _, label in columns))
     return tuple(
         _part(root, pattern, own, images, label, named or classes)
         for pattern, own, named, (images, label) in zip(patterns, shards, names, columns)
