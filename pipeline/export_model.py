@@ -140,7 +140,7 @@ def export_model(
     experiment, classes = run.config(overrides), run.summary()["classes"]
     if experiment.network(run.stage).model.memory:
         raise UserError(f"the network in {folder} has a memory, whose distances (torch.cdist) no exporter takes; name another")
-    _, test_set = datasets.load(experiment.data)
+    _, test_set, _ = datasets.load(experiment.data)
     if test_set.classes != tuple(classes):
         raise UserError(f"the network in {folder} knows other classes than {test_set.name}; name its own test images by -o")
     rows = np.unique(np.linspace(0, len(test_set) - 1, CHECKED).astype(np.int64))

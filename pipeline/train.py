@@ -23,6 +23,7 @@ from offline_bkd.pipeline.requirements import (
     refuse_device,
     refuse_sources,
     refuse_unfit,
+    refuse_validation,
 )
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show.report import draw_run
@@ -113,7 +114,8 @@ def read_inputs(
     section = config.network(role)
     refuse_device(section.training, role, device)
     refuse_sources(section.method, cache, backbone)
-    training_set, test_set, _ = datasets.load(config.data, section.expert)
+    training_set, test_set, validation_set = datasets.load(config.data, section.expert)
+    refuse_validation(validation_set)
     store = cache and open_matching_cache(cache, config, training_set)
     images, test_images = (open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set))
     return Inputs(
