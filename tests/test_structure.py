@@ -18,7 +18,7 @@ LAYERS = [
     {"pipeline.training.engine", "pipeline.evaluate"},
     {"pipeline.backbone", "pipeline.dump", "pipeline.export_model", "pipeline.import_model", "pipeline.predict"},
     {"pipeline.requirements"},
-    {"pipeline.train", "pipeline.dry_run", "pipeline.verify", "pipeline.reproduce"},
+    {"pipeline.cached_targets", "pipeline.train", "pipeline.dry_run", "pipeline.verify", "pipeline.reproduce"},
     {"cli"},
 ]
 NAMES_ALONE = {"pipeline.show", "pipeline.training"}  # packages that hold a docstring alone

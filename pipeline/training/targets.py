@@ -7,6 +7,7 @@ stay in the machine's memory, and those that are too large for that lie in a scr
 
 import os
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -18,6 +19,19 @@ from offline_bkd.cache.planes import Planes, row_format
 from offline_bkd.pipeline.training import losses
 
 ROOM = 0.5  # of the memory there is, for planes
+
+
+def soften(stored: torch.Tensor, encoding: str, decoder: Sequence[torch.Tensor] | None, ratio: float = 1) -> torch.Tensor:
+    """Probabilities, float32 [B, C], at the temperature T / `ratio`, of what a cache of temperature T holds: float32 [B, R].
+
+    `decoder`: mean [C] and basis [R, C] of transform-coded rows.
+    """
+    if encoding == "probability":
+        return stored if ratio == 1 else losses.retempered(stored, ratio)
+    if decoder is not None:
+        mean, basis = decoder
+        stored = torch.addmm(mean, stored, basis)
+    return torch.softmax(stored if ratio == 1 else ratio * stored, dim=1)
 
 
 class Targets:
@@ -55,14 +69,8 @@ class Targets:
 
     def probability(self, rows: torch.Tensor, views: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
         """Of the samples at `rows` [B] under `views` [B]: float32 [B, C], softened by `temperature` (None: the cache's T)."""
-        stored = self._gather(rows, views)
         ratio = self.temperature / (temperature or self.temperature)
-        if self.cache.encoding.name == "probability":
-            return stored if ratio == 1 else losses.retempered(stored, ratio)
-        if self.decoder is not None:
-            mean, basis = self.decoder
-            stored = torch.addmm(mean, stored, basis)
-        return torch.softmax(stored if ratio == 1 else ratio * stored, dim=1)
+        return soften(self._gather(rows, views), self.cache.encoding.name, self.decoder, ratio)
 
     def features(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
         """Float32 [B, D]: each teacher's feature of length one, side by side, and the whole of length one again."""

@@ -1,0 +1,174 @@
+"""A cache beside a data set of one's own, for any training loop: the crop of an epoch and the teacher's answer to it.
+
+Shapes: N samples, C classes, S the side of a crop.
+"""
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from offline_bkd.cache import Cache, CacheError, CropFlip, RandomResizedCrop, open_cache
+from offline_bkd.cache.planes import row_format
+from offline_bkd.pipeline.training import losses
+from offline_bkd.pipeline.training.targets import soften
+
+
+class CachedSample(NamedTuple):
+    image: Any  # the crop, uint8 [3, S, S], or what `transform` makes of it
+    label: int
+    sample_id: int  # as the cache names the sample
+    view: int  # the number of the crop
+    target: torch.Tensor  # float32 [C], the teacher's softened probabilities for this very crop
+
+
+class ViewCrop:
+    """The crop of a numbered view, for people who keep their own data set class."""
+
+    def __init__(self, views: CropFlip | RandomResizedCrop):
+        self.views = views
+
+    def __call__(self, image: Image.Image | np.ndarray, sample_id: int, view: int) -> torch.Tensor:
+        """Of a whole image, PIL or uint8 [H, W, 3], upright: uint8 [3, S, S], the pixels that the teacher answered to."""
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
+        boxes = self.views.boxes(np.array([sample_id]), np.array([view]), np.array([image.size[::-1]]))
+        top, left, height, width, flip = (int(values[0]) for values in boxes)
+        crop = image.crop((left, top, left + width, top + height))  # black beyond the border
+        if isinstance(self.views, RandomResizedCrop):
+            crop = crop.resize((self.views.size, self.views.size), Image.Resampling.BILINEAR)
+        pixels = np.asarray(crop)[:, :: -1 if flip else 1]
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+class CachedTargets(torch.utils.data.Dataset):
+    """A data set of (whole image, label) pairs with a cache's targets beside: item i is a CachedSample.
+
+    Every sample's view follows from `seed`, the epoch and its id alone, so that workers, shuffling and restarts change
+    nothing; call `set_epoch` before each epoch. A cache whose views are crops of the image's own size is held whole in a
+    scratch file; of another the plane of the epoch.
+    """
+
+    def __init__(
+        self,
+        cache: Cache | str | Path,
+        dataset: Sequence,
+        *,
+        seed: int = 0,
+        temperature: float | None = None,
+        sample_id: Sequence[int] | None = None,
+        transform: Callable[[torch.Tensor], Any] | None = None,
+        scratch: str | Path | None = None,
+    ):
+        """`dataset[i]` is (PIL image or uint8 [H, W, 3], label), neither cropped nor augmented.
+
+        temperature: of the targets; None: the cache's.  sample_id: the cache's sample of each item; None: all of them, in
+        the cache's order.  transform: of the crop.  scratch: a folder on a fast disk.
+
+        Raises CacheError for a cache that is not complete, does not serve the temperature, or has other samples.
+        """
+        self.cache = cache if isinstance(cache, Cache) else open_cache(str(cache))
+        if self.cache.missing_blocks:
+            raise CacheError(f"{self.cache} lacks {self.cache.missing_blocks} blocks; finish it with dump-logits --resume")
+        self.cache.refuse_temperature(temperature or self.cache.temperature)
+        self.dataset, self.seed, self.transform, self.crop = dataset, seed, transform, ViewCrop(self.cache.views)
+        self.ratio = self.cache.temperature / (temperature or self.cache.temperature)
+        self.sample_id = np.asarray(self.cache.sample_id if sample_id is None else sample_id, np.int64)
+        if len(self.sample_id) != len(dataset):
+            raise CacheError(
+                f"{self.cache} has {len(self.sample_id):,} samples and the data set {len(dataset):,}; give the cache's sample "
+                "of each item as sample_id"
+            )
+        order = np.argsort(self.cache.sample_id)
+        place = np.searchsorted(self.cache.sample_id, self.sample_id, sorter=order).clip(max=len(order) - 1)
+        self.rows = order[place]
+        if unknown := self.sample_id[self.cache.sample_id[self.rows] != self.sample_id].tolist():
+            raise CacheError(f"{self.cache} has no sample {unknown[0]}; give the cache's sample of each item as sample_id")
+        self.decoder = self.cache.decoder and [torch.from_numpy(part) for part in self.cache.decoder]
+        # Files, which workers that were started before an epoch began see too: its number, and its planes.
+        folder = tempfile.mkdtemp(prefix="cached-targets-", dir=scratch)
+        weakref.finalize(self, _remove, folder, os.getpid())
+        width, dtype = row_format(self.cache, features=False)
+        self.whole = isinstance(self.cache.views, CropFlip)
+        planes = self.cache.views.count if self.whole else 1
+        self._files = Path(folder, "epoch"), Path(folder, "planes")
+        self._shape, self._dtype = (planes, len(self.cache), width), np.dtype(dtype)
+        self._open("w+")
+        self._epoch[:] = -1
+        if self.whole:
+            for view in range(planes):
+                self.cache.stored_plane(view, self._planes[view])
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch, from 0, the next items are of."""
+        if not self.whole:
+            (view,) = set(self.cache.views.draw(self.seed, epoch, self.cache.sample_id).tolist())
+            if self._epoch[1] != view:
+                self.cache.stored_plane(view, self._planes[0])
+                self._epoch[1] = view
+        self._epoch[0] = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int) -> CachedSample:
+        image, label = self.dataset[item]
+        row, sample_id = int(self.rows[item]), int(self.sample_id[item])
+        if int(label) != self.cache.label[row]:
+            raise CacheError(
+                f"item {item} has the label {int(label)}, but sample {sample_id} of {self.cache} has {self.cache.label[row]}; "
+                "give the cache's sample of each item as sample_id"
+            )
+        view = int(self.cache.views.draw(self.seed, int(self._epoch[0]), np.array([sample_id]))[0])
+        stored = torch.from_numpy(self._planes[view if self.whole else 0, row].astype(np.float32))
+        target = soften(stored[None], self.cache.encoding.name, self.decoder, self.ratio)[0]
+        crop = self.crop(image, sample_id, view)
+        return CachedSample(self.transform(crop) if self.transform else crop, int(label), sample_id, view, target)
+
+    def _open(self, mode: str) -> None:
+        self._epoch = np.memmap(self._files[0], np.int64, mode, shape=2)  # its number, and the view that is held
+        self._planes = np.memmap(self._files[1], self._dtype, mode, shape=self._shape)
+
+    def __getstate__(self) -> dict:
+        """For workers that are started anew rather than forked."""
+        state = {name: value for name, value in vars(self).items() if name not in ("_epoch", "_planes")}
+        return state | {"cache": str(self.cache)}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, cache=open_cache(state["cache"]))
+        self._open("r+")
+
+
+def _remove(folder: str, process: int) -> None:
+    """Removes the files; only in the process that made them, which a worker's copy outlives not."""
+    if os.getpid() == process:
+        for file in Path(folder).iterdir():
+            file.unlink()
+        os.rmdir(folder)
+
+
+def bkd_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    label: torch.Tensor,
+    class_counts: Sequence[int] | torch.Tensor,
+    *,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 0.9999,
+) -> torch.Tensor:
+    """Balanced Knowledge Distillation (BKD, eq. 8), a mean over the batch: CE(z, y) + alpha T^2 KL(q || softmax(z / T)).
+
+    logits [B, C].  target [B, C]: the teacher's probabilities softened by `temperature`, unweighted, as a cache holds them.
+    label int64 [B].  class_counts [C]: training samples of each class, which weigh the target; beta 0 makes it KD.
+    """
+    counts = torch.as_tensor(class_counts, device=logits.device)
+    weights = losses.effective_number_weights(counts, beta).to(target.dtype)
+    kd = losses.distillation(logits, losses.balanced_probability(target, weights), temperature)
+    return (losses.cross_entropy(logits, label) + alpha * kd).mean()

@@ -1,0 +1,169 @@
+"""What people use from Python: a cache beside their own data set, in their own training loop."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_folders import folder_of_images
+from test_walk import losses_of
+
+from offline_bkd.cache import CacheError, open_cache
+from offline_bkd.pipeline.cached_targets import CachedTargets, ViewCrop, bkd_loss
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.train import train_teacher
+from offline_bkd.pipeline.training.samplers import instance_balanced
+from offline_bkd.pipeline.training.targets import Targets
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def pairs_of(train):
+    return [(train.decode(row), int(train.label[row])) for row in range(len(train))]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    train, _ = datasets.load(tiny.experiment().data)
+    return train
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory):
+    """A data set of image files, and the cache of its resized crops."""
+    folder = tmp_path_factory.mktemp("resized")
+    folder_of_images(folder)
+    config = tiny.experiment(
+        f"data={{name: imagefolder, root: {folder}, workers: 0}}", "views={name: random_resized_crop, size: 8, count: 3}"
+    )
+    train_teacher(config, str(folder / "teacher"), tiny.CPU)
+    dump_logits(config, [str(folder / "teacher")], str(folder / "cache.zarr"), tiny.CPU)
+    return datasets.load(config.data)[0], config, folder / "cache.zarr"
+
+
+def test_a_plain_loop_has_the_losses_of_the_engine(cache, digits):
+    config, steps = tiny.experiment(), 56
+    data = CachedTargets(cache, pairs_of(digits), seed=config.seed)
+    model = build_model(config.student.model, 10, config.data, config.seed)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    found, epoch = [], 0
+    while len(found) < steps:
+        data.set_epoch(epoch)
+        order = instance_balanced(config.seed, epoch, digits.sample_id).tolist()
+        for batch in torch.utils.data.DataLoader(data, batch_size=64, sampler=order):
+            loss = bkd_loss(model(batch.image), batch.target, batch.label, data.cache.class_counts)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            found.append(loss.item())
+        epoch += 1
+
+    def engines(rows, views, temperature):
+        return targets.probability(rows, views, temperature)
+
+    targets, views = Targets(open_cache(cache), tiny.CPU), np.arange(config.views.count)
+    targets.prepare(views, views)
+    np.testing.assert_allclose(found[:steps], losses_of(config, engines), rtol=2e-5)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_items_are_of_the_epoch_whatever_the_workers_and_the_order(cache, digits, start):
+    data, store = CachedTargets(cache, pairs_of(digits), seed=3), open_cache(cache)
+    options = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": start}
+    loader = torch.utils.data.DataLoader(data, batch_size=100, shuffle=True, **options)
+    for epoch in (0, 1, 5) if start == "fork" else (0, 1):
+        data.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(batch.label) for batch in batches] == [100, 100, 100, 100, 64]
+        ids, views = (torch.cat([getattr(batch, name) for batch in batches]).numpy() for name in ("sample_id", "view"))
+        order = np.argsort(ids)
+        np.testing.assert_array_equal(views[order], store.views.draw(3, epoch, np.sort(ids)))
+        found = torch.cat([batch.target for batch in batches]).numpy()
+        planes = np.stack([store.plane(view) for view in range(store.views.count)])
+        np.testing.assert_allclose(found, planes[views, np.searchsorted(store.sample_id, ids)], atol=1e-6)
+
+
+def test_a_crop_has_the_pixels_that_the_teacher_saw(cache, digits, resized):
+    config = tiny.experiment()
+    images = open_images(digits, config.views, tiny.CPU, 0)
+    rows = np.array([0, 7, 463])
+    for view in range(config.views.count):
+        (expected,) = images.batches(rows, np.full(3, view), 3)
+        crop = ViewCrop(config.views)
+        found = torch.stack([crop(digits.decode(row), int(digits.sample_id[row]), view) for row in rows])
+        assert torch.equal(found, expected.images)
+    train, config, _ = resized
+    images = open_images(train, config.views, tiny.CPU, 0)
+    for view in range(3):
+        (expected,) = images.batches(np.arange(6), np.full(6, view), 6)
+        crop = ViewCrop(config.views)
+        found = torch.stack([crop(train.decode(row), int(train.sample_id[row]), view) for row in range(6)])
+        assert torch.equal(found, expected.images)
+
+
+def test_of_resized_crops_the_plane_of_the_epoch_is_held(resized):
+    train, config, path = resized
+    data, store = CachedTargets(path, pairs_of(train), transform=lambda crop: crop / 255), open_cache(path)
+    for epoch in range(4):
+        data.set_epoch(epoch)
+        (view,) = {data[item].view for item in range(6)}
+        np.testing.assert_allclose(np.stack([data[item].target for item in range(6)]), store.plane(view), atol=1e-6)
+        assert data[0].image.max() <= 1
+
+
+def test_another_temperature_is_the_engines(cache, digits):
+    data = CachedTargets(cache, pairs_of(digits), temperature=4)
+    targets, views = Targets(open_cache(cache), tiny.CPU), np.arange(9)
+    targets.prepare(views, views)
+    item = data[5]
+    expected = targets.probability(torch.tensor([5]), torch.tensor([item.view]), 4.0)[0]
+    torch.testing.assert_close(item.target, expected)
+
+
+def test_data_that_are_not_the_caches_are_refused(cache, digits):
+    pairs = pairs_of(digits)
+    with pytest.raises(CacheError, match="has 464 samples and the data set 463; give the cache's sample of each item"):
+        CachedTargets(cache, pairs[1:])
+    with pytest.raises(CacheError, match="has no sample 99999"):
+        CachedTargets(cache, pairs[:1], sample_id=[99999])
+    wrong = next(row for row in range(464) if pairs[row][1] != pairs[0][1])
+    with pytest.raises(CacheError, match="item 0 has the label .*, but sample .* has .*; give the cache's sample"):
+        CachedTargets(cache, pairs[:1], sample_id=digits.sample_id[[wrong]])[0]
+    part = CachedTargets(cache, pairs[7:9], sample_id=digits.sample_id[7:9])
+    assert [part[item].sample_id for item in range(2)] == digits.sample_id[7:9].tolist()
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_plain_example_learns(cache, digits, monkeypatch):
+    plain = example("plain_loop")
+    monkeypatch.setattr(plain.datasets, "load", lambda _: (digits, None))
+    first, *_, last = plain.main(str(cache))
+    assert last < first
+
+
+def test_the_lightning_example_learns(cache, digits, monkeypatch):
+    pytest.importorskip("lightning", reason="needs Lightning")
+    student = example("lightning_student")
+    monkeypatch.setattr(student.datasets, "load", lambda _: (digits, None))
+    seen = student.main(str(cache))
+    assert len(seen) == 3 * 8 and np.mean(seen[-8:]) < np.mean(seen[:8])
+
+
+def test_the_package_offers_its_interface_by_one_name():
+    import offline_bkd
+
+    assert offline_bkd.CachedTargets is CachedTargets and offline_bkd.bkd_loss is bkd_loss
+    assert offline_bkd.open_cache is open_cache
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        offline_bkd.nothing  # noqa: B018
