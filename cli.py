@@ -401,10 +401,14 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
             raise UserError(
                 "--checksums computes no answers; leave out --teacher, --tolerance and -o, or leave out --checksums"
             )
-        problems = open_cache(store).verify_checksums()
+        cache = open_cache(store)
+        problems, there, missing = cache.verify_checksums(), len(cache.committed()), cache.missing_blocks
+        if missing:
+            problems.append(f"{missing:,} of {there + missing:,} blocks are not dumped; finish it with dump-logits --resume")
         for problem in problems:
-            click.echo(problem)
-        click.echo(f"{store}: {len(problems)} problems" if problems else f"{store}: every stored byte is as it was written")
+            click.echo(terminal.printable(problem))
+        whole = "every stored byte is as it was written"
+        click.echo(f"{store}: {len(problems)} problems" if problems else f"{store}: {whole}, {there:,} blocks")
         return 1 if problems else 0
     if not teachers:
         raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")

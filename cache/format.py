@@ -19,7 +19,9 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -153,7 +155,7 @@ class Layout:
     def classes(self) -> int:
         return len(self.identity.classes)
 
-    @property
+    @cached_property
     def block_rows(self) -> int:
         """Samples a block, as equal as can be, so that little of the last chunk is padding."""
         stored = self.encoding.columns(self.classes) * np.dtype(self.encoding.stored_dtype).itemsize
@@ -161,7 +163,7 @@ class Layout:
         blocks = math.ceil(max(stored / _CHUNK_BYTES, self.samples * self.classes * 4 / _BLOCK_BYTES))
         return math.ceil(self.samples / blocks)
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Blocks a view."""
         return math.ceil(self.samples / self.block_rows)
@@ -255,6 +257,12 @@ def digest(data) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def reason(error: OSError, what: object = "") -> str:
+    """Why an operation failed, and of which file where it says so, unless `what` is said to have failed names it."""
+    why = error.strerror or str(error)
+    return f"{why} ({error.filename})" if error.filename and str(error.filename) not in str(what) else why
+
+
 def chunk_checksum(data) -> str:
     """The checksum at the end of a chunk as stored, hex: its last codec's crc32c, which decoding verifies."""
     return bytes(data[-4:]).hex()
@@ -281,15 +289,15 @@ def whole_numbers(values, what: str, count: int | None = None) -> np.ndarray:
     return found
 
 
-def read_marker(data, what: str) -> dict:
-    """What `marker` wrote. Raises CorruptCacheError where one bit of it differs."""
-    values = from_bytes(data, what)
+def read_marker(data, where: Callable[[], str], remedy: str) -> dict:
+    """What `marker` wrote. Raises CorruptCacheError, which says `where` it is and what to do, if one bit of it differs."""
     try:
+        values = json.loads(bytes(data))
         body = {key: value for key, value in values.items() if key != "checksum"}
         entries = [(type(entry["size"]), type(entry["checksum"])) for entry in body["files"].values()]
         intact = bytes(data) == marker(**body) and set(entries) <= {(int, str)}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         intact = False
     if not intact:
-        raise CorruptCacheError(f"{what} is damaged: its checksum does not match; delete it and resume the dump")
+        raise CorruptCacheError(f"{where()} is damaged: its checksum does not match; {remedy}")
     return values

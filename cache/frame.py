@@ -4,13 +4,16 @@ pandas and pyarrow are imported where they are used, so that opening a store cos
 """
 
 import difflib
+import itertools
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
-from .format import CacheError, whole_numbers
+from .format import CacheError, reason, whole_numbers
 from .planes import row_format
+from .storage import new_file
 
 MANY, FEW = 100, 20  # training samples: many-shot has more than MANY, few-shot fewer than FEW
 SHOTS = "many", "medium", "few"
@@ -45,53 +48,47 @@ def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False)
 
 
 def export_parquet(cache, path, *, view=None, sample=None, label=None, probabilities=False) -> int:
-    """Write the rows of `to_pandas` to the Parquet file `path`, holding one view's plane; returns their number.
+    """Write the rows of `to_pandas` to the Parquet file `path`, holding one block at a time; returns their number.
 
     The file appears whole or not at all. Raises CacheError where `path` exists or cannot be written.
     """
     from pyarrow import parquet
 
-    path = os.fspath(path)
-    if os.path.exists(path):
+    path = Path(path)
+    if os.path.lexists(path):
         raise CacheError(f"{path} exists; choose another file, or delete it")
-    partial, rows, writer = f"{path}.partial", 0, None
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise CacheError(
-            f"{path} cannot be written: there is no folder {os.path.dirname(path)}; make it, or name another file"
-        )
+    if not path.parent.is_dir():
+        raise CacheError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another file")
+    batches, rows = _batches(cache, view, sample, label, probabilities), 0
+    first = next(batches)
     try:
-        open(partial, "wb").close()
+        with new_file(path) as file, parquet.ParquetWriter(file, first.schema) as writer:
+            for batch in itertools.chain([first], batches):
+                writer.write_batch(batch)
+                rows += len(batch)
+    except FileExistsError as error:
+        raise CacheError(f"{path} exists, which it did not before; choose another file") from error
     except OSError as error:
-        raise CacheError(f"{path} cannot be written: {error.strerror}; name another file") from error
-    try:
-        for batch in _batches(cache, view, sample, label, probabilities):
-            writer = writer or parquet.ParquetWriter(partial, batch.schema)
-            writer.write_batch(batch)
-            rows += len(batch)
-        assert writer is not None, "there is one batch at least"
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        if writer is not None:
-            writer.close()
-        if os.path.exists(partial):
-            os.remove(partial)
+        raise CacheError(f"{path} cannot be written: {reason(error, path)}; make room, or name another file") from error
     return rows
 
 
 def _batches(cache, view, sample, label, probabilities):
     """The rows as Arrow record batches, at least one."""
-    views, positions = _views(cache, view), _positions(cache, sample, label)
+    views, positions, layout = _views(cache, view), _positions(cache, sample, label), cache.layout
+    width, dtype = row_format(cache, features=False)
     if not views or not len(positions):
-        width, dtype = row_format(cache, features=False)
         yield _batch(cache, 0, positions[:0], cache.encoding.decode(np.empty((0, width), dtype)), probabilities)
         return
-    step = max(1, _BATCH_CELLS // len(cache.classes))
+    step, room = max(1, _BATCH_CELLS // len(cache.classes)), np.empty((layout.block_rows, width), dtype)
+    blocks, first = np.unique(positions // layout.block_rows, return_index=True)
     for number in views:
-        plane = cache.stored_plane(number)
-        for start in range(0, len(positions), step):
-            chosen = positions[start : start + step]
-            yield _batch(cache, number, chosen, cache.encoding.decode(plane[chosen]), probabilities)
+        for block, chosen in zip(blocks.tolist(), np.split(positions, first[1:]), strict=True):
+            rows = layout.rows(block)
+            stored = cache.stored_block(number, block, room[: _length(rows)])
+            for start in range(0, len(chosen), step):
+                some = chosen[start : start + step]
+                yield _batch(cache, number, some, cache.encoding.decode(stored[some - rows.start]), probabilities)
 
 
 def _batch(cache, view, positions, probability, probabilities):
@@ -172,11 +169,11 @@ def summary(cache, *, planes: int = 4) -> dict:
     The teacher's accuracy and confidence and its calibration (expected calibration error over 15 equal bins of
     confidence) are over at most `planes` whole views, evenly spaced, by shot group; sizes in bytes, on disk.
     """
-    layout, pairs = cache.layout, cache.committed()
-    done, blocks = np.unique([view for view, _ in pairs], return_counts=True)
+    layout, survey = cache.layout, cache.survey()
+    done, blocks = np.unique([view for view, _ in survey.blocks], return_counts=True)
     whole = done[blocks == layout.blocks].astype(int).tolist()
     chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, min(planes, len(whole))).astype(int))]
-    rows, nbytes, blocks = sum(_length(layout.rows(block)) for _, block in pairs), cache.nbytes, layout.views * layout.blocks
+    rows, blocks = sum(_length(layout.rows(block)) for _, block in survey.blocks), layout.views * layout.blocks
     temperatures = cache.temperatures
     return {
         "identity": cache.identity.to_json(),
@@ -184,14 +181,15 @@ def summary(cache, *, planes: int = 4) -> dict:
         "samples": layout.samples,
         "classes": layout.classes,
         "views": layout.views,
-        "complete": len(pairs) == blocks,
-        "blocks": {"done": len(pairs), "all": blocks, "of_a_view": layout.blocks},
-        "bytes": {"all": nbytes, "a_view_of_a_sample": round(nbytes / rows, 2) if rows else None},
-        "error": cache.error(),
+        "complete": len(survey.blocks) == blocks,
+        "blocks": {"done": len(survey.blocks), "all": blocks, "of_a_view": layout.blocks},
+        "bytes": {"all": survey.nbytes, "a_view_of_a_sample": round(survey.nbytes / rows, 2) if rows else None},
+        "error": survey.error,
         "temperatures": temperatures and [float(f"{temperature:.3g}") for temperature in temperatures],
-        "features": {name: {"width": width, "error": cache.feature_error(name)} for name, width in cache.features.items()},
+        "features": {name: {"width": cache.features[name], "error": error} for name, error in survey.feature_error.items()},
         "class_counts": cache.class_counts.tolist(),
         "teacher": {"views": chosen, **_quality(cache, chosen)} if chosen else None,
+        **({"added_by_others": cache.additions} if cache.additions else {}),
     }
 
 
@@ -200,15 +198,18 @@ def _length(rows):
 
 
 def _quality(cache, views):
-    confidence, correct = [], []
+    confidence, correct, layout = [], [], cache.layout
+    step, (width, dtype) = max(1, _BATCH_CELLS // layout.classes), row_format(cache, features=False)
+    room = np.empty((layout.block_rows, width), dtype)
     for view in views:
-        plane = cache.stored_plane(view)
-        step = max(1, _BATCH_CELLS // len(cache.classes))
-        for start in range(0, len(cache), step):
-            label = cache.label[start : start + step]
-            answer = _answer(cache, cache.encoding.decode(plane[start : start + step]), label)
-            confidence.append(answer.max(1))
-            correct.append(answer.argmax(1) == label)
+        for block in range(layout.blocks):
+            rows = layout.rows(block)
+            stored = cache.stored_block(view, block, room[: _length(rows)])
+            for start in range(0, len(stored), step):
+                label = cache.label[rows][start : start + step]
+                answer = _answer(cache, cache.encoding.decode(stored[start : start + step]), label)
+                confidence.append(answer.max(1))
+                correct.append(answer.argmax(1) == label)
     confidence, correct = np.concatenate(confidence).astype(np.float64), np.concatenate(correct)
     group = np.tile(shot(cache.class_counts)[cache.label], len(views))
     groups = {"all": np.ones(len(group), bool)} | {name: group == i for i, name in enumerate(SHOTS)}

@@ -4,37 +4,23 @@ V views, N samples, C classes. Nothing of a store is trusted before it equals wh
 """
 
 import itertools
-import math
 import os
 import re
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import google_crc32c  # Zarr's own
 import numpy as np
 
-from . import encodings, features, tempering
-from .format import (
-    _MOST,
-    FORMAT,
-    STORE_MARKER,
-    CacheError,
-    CorruptCacheError,
-    Identity,
-    Layout,
-    chunk_checksum,
-    digest,
-    from_bytes,
-    read_marker,
-    whole_numbers,
-)
+from . import features, tempering
+from .format import CacheError, CorruptCacheError, read_marker, reason, whole_numbers
+from .metadata import DOCUMENT_BYTES, FOREIGN, check_chunk, load_metadata, read_document
 from .storage import open_storage
 
 _REDO = "delete its marker in done/ and resume the dump"
-_RESTORE = "restore it from a copy, or dump it again"
-_FOREIGN = "dump one with cli.py dump-logits"
 _MARKER = re.compile(r"(0|[1-9]\d{0,6})\.(0|[1-9]\d{0,6})")
 _PIECE = 64 << 10  # of a chunk, bytes; it stays in the CPU's cache
-_DOCUMENT_BYTES = 64 << 20  # more than any real metadata document or marker
+_AT_ONCE = 1000  # markers that are read together
 
 
 def open_cache(url) -> "Cache":
@@ -46,8 +32,11 @@ def open_cache(url) -> "Cache":
     try:
         return Cache(open_storage(url))
     except OSError as error:
-        reason = error.strerror or error
-        raise CacheError(f"{url} cannot be read: {reason}; check the address, the connection and what you may read") from error
+        raise _unreadable(url, error) from error
+
+
+def _unreadable(what, error):
+    return CacheError(f"{what} cannot be read: {reason(error, what)}; check the address, the connection and what you may read")
 
 
 class Cache:
@@ -59,25 +48,12 @@ class Cache:
     """
 
     def __init__(self, storage):
-        self._storage = storage
-        attributes = self._attributes()
-        self.identity = Identity.from_json(attributes["identity"])
-        data = self._read(STORE_MARKER)
-        self.digest, files = digest(data), read_marker(data, f"{storage}/{STORE_MARKER}")["files"]
-        self.encoding = self._load_encoding(attributes["encoding"])
-        self.features = self._load_features(attributes.get("features", {}))
-        self.layout = Layout(identity=self.identity, samples=self._samples(), encoding=self.encoding, features=self.features)
-        self._check_documents(files)
-        self._reference = {}
-        self.sample_id, self.label, self.image_size = (
-            self._read_whole(name, files) for name in ("sample_id", "label", "image_size")
-        )
-        classes = len(self.classes)
-        if self.label.min() < 0 or self.label.max() >= classes:
-            raise CacheError(f"{storage} is not usable: it has labels outside [0, {classes}); dump it again")
-        self.class_counts = np.bincount(self.label, minlength=classes)
-        self.encoding = self.encoding.with_codebook(lambda name: self._read_whole(name, files), self.class_counts)
-        self.layout = replace(self.layout, encoding=self.encoding)
+        self._storage, self._reference = storage, {}
+        self._metadata = metadata = load_metadata(storage)
+        self.identity, self.digest, self.layout = metadata.identity, metadata.digest, metadata.layout
+        self.encoding, self.features, self.additions = metadata.encoding, metadata.features, metadata.additions
+        self.sample_id, self.label, self.image_size = metadata.sample_id, metadata.label, metadata.image_size
+        self.class_counts = metadata.class_counts
 
     def __str__(self):
         return str(self._storage)
@@ -121,7 +97,9 @@ class Cache:
 
     def committed(self) -> list[tuple[int, int]]:
         """The (view, block) that are dumped, in order."""
-        numbers = (name.split(".") for name in self._storage.names("done") if _MARKER.fullmatch(name))
+        with self._reading(self):
+            names = self._storage.names("done")
+        numbers = (name.split(".") for name in names if _MARKER.fullmatch(name))
         pairs = ((int(view), int(block)) for view, block in numbers)
         return sorted((view, block) for view, block in pairs if view < self.layout.views and block < self.layout.blocks)
 
@@ -139,41 +117,60 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes that the store's files take: metadata, columns, and the chunks that are committed, with markers."""
-        files = read_marker(self._read(STORE_MARKER), f"{self._storage}/{STORE_MARKER}")["files"]
-        total = sum(entry["size"] for entry in files.values()) + self._storage.size(STORE_MARKER)
-        for view, block in self.committed():
-            total += sum(entry["size"] for entry in self._marker(view, block)["files"].values())
-            total += self._storage.size(f"done/{view}.{block}")
-        return total
+        return self.survey().nbytes
 
     def error(self) -> dict | None:
         """What the encoding costs, as found on every row that is committed; None where it is exact but for rounding.
 
         Total variation of the BKD target from the exact one: its bound, mean and worst.
         """
-        if self.encoding.max_error is None:
-            return None
-        return {"bound": self.encoding.max_error, **self._error(lambda marker: marker["error"])}
+        return self.survey().error
 
     def feature_error(self, name: str) -> dict:
         """What storing the features `name` costs, as `error` does: their cosine distance from the exact ones."""
         self._width(name)
-        return {"bound": features.MAX_ERROR, **self._error(lambda marker: marker["features"][name])}
+        return self.survey().feature_error[name]
 
-    def _error(self, of_marker):
-        pairs = self.committed()
+    def survey(self) -> "Survey":
+        """What the markers of all committed blocks say, each read once and many at a time."""
+        blocks, nbytes = self.committed(), self._metadata.nbytes
+        error = _Error(self.encoding.max_error)
+        feature_error = {name: _Error(features.MAX_ERROR) for name in self.features}
+        for block, marker, size in self._markers(blocks):
+            nbytes += size + sum(entry["size"] for entry in marker["files"].values())
+            rows = _length(self.layout.rows(block))
+            try:
+                if self.encoding.max_error is not None:
+                    error.add(marker["error"], rows)
+                for name in self.features:
+                    feature_error[name].add(marker["features"][name], rows)
+            except (KeyError, TypeError):
+                message = f"{self._storage} is not usable: its markers do not say what was lost; {FOREIGN}"
+                raise CacheError(message) from None
+        return Survey(
+            blocks=blocks,
+            nbytes=nbytes,
+            error=None if self.encoding.max_error is None else error.summary(),
+            feature_error={name: found.summary() for name, found in feature_error.items()},
+        )
+
+    def _markers(self, blocks):
+        """(block, marker, its size in bytes) of each (view, block) of `blocks`."""
+        for start in range(0, len(blocks), _AT_ONCE):
+            pairs = blocks[start : start + _AT_ONCE]
+            with self._reading(self):
+                found = self._storage.read_several([f"done/{view}.{block}" for view, block in pairs], DOCUMENT_BYTES)
+            for (view, block), data in zip(pairs, found, strict=True):
+                if data is not None:  # else it was taken away since, to be written anew
+                    yield block, self._parse_marker(view, block, data), len(data)
+
+    @contextmanager
+    def _reading(self, what):
+        """What the storage raises is one line that names `what` was to be read."""
         try:
-            errors = [of_marker(self._marker(view, block)) for view, block in pairs]
-            stated = all(type(error[key]) in (int, float) for error in errors for key in ("mean", "worst"))
-        except (KeyError, TypeError):
-            stated = False
-        if not stated:
-            raise CacheError(f"{self._storage} is not usable: its markers do not say what was lost; {_FOREIGN}")
-        counts = [_length(self.layout.rows(block)) for _, block in pairs]
-        return {
-            "mean": float(np.average([error["mean"] for error in errors], weights=counts)) if pairs else None,
-            "worst": max((error["worst"] for error in errors), default=None),
-        }
+            yield
+        except OSError as error:
+            raise _unreadable(what, error) from error
 
     # reading
 
@@ -199,8 +196,12 @@ class Cache:
         view = self._view(view)
         out = _room((layout.samples, width), "int8", out)
         for block in range(layout.blocks):
-            self._read_plain(f"feature/{name}", view, block, out[layout.rows(block)])
+            self._read_feature_block(name, view, block, out[layout.rows(block)])
         return out
+
+    def _read_feature_block(self, name, view, block, out):
+        with self._reading(self._where(view, block, f"feature/{name}")):
+            self._read_plain(f"feature/{name}", view, block, out)
 
     def _width(self, name):
         if name not in self.features:
@@ -214,8 +215,13 @@ class Cache:
     def stored_block(self, view: int, block: int, out=None) -> np.ndarray:
         """The rows of one block of `stored_plane`. Raises what it raises."""
         view, block = self._view(view), whole_numbers(block, "block", self.layout.blocks).item()
-        rows, encoding = self.layout.rows(block), self.encoding
-        out = self._room(_length(rows), out)
+        out = self._room(_length(self.layout.rows(block)), out)
+        with self._reading(self._where(view, block)):
+            self._read_block(view, block, out)
+        return out
+
+    def _read_block(self, view, block, out):
+        encoding = self.encoding
         if encoding.reference is None:  # what is stored is what is asked for
             self._read_plain(encoding.array, view, block, out)
         else:
@@ -225,7 +231,6 @@ class Cache:
                 encoding.unpack(columns, marker, self.reference_codes(view, block), out)
             except ValueError as error:
                 raise CorruptCacheError(f"{self._where(view, block)} is damaged: {error}; {_REDO}") from error
-        return out
 
     def reference_codes(self, view: int, block: int) -> np.ndarray | None:
         """The codes that those of (view, block) are stored as differences from, [rows, R]; None where there are none.
@@ -246,7 +251,7 @@ class Cache:
         rows, key = self.layout.rows(block), self.layout.chunk(self.encoding.array, view, block)
         where = self._where(view, block)
         data = self._storage.read(key)
-        _check_chunk(marker["files"].get(key, {}), data, where, _REDO)
+        check_chunk(marker["files"].get(key, {}), data, where, _REDO)
         try:
             return self.encoding.decompress(data[:-4], self.layout.block_rows)[: _length(rows)]
         except (ValueError, RuntimeError) as error:
@@ -293,13 +298,19 @@ class Cache:
         return f"{self._storage}: {array or self.encoding.array}, view {view}, rows {rows.start} to {rows.stop - 1}"
 
     def _marker(self, view, block):
-        key, where = f"done/{view}.{block}", self._where(view, block)
-        rows = self.layout.rows(block)
-        data = self._read(key, f"{where} is not dumped yet; resume the dump")
-        marker = read_marker(data, f"the marker {key} of {where}")
+        where = self._where(view, block)
+        with self._reading(where):
+            data = read_document(self._storage, f"done/{view}.{block}", f"{where} is not dumped yet; resume the dump")
+        return self._parse_marker(view, block, data)
+
+    def _parse_marker(self, view, block, data):
+        def where():
+            return f"the marker done/{view}.{block} of {self._where(view, block)}"
+
+        rows, marker = self.layout.rows(block), read_marker(data, where, "delete it and resume the dump")
         owner = {"store": self.digest, "view": view, "rows": [rows.start, rows.stop]}
-        if any(marker.get(name) != value for name, value in owner.items()):
-            raise CorruptCacheError(f"the marker {key} of {where} is another block's or store's; {_REDO}")
+        if any(marker.get(key) != value for key, value in owner.items()):
+            raise CorruptCacheError(f"{where()} is another block's or store's; {_REDO}")
         return marker
 
     def plane(self, view: int) -> np.ndarray:
@@ -338,7 +349,7 @@ class Cache:
                 self.stored_block(view, block)
                 for name, width in self.features.items():
                     room = np.empty((_length(self.layout.rows(block)), width), np.int8)
-                    self._read_plain(f"feature/{name}", view, block, room)
+                    self._read_feature_block(name, view, block, room)
             except CacheError as error:
                 problems.append(str(error))
         return problems
@@ -361,78 +372,6 @@ class Cache:
 
         return frame.summary(self, planes=planes)
 
-    # opening
-
-    def _read(self, key, missing=None):
-        """A metadata document or marker. Raises CacheError, with the message `missing` if given, where it is not there."""
-        size = self._storage.size(key)
-        if size is None:
-            missing = missing or f"{self._storage} is not a whole store: it has no {key}; dump it again, or resume its dump"
-            raise CacheError(missing)
-        if size > _DOCUMENT_BYTES:
-            raise CacheError(f"{self._storage} is not a store: {key} has {size} bytes; {_FOREIGN}")
-        return self._storage.read(key)
-
-    def _attributes(self):
-        storage = self._storage
-        if storage.size("zarr.json") is None:
-            found = "it is empty, or not there" if not storage.names() else "it has no zarr.json"
-            raise CacheError(f"{storage} is not a store: {found}; {_FOREIGN}")
-        attributes = from_bytes(self._read("zarr.json"), f"{storage}/zarr.json").get("attributes")
-        if not isinstance(attributes, dict) or "cache_format" not in attributes:
-            raise CacheError(f"{storage} is not a store: its zarr.json has no cache_format; {_FOREIGN}")
-        if attributes["cache_format"] != FORMAT:
-            raise CacheError(
-                f"{storage} has format {attributes['cache_format']!r}, this version reads {FORMAT}; use the version "
-                "that wrote it, or dump it again"
-            )
-        if not {"identity", "encoding"} <= attributes.keys():
-            raise CacheError(f"{storage} is not a store: its attributes are {sorted(attributes)}; {_FOREIGN}")
-        return attributes
-
-    def _samples(self):
-        """N, from the size of the file that must hold eight bytes for each: no claim is believed that is not there."""
-        size = self._storage.size("sample_id/c.0") or 0
-        samples, rest = divmod(size - 4, 8)
-        if rest or not 1 <= samples <= _MOST["samples"]:
-            raise CorruptCacheError(f"{self._storage}: sample_id is damaged: it has {size} bytes; {_RESTORE}")
-        return samples
-
-    def _load_encoding(self, values):
-        try:
-            encoding = encodings.from_json(values)
-            encoding.check(self.identity.views.count, len(self.identity.classes))
-            return encoding
-        except ValueError as error:
-            raise CacheError(f"{self._storage} has an encoding that this version does not read: {error}") from error
-
-    def _load_features(self, values):
-        try:
-            features.check(values)
-            return values
-        except ValueError as error:
-            raise CacheError(f"{self._storage} has features that this version does not read: {error}") from error
-
-    def _check_documents(self, files):
-        for key, document in self.layout.documents().items():
-            data, where = self._read(key), f"{self._storage}/{key}"
-            if from_bytes(data, where) != document:
-                raise CacheError(f"{where} is not what format {FORMAT} says; {_FOREIGN}")
-            if files.get(key) != {"size": len(data), "checksum": digest(data)}:
-                raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {_RESTORE}")
-
-    def _read_whole(self, name, files):
-        """An array that was written when the store was made: one chunk, of plain numbers and their crc32c."""
-        document = self.layout.documents()[f"{name}/zarr.json"]
-        shape, dtype = document["shape"], np.dtype(document["data_type"])
-        key = f"{name}/c{'.0' * len(shape)}"
-        data, where = self._storage.read(key), f"{self._storage}: {key}"
-        size = math.prod(shape) * dtype.itemsize + 4
-        if data is not None and len(data) != size:
-            raise CorruptCacheError(f"{where} is damaged: it has {len(data)} bytes of {size}; {_RESTORE}")
-        _check_chunk(files.get(key, {}), data, where, _RESTORE)
-        return np.frombuffer(data[:-4], dtype.newbyteorder("<")).astype(dtype).reshape(shape)
-
 
 def _length(rows):
     return rows.stop - rows.start
@@ -447,13 +386,31 @@ def _room(shape, dtype, out):
     return out
 
 
-def _check_chunk(expected, data, where, remedy):
-    """Raises CorruptCacheError unless `data` is the chunk that its marker says, `expected`, in every bit."""
-    if data is None:
-        raise CorruptCacheError(f"{where} is missing, though it was written; {remedy}")
-    if len(data) != expected.get("size"):
-        raise CorruptCacheError(f"{where} is damaged: it has {len(data)} bytes of {expected.get('size')}; {remedy}")
-    if chunk_checksum(data) != expected.get("checksum"):
-        raise CorruptCacheError(f"{where} is damaged: it is not the chunk that was written; {remedy}")
-    if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
-        raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {remedy}")
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What the markers of all committed blocks say.
+
+    blocks: (view, block), in order.  nbytes: of all files that are committed.  error: what the encoding costs, {"bound",
+    "mean", "worst"} of a total variation; None where it is exact but for rounding.  feature_error: likewise by name, of a
+    cosine distance. "mean" and "worst" are None where nothing is committed.
+    """
+
+    blocks: list[tuple[int, int]]
+    nbytes: int
+    error: dict | None
+    feature_error: dict[str, dict]
+
+
+class _Error:
+    def __init__(self, bound):
+        self.bound, self.rows, self.total, self.worst = bound, 0, 0.0, None
+
+    def add(self, stated, rows):
+        """`stated` of a block of so many rows. Raises TypeError for what is no error."""
+        mean, worst = stated["mean"], stated["worst"]
+        if not all(type(value) in (int, float) and 0 <= value <= 2 for value in (mean, worst)):
+            raise TypeError(f"an error is a number from 0 to 2, found {mean!r} and {worst!r}")
+        self.rows, self.total, self.worst = self.rows + rows, self.total + rows * mean, max(self.worst or 0, worst)
+
+    def summary(self):
+        return {"bound": self.bound, "mean": self.total / self.rows if self.rows else None, "worst": self.worst}

@@ -1,6 +1,6 @@
 """Where the bytes of a store live: a local folder or any fsspec URL, by key, and the Zarr store over it.
 
-A local write is durable and whole: a partial file, fsync, rename, fsync of the folder.
+A local write is durable and whole: a partial file of a name of its own, fsync, rename, fsync of the folder.
 """
 
 import asyncio
@@ -8,14 +8,54 @@ import errno
 import fcntl
 import io
 import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote
 
 import numpy as np
 from zarr.abc.store import Store
 
 from .format import CacheError
 
-PARTIAL = ".partial"
+PARTIAL = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.partial")  # of a file by its name; before 0.2 there was one for each file
+
+
+@contextmanager
+def new_file(path: Path, replace: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, whose contents are at `path` when the context ends: whole and synchronised, or not at all.
+
+    Unless `replace`, what is there by then stays, and FileExistsError is raised. A crash leaves a partial file beside it,
+    of a name that no other process takes.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:  # which follows no link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(partial, path, replace)
+    except (Exception, KeyboardInterrupt):
+        partial.unlink(missing_ok=True)  # a full disk gets its space back
+        raise
+    _sync_folder(path.parent)
+
+
+def _publish(partial: Path, path: Path, replace: bool) -> None:
+    if not replace:
+        try:
+            os.link(partial, path)  # fails where something is, which a rename would replace
+            return partial.unlink()
+        except FileExistsError:
+            raise
+        except OSError:  # no links on this file system
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+    os.replace(partial, path)
 
 
 class LocalStorage:
@@ -28,20 +68,33 @@ class LocalStorage:
         return str(self.root)
 
     def read(self, key: str):
-        """The bytes at `key`, uint8 [size], mapped rather than copied, or None if there is no such file."""
-        try:
-            with open(self.root / key, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                return np.asarray(np.memmap(file, np.uint8, "r")) if size else np.empty(0, np.uint8)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        """The bytes at `key`, uint8 [size], or None if there is no such file."""
+        file = self.open(key)
+        if file is None:
             return None
+        with file:
+            return np.frombuffer(file.readall(), np.uint8)
+
+    def read_several(self, keys: list[str], limit: int) -> list:
+        """`read` of each key; of a file of more than `limit` bytes only so many."""
+        found = []
+        for key in keys:
+            file = self.open(key)
+            with file or nullcontext():
+                size = 0 if file is None else min(limit, os.fstat(file.fileno()).st_size)
+                found.append(None if file is None else np.frombuffer(file.read(size), np.uint8))
+        return found
 
     def open(self, key: str):
         """The bytes at `key` as a file, unbuffered, or None if there is no such file."""
         try:
-            return open(self.root / key, "rb", buffering=0)
+            file = open(self.root / key, "rb", buffering=0, opener=_at_once)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError(errno.EINVAL, "it is no regular file", str(self.root / key))
+        return file
 
     def size(self, key: str) -> int | None:
         """The number of bytes at `key`, or None if there is no such file."""
@@ -52,8 +105,16 @@ class LocalStorage:
 
     def names(self, folder: str = "") -> list[str]:
         """The names in `folder`, sorted; none if it does not exist. Partial files are no part of a store."""
+        return [name for name in self._names(folder) if not name.endswith(".partial")]
+
+    def partial(self, folder: str = "") -> dict[str, str]:
+        """What writes that were cut short have left in `folder`, or are at work on: by name, the name of the whole."""
+        names = {name: PARTIAL.fullmatch(name) for name in self._names(folder)}
+        return {name: match[1] for name, match in names.items() if match}
+
+    def _names(self, folder):
         try:
-            return sorted(name for name in os.listdir(self.root / folder) if not name.endswith(PARTIAL))
+            return sorted(os.listdir(self.root / folder))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -61,18 +122,11 @@ class LocalStorage:
         """Put `data` (any buffer) at `key`: after a crash at any moment it is there whole, or not at all."""
         path = self.root / key
         self._make_folder(path.parent)
-        # The name is fixed: a block has one writer, and redoing it after a crash takes the old partial file away.
-        partial = path.with_name(path.name + PARTIAL)
         try:
-            with open(partial, "wb") as file:
+            with new_file(path, replace=True) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)  # a full disk gets its space back
-            raise
-        _sync_folder(path.parent)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
 
     def remove(self, key: str) -> None:
         """Take away what is at `key`: after this it stays away."""
@@ -93,7 +147,7 @@ class LocalStorage:
         """
         path = self.root / key
         self._make_folder(path.parent)
-        file = open(path, "ab")
+        file = open(path, "ab", opener=_at_once)
         try:
             for offset in offsets:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
@@ -120,6 +174,9 @@ class RemoteStorage:
     def __str__(self):
         return self.url
 
+    def _path(self, key):
+        return "/".join(part for part in (self.root, key) if part)  # the root of an archive is empty
+
     def _ask(self, operation, *arguments, **options):
         """The filesystem's answer. What clients raise for a failing connection is their own; here it is an OSError."""
         try:
@@ -132,9 +189,22 @@ class RemoteStorage:
     def read(self, key: str):
         """The bytes at `key`, uint8 [size], or None if there is no such object."""
         try:
-            return np.frombuffer(self._ask(self.fs.cat_file, f"{self.root}/{key}"), np.uint8)
+            return np.frombuffer(self._ask(self.fs.cat_file, self._path(key)), np.uint8)
         except FileNotFoundError:
             return None
+
+    def read_several(self, keys: list[str], limit: int) -> list:
+        """`read` of each key, all at once; of an object of more than `limit` bytes only so many."""
+        paths = [self._path(key) for key in keys]
+        found = self._ask(self.fs.cat_ranges, paths, 0, limit, on_error="return") if paths else []
+        for place, data in enumerate(found):
+            if isinstance(data, FileNotFoundError):
+                found[place] = None
+            elif isinstance(data, Exception):  # also that an empty object has no such range
+                found[place] = self.read(keys[place])
+            else:
+                found[place] = np.frombuffer(data, np.uint8)
+        return found
 
     def open(self, key: str):
         """The bytes at `key` as a file, fetched whole, or None if there is no such object."""
@@ -144,27 +214,30 @@ class RemoteStorage:
     def size(self, key: str) -> int | None:
         """The number of bytes at `key`, or None if there is no such object."""
         try:
-            return self._ask(self.fs.size, f"{self.root}/{key}")
+            return self._ask(self.fs.size, self._path(key))
         except FileNotFoundError:
             return None
 
     def names(self, folder: str = "") -> list[str]:
         """The names in `folder`, sorted; none if it does not exist."""
-        path = f"{self.root}/{folder}".rstrip("/")
         try:
-            found = self._ask(self.fs.ls, path, detail=False)
+            found = self._ask(self.fs.ls, self._path(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(name for name in (entry.rstrip("/").rsplit("/", 1)[-1] for entry in found) if name)
 
     def write(self, key: str, data) -> None:
         """Put `data` (any buffer) at `key`, whole or not at all."""
-        self._ask(self.fs.makedirs, f"{self.root}/{key}".rsplit("/", 1)[0], exist_ok=True)
-        self._ask(self.fs.pipe_file, f"{self.root}/{key}", bytes(data))
+        self._ask(self.fs.makedirs, self._path(key).rpartition("/")[0], exist_ok=True)
+        self._ask(self.fs.pipe_file, self._path(key), bytes(data))
 
     def remove(self, key: str) -> None:
         """Take away what is at `key`."""
-        self._ask(self.fs.rm, f"{self.root}/{key}")
+        self._ask(self.fs.rm, self._path(key))
+
+    def partial(self, folder: str = "") -> dict[str, str]:
+        """None: a put is whole."""
+        return {}
 
     def lock(self, key: str, offsets):
         """An object store has no locks: that each block has one dumping process is the caller's to see to.
@@ -179,8 +252,13 @@ def open_storage(url) -> LocalStorage | RemoteStorage:
     """The storage at `url`: a path, or any URL that fsspec knows."""
     url = os.fspath(url)
     if url.startswith("file://"):
-        return LocalStorage(url.removeprefix("file://"))
+        return LocalStorage(unquote(re.sub("^file://(localhost(?=/))?", "", url)))
     return RemoteStorage(url) if "://" in url else LocalStorage(url)
+
+
+def _at_once(path, flags):
+    """Opening a pipe waits for its other end; this does not."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _sync_folder(folder: Path) -> None:

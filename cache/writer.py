@@ -3,6 +3,8 @@
 A block's chunks are written and synced, then its marker. Only markers are trusted: resuming redoes what has none.
 """
 
+import re
+
 import numpy as np
 import zarr
 
@@ -17,6 +19,7 @@ from .format import (
     chunk_checksum,
     digest,
     marker,
+    reason,
     to_bytes,
 )
 from .reader import Cache
@@ -58,6 +61,13 @@ def create_cache(
     max_error. ValueError for arguments that do not fit together.
     """
     contents = _Contents(identity, sample_id, label, image_size, encoding, features)
+    try:
+        return _open_writer(url, contents, fit, resume, rank, world)
+    except OSError as error:
+        raise CacheError(f"{url} cannot be written: {reason(error, url)}; choose another place") from error
+
+
+def _open_writer(url, contents, fit, resume, rank, world):
     storage, names = _open(url, resume)
     if storage.size(STORE_MARKER) is None:
         strangers = [name for name in names if name not in contents.encoding.names() | _NAMES]
@@ -67,10 +77,26 @@ def create_cache(
             raise CorruptCacheError(f"{url} has blocks but no {STORE_MARKER}; restore that, or choose another folder")
         return _create(storage, contents, fit, rank, world)
     cache = Cache(storage)
-    differences = cache.identity.differences(identity) + contents.differences(cache)
+    differences = cache.identity.differences(contents.identity) + contents.differences(cache)
     if differences:
         raise CacheError(f"{url} is another store: {'; '.join(differences)}; choose another folder")
-    return CacheWriter(cache, *_take(storage, cache.layout, rank, world))
+    try:
+        owned, lock = _take(storage, cache.layout, rank, world)
+    except OSError:
+        if not cache.complete:
+            raise
+        return CacheWriter(cache, range(0), None)  # what is complete may lie where nothing can be written
+    _sweep(storage, ["done", *cache.layout.arrays], owned)
+    return CacheWriter(cache, owned, lock)
+
+
+def _sweep(storage, folders, owned=None) -> None:
+    """Take away what was left by writes that were cut short: of everything, or of the blocks `owned`, whose lock is held."""
+    for folder in folders:
+        for name, whole in storage.partial(folder).items():
+            block = re.fullmatch(r"(?:c\.)?\d+\.(\d+)(?:\.0)?", whole)
+            if owned is None or (block and int(block[1]) in owned):
+                storage.remove(f"{folder}/{name}")
 
 
 def refuse_taken(url, resume: bool) -> None:
@@ -84,7 +110,7 @@ def _open(url, resume: bool):
     try:
         names = storage.names()
     except OSError as error:
-        raise CacheError(f"{url} cannot be listed: {error.strerror or error}; choose another place") from error
+        raise CacheError(f"{url} cannot be listed: {reason(error, url)}; choose another place") from error
     if names and not resume:
         raise CacheError(f"{url} is not empty; resume the dump (--resume) or name another folder (--out)")
     return storage, names
@@ -143,6 +169,7 @@ def _create(storage, contents: _Contents, fit, rank, world) -> "CacheWriter":
     layout = contents.layout(fit)
     owned, lock = _take(storage, layout, rank, world)
     files = {}
+    _sweep(storage, {key.rpartition("/")[0] or "." for key in layout.documents()})
     for key, document in layout.documents().items():
         data = to_bytes(document)
         storage.write(key, data)
@@ -164,8 +191,6 @@ def _take(storage, layout, rank, world):
         return owned, storage.lock(LOCK, owned)
     except BlockingIOError as error:
         raise CacheError(f"another process is writing {storage}; wait for it, or end it") from error
-    except OSError as error:
-        raise CacheError(f"{storage} cannot be written: {error.strerror or error}; choose another place") from error
 
 
 def _sizes(written: dict) -> dict[str, dict]:
@@ -187,7 +212,8 @@ class CacheWriter:
 
         A teacher need not answer in the same bits on another machine.
         """
-        missing, reference = set(self.cache.missing()), self._encoding.reference
+        reference = self._encoding.reference
+        missing = set() if reference is None else set(self.cache.missing())
         for block in (block for block in self._owned if (reference, block) in missing):
             for view in range(self._layout.views):
                 if (view, block) not in missing:

@@ -17,6 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 
+from offline_bkd.cache.storage import new_file
 from offline_bkd.cache.views import CropFlip
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import decoding
@@ -143,7 +144,7 @@ def _writer(out: str | None, schema: pyarrow.Schema) -> Iterator[TableWriter]:
         with pyarrow.csv.CSVWriter(sys.stdout.buffer, schema, write_options=_plain()) as writer:
             yield writer
         return
-    path, partial = Path(out), Path(f"{out}.partial")
+    path = Path(out)
     if path.suffix not in TABLES:
         raise UserError(f"--out {out} is neither a .csv nor a .parquet file; name one")
     if path.exists():
@@ -152,11 +153,10 @@ def _writer(out: str | None, schema: pyarrow.Schema) -> Iterator[TableWriter]:
         raise UserError(f"--out {out}: there is no folder {path.parent}; make it, or name another file")
     options = {"write_options": _plain()} if path.suffix == ".csv" else {}
     try:
-        with TABLES[path.suffix](partial, schema, **options) as writer:
+        with new_file(path) as file, TABLES[path.suffix](file, schema, **options) as writer:
             yield writer
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except FileExistsError:
+        raise UserError(f"--out {out} exists, which it did not before; choose another file")
 
 
 def _plain() -> pyarrow.csv.WriteOptions:

@@ -48,7 +48,8 @@ def verify_cache(
     identity = average(identities)
     refuse_other(cache, path, training_set, temperature=cache.temperature, views=cache.views, teacher=identity)
     images = open_images(training_set, cache.views, device, config.data.workers)
-    dumped = sorted({*range(cache.views.count)} - {view for view, _ in cache.missing()})
+    views_there, blocks = np.unique([view for view, _ in cache.committed()], return_counts=True)
+    dumped = views_there[blocks == cache.layout.blocks].astype(int).tolist()
     if not dumped:
         raise CacheError(f"{path} has no complete view to verify; finish it with dump-logits --resume")
     order = philox.permutation(int(identity["digest"][:16], 16), philox.VIEW, np.array(dumped))
@@ -69,6 +70,7 @@ def verify_cache(
     limit = tolerance if tolerance is not None else ROUNDING + (cache.encoding.max_error or 0)
     return {
         "views": chosen,
+        **({"blocks that are not dumped": missing} if (missing := cache.missing_blocks) else {}),
         "mean": float(error.mean()),
         "worst": float(error.max()),
         "tolerance": limit,

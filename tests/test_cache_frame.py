@@ -1,12 +1,15 @@
 """A store is a table: one row a (view, sample)."""
 
+import errno
+import os
 import re
 
 import numpy as np
+import pandas
 import pytest
 from cache_store import CLASSES, answers, arguments, dump, fill, identity
 
-from offline_bkd.cache import CacheError, RandomResizedCrop, create_cache, frame, open_cache
+from offline_bkd.cache import CacheError, RandomResizedCrop, create_cache, format, frame, open_cache
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,6 @@ def test_large_tables_are_made_in_batches_and_are_the_same(cache, monkeypatch):
 
 
 def test_export_writes_the_same_rows_as_parquet(cache, tmp_path):
-    pandas = pytest.importorskip("pandas")
     path = tmp_path / "t.parquet"
     assert cache.export_parquet(path, view=[0, 7], probabilities=True) == 720
     assert pandas.read_parquet(path).equals(cache.to_pandas(view=[0, 7], probabilities=True))
@@ -143,11 +145,82 @@ def test_export_reads_in_duckdb(cache, tmp_path):
     assert found == {shot: (len(group), pytest.approx(group.correct.mean())) for shot, group in table.groupby("shot")}
 
 
-def test_a_file_that_cannot_be_written_is_refused(cache, tmp_path):
-    (tmp_path / "t.parquet.partial").mkdir()
-    with pytest.raises(CacheError, match="t.parquet cannot be written: Is a directory; name another file"):
+def test_a_file_that_cannot_be_written_is_refused(cache, tmp_path, monkeypatch):
+    with pytest.raises(
+        CacheError, match="x.parquet cannot be written: File name too long .*; make room, or name another file"
+    ):
+        cache.export_parquet(tmp_path / f"{'x' * 250}.parquet", view=0)
+    with pytest.raises(CacheError, match="t.parquet cannot be written: there is no folder .*/no; make it, or name another"):
+        cache.export_parquet(tmp_path / "no/t.parquet", view=0)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CacheError, match="t.parquet cannot be written: No space left on device; make room, or name another"):
         cache.export_parquet(tmp_path / "t.parquet", view=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["t.parquet.partial"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_exports_into_one_file_the_second_to_end_is_refused(cache, tmp_path, monkeypatch, links):
+    path, batches = tmp_path / "t.parquet", frame._batches
+
+    def interleaved(*arguments):
+        monkeypatch.setattr(frame, "_batches", batches)
+        for batch in batches(*arguments):
+            yield batch
+            if not path.exists():
+                assert cache.export_parquet(path, view=3) == 360
+
+    def none(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
+    monkeypatch.setattr(frame, "_batches", interleaved)
+    with pytest.raises(CacheError, match="t.parquet exists, which it did not before; choose another file"):
+        cache.export_parquet(path)
+    assert pandas.read_parquet(path).view.unique().tolist() == [3] and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_export_follows_no_link(cache, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    (tmp_path / "t.parquet.partial").symlink_to(kept)
+    (tmp_path / "u.parquet").symlink_to(tmp_path / "nowhere")
+    assert cache.export_parquet(tmp_path / "t.parquet", view=0) == 360
+    with pytest.raises(CacheError, match="u.parquet exists; choose another file"):
+        cache.export_parquet(tmp_path / "u.parquet", view=0)
+    assert kept.read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_no_more_than_a_block_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "_BLOCK_BYTES", 4 * 5 * 60)
+    cache = dump(tmp_path / "s")
+    expected, sizes, stored_block = cache.to_pandas(probabilities=True), [], cache.stored_block
+    assert (expected[[f"p_{name}" for name in CLASSES]].to_numpy().reshape(18, 360, 5)[7] == answers(7)).all()
+
+    def block(view, number, out=None):
+        found = stored_block(view, number, out)
+        sizes.append(found.nbytes)
+        if out is not None:
+            assert cache.room is None or out.base is cache.room, "one piece of memory serves all"
+            cache.room = out.base
+        return found
+
+    def plane(*_):
+        raise AssertionError("a whole plane is read")
+
+    monkeypatch.setattr(cache, "stored_block", block), monkeypatch.setattr(cache, "stored_plane", plane)
+    for each in (
+        lambda: cache.to_pandas(view=[1, 2], sample=[3, 10, 2516]),
+        lambda: cache.export_parquet(tmp_path / "t.parquet"),
+        cache.summary,
+    ):
+        cache.room = None
+        each()
+    assert max(sizes) == 60 * 5 * 4 and len(sizes) == 2 * 2 + 18 * 6 + 4 * 6 + 4, "only what has the samples asked for"
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):

@@ -6,9 +6,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from cache_store import dump, identity
+from cache_store import answers, arguments, dump, identity
 
-from offline_bkd.cache import CacheError, CropFlip, format, open_cache
+from offline_bkd.cache import CacheError, CropFlip, RandomResizedCrop, create_cache, format, open_cache
 
 
 @pytest.fixture
@@ -109,11 +109,12 @@ def test_attributes_that_make_no_sense_are_refused(url, path, value, message):
 
 
 def test_a_foreign_group_is_refused(url):
-    edit(url, "zarr.json", lambda document: document.__setitem__("attributes", {}))
-    refused(url, "is not a store: its zarr.json has no cache_format")
     edit(url, "zarr.json", lambda document: document.__setitem__("attributes", {"cache_format": 1}))
     refused(url, "is not a store: its attributes are .'cache_format'.")
-    edit(url, "zarr.json", lambda document: document.clear())
+    for change in lambda document: document.__setitem__("attributes", {}), lambda document: document.clear():
+        edit(url, "zarr.json", change)
+        refused(url, "zarr.json has lost the store's attributes to another program; restore that file from a copy")
+    (url / "done/store").unlink()
     refused(url, "is not a store: its zarr.json has no cache_format")
 
 
@@ -163,3 +164,48 @@ def test_more_or_fewer_labels_than_samples_are_refused(url, count):
 def test_markers_that_make_no_sense_are_refused(url, files):
     (url / "done/store").write_bytes(format.marker(files))
     refused(url, "done/store|zarr.json")
+
+
+def test_what_a_store_claims_to_be_costs_nothing_only_what_is_there(tmp_path):
+    classes, samples = 100_000, 200
+    given = arguments(
+        identity=identity(classes=tuple(map(str, range(classes))), views=RandomResizedCrop(size=8, count=10**6)),
+        **{name: np.arange(samples) for name in ("sample_id", "label")},
+        image_size=np.full((samples, 2), 8),
+        encoding={"name": "logit"},
+    )
+    with create_cache(tmp_path / "s", **given) as writer:
+        writer.write(5, 0, np.full((writer.rows(0).stop, classes), 1 / classes, np.float32))
+    tracemalloc.start()
+    try:
+        cache = open_cache(tmp_path / "s")
+        summary = cache.summary(planes=1)
+        assert summary["blocks"] == {"done": 1, "all": 5 * 10**6, "of_a_view": 5} and not cache.complete
+        assert cache.verify_checksums() == [] and cache.committed() == [(5, 0)]
+        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("stated", [{"mean": -1, "worst": 0}, {"mean": 0.1, "worst": 10**400}, {"mean": "0", "worst": 0}, 3])
+def test_a_marker_whose_error_is_no_error_is_refused(tmp_path, stated):
+    fit = {"fit": lambda views: np.stack([answers(view) for view in views])}
+    cache = dump(tmp_path / "s", identity=identity(views=CropFlip(pad=0)), encoding={"name": "klt"}, **fit)
+    path = tmp_path / "s/done/1.0"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    path.write_bytes(format.marker(**values | {"error": stated}))
+    with pytest.raises(CacheError, match="is not usable: its markers do not say what was lost"):
+        cache.error()
+
+
+def test_what_is_no_name_of_a_block_is_passed_over(url):
+    for name in "x", "0", "0.0.0", "00.0", "0.00", "-1.0", "2.0", "0.1", "9" * 30 + ".0", "0.0 ", "٣.0":
+        (url / "done" / name).write_text("")
+    cache = open_cache(url)
+    assert cache.committed() == [(0, 0), (1, 0)] and cache.complete
+
+
+@pytest.mark.parametrize("name", [["x"], {"a": 1}, 7, None])
+def test_an_encoding_whose_name_is_no_name_is_refused(url, name):
+    edit(url, "zarr.json", lambda document: document["attributes"]["encoding"].__setitem__("name", name))
+    refused(url, "has an encoding that this version does not read: encoding.name must be one of")
