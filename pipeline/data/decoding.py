@@ -15,6 +15,9 @@ SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # the same, to Pillow; trying its forty takes longer
+# What makes a view's pixels, beside its box: a store's answers are to these. The whole image is decoded, in integers, the crop
+# is cut and then resized. Faster ways round otherwise, and torch's resizing does so by the processor's instructions.
+DECODER = "pillow, crop, bilinear"
 MOST_PIXELS = 2**26  # of an image, 67 million: decoded, it takes four bytes for each, twice where colours are converted
 TURNS = {  # by the EXIF orientation, what puts an image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
