@@ -10,7 +10,7 @@ from offline_bkd.pipeline.schema import Network
 
 
 def take_backbone(model: torch.nn.Module, section: Network, run: runs.Run, training_set: datasets.Dataset) -> torch.nn.Module:
-    """Gives `model`, which `section` describes, the last weights of `run`, all but the classifier's.
+    """Gives `model`, which `section` describes, the last weights of `run`, all but those of its new parts.
 
     Returns the network that they are of, on the CPU. Raises UserError where they do not fit.
     """
@@ -27,7 +27,7 @@ def take_backbone(model: torch.nn.Module, section: Network, run: runs.Run, train
             "name one of another method, such as a teacher's"
         )
     trained = load_model(run, "last", run.config(), len(training_set.classes))
-    own, new = model.state_dict(), tuple(f"{name}." for name in new_parts(model))
+    own, new = model.state_dict(), tuple(f"{name}." for name in new_parts(model, trained))
     last = f"{classifier_name(trained)}."
     kept = {name: value for name, value in trained.state_dict().items() if not name.startswith(last)}
     wanted = {name for name in own if not name.startswith(new)}
@@ -40,4 +40,4 @@ def take_backbone(model: torch.nn.Module, section: Network, run: runs.Run, train
 
 def _backbone(section: Network) -> dict:
     """The settings of a network that say what its backbone is."""
-    return section.model_dump(exclude={"cosine_scale", "memory", "branches", "weights"})
+    return section.model_dump(exclude={"cosine_scale", "cosine_init", "zero_init_residual", "memory", "branches", "weights"})

@@ -239,7 +239,7 @@ class Training(Section):
     batch_size: Positive = 128  # samples a step; the last batch of an epoch may be smaller
     learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the base learning rate, which the schedule changes
     schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")  # of that rate
-    # share of the learning rate that all but the classifier, and what OLTR adds, learns at; 0 freezes it
+    # share of the learning rate that all but the classifier, a projection and what OLTR adds learns at; 0 freezes it
     backbone_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     # sgd decays every parameter, as the papers do; adamw all but biases and scales, as transformers are trained
     optimizer: Literal["sgd", "adamw"] = "sgd"

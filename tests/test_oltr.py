@@ -7,6 +7,7 @@ import torch
 from scipy.special import log_softmax, softmax
 
 from offline_bkd.pipeline import UserError, runs, schema
+from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch, open_images
 from offline_bkd.pipeline.evaluate import evaluate_run, load_model
@@ -176,14 +177,12 @@ def test_a_memory_has_its_own_classifier():
         tiny.experiment(*OLTR, "student.model.cosine_scale=16")
 
 
-@pytest.fixture(scope="module")
-def recipe(teacher_run):
-    """The method's recipe on the tiny teacher's backbone, which it learns from."""
-    experiment = tiny.experiment(*OLTR)
+def prepared(experiment, teacher_run):
+    """The student's method, on the tiny teacher's backbone, which it learns from, and its context."""
     train, _, _ = datasets.load(experiment.data)
-    backbone = load_model(runs.open_run(teacher_run), "last", experiment, 10)
-    setting = Context(
-        model=build_model(experiment.student.model, 10, experiment.data, 0, (8, 8)),
+    model = build_model(experiment.student.model, 10, experiment.data, 0, (8, 8))
+    context = Context(
+        model=model,
         sample_id=train.sample_id,
         label=train.label,
         class_counts=train.class_counts,
@@ -192,9 +191,14 @@ def recipe(teacher_run):
         seed=0,
         device=tiny.CPU,
         images=open_images(train, experiment.views, tiny.CPU, 0),
-        backbone=backbone,
+        backbone=take_backbone(model, experiment.student.model, runs.open_run(teacher_run), train),
     )
-    return build_method(experiment.student.method, setting), setting
+    return build_method(experiment.student.method, context), context
+
+
+@pytest.fixture(scope="module")
+def recipe(teacher_run):
+    return prepared(tiny.experiment(*OLTR), teacher_run)
 
 
 def test_the_memory_begins_with_what_the_backbone_knows(recipe, teacher_run):
@@ -248,6 +252,23 @@ def test_it_learns_from_a_backbone_and_scores_as_it_was_saved(tmp_path, teacher_
         ):
             train_student(further, None, str(tmp_path / "further"), tiny.CPU, backbone=str(tmp_path / "oltr"))
     assert not (tmp_path / "further").exists()
+
+
+def test_a_projection_that_the_backbone_does_not_have_is_drawn_and_the_memory_knows_its_features(teacher_run):
+    """As in the public code for ImageNet-LT, whose second stage adds a layer."""
+    experiment = tiny.experiment(*OLTR, "student.model.projection=12")
+    recipe, context = prepared(experiment, teacher_run)
+    backbone = load_model(runs.open_run(teacher_run), "last", tiny.experiment(), 10)
+    rows = np.arange(len(context.label))
+    (batch,) = context.images.batches(rows, None, len(rows))
+    fresh = build_model(experiment.student.model, 10, experiment.data, 0, (8, 8)).network.fc[0]
+    with torch.no_grad():
+        features = fresh(backbone.network.shared(backbone.normalise(batch.images)).mean((2, 3))).relu().numpy()
+    means = [features[context.label == c].mean(0) for c in range(10)]
+    np.testing.assert_allclose(memory(context.model).centroids.detach(), means, rtol=1e-4, atol=1e-5)
+    crt = tiny.experiment("student.method={name: crt}", "student.model.projection=12")
+    with pytest.raises(UserError, match="is another network than the new one: projection was None and is now 12"):
+        prepared(crt, teacher_run)  # where it would stay as it was drawn
 
 
 def test_a_backbone_with_a_cosine_classifier_gives_the_memory_its_features_alone(tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.models.cifar_resnet import CifarResNet
-from offline_bkd.pipeline.models.heads import classifier, classifier_name, replace_classifier
+from offline_bkd.pipeline.models.heads import Projection, classifier, classifier_name, replace_classifier
 from offline_bkd.pipeline.models.image_classifier import ImageClassifier
 from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention
 
@@ -57,9 +57,14 @@ def memory(model: nn.Module) -> Memory:
     return model.get_submodule(_names(model, Memory)[0])
 
 
-def new_parts(model: nn.Module) -> list[str]:
-    """The names of the modules that a backbone leaves out: the last layer, and what OLTR adds."""
-    return [classifier_name(model), *_names(model, ModulatedAttention, Memory)]
+def new_parts(model: nn.Module, backbone: nn.Module | None = None) -> list[str]:
+    """The names of the modules that are no backbone's: the last layer, what OLTR adds, a projection.
+
+    Of `backbone` a projection is taken, unless it has none and the model has a memory: OLTR's code then draws the layer.
+    """
+    taken = backbone is not None and (_names(backbone, Projection) or not _names(model, Memory))
+    kinds = (ModulatedAttention, Memory) if taken else (ModulatedAttention, Memory, Projection)
+    return [classifier_name(model), *_names(model, *kinds)]
 
 
 def _names(model: nn.Module, *kinds: type) -> list[str]:

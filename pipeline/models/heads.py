@@ -30,6 +30,10 @@ class CosineClassifier(nn.Module):
         return self.scale * functional.linear(functional.normalize(features), functional.normalize(self.weight))
 
 
+class Projection(nn.Linear):
+    """Features to others of the width that a section asks for, before a ReLU and the classifier."""
+
+
 def classifier(model: nn.Module) -> nn.Module:
     """The last layer, whose input [B, D] (`in_features`) is the network's feature."""
     return model.get_submodule(classifier_name(model))
@@ -53,7 +57,7 @@ def replace_classifier(network: nn.Module, section: Network, classes: int) -> No
     name = classifier_name(network)
     layers, inputs = [], network.get_submodule(name).in_features
     if section.projection is not None:
-        layers += [nn.Linear(inputs, section.projection), nn.ReLU()]
+        layers += [Projection(inputs, section.projection), nn.ReLU()]
         nn.init.kaiming_normal_(layers[0].weight)
         inputs = section.projection
     if section.memory:

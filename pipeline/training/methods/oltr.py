@@ -20,8 +20,8 @@ class OpenLongTail:
         self.memory, first = memory(context.model), classifier(context.backbone)
         self.network, self.rows = WithFeatures(context.model, self.memory), context.class_balanced
         with torch.no_grad():
-            self.memory.centroids.copy_(class_means(context))
-        if isinstance(first, nn.Linear):
+            self.memory.centroids.copy_(class_means(self.network, context))
+        if isinstance(first, nn.Linear) and first.weight.shape == self.memory.hallucinator.weight.shape:
             self.memory.hallucinator.load_state_dict(first.state_dict())
 
     def loss(self, output: tuple[torch.Tensor, torch.Tensor], batch: Batch, epoch: int) -> StepLoss:
@@ -33,9 +33,9 @@ class OpenLongTail:
 
 
 @torch.no_grad()
-def class_means(context: Context) -> torch.Tensor:
-    """The mean over each class's training images, uncropped, of the backbone's features: float32 [C, D]."""
-    network = WithFeatures(context.backbone, classifier(context.backbone)).eval()
+def class_means(network: WithFeatures, context: Context) -> torch.Tensor:
+    """The mean over each class's training images, uncropped, of the features that the memory is given: float32 [C, D]."""
+    network.eval()
     total = 0
     for batch in context.images.batches(np.arange(len(context.label)), None, 500):
         _, features = network(batch.images)
