@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.schema import Experiment
-from offline_bkd.pipeline.yaml_files import parse_yaml, read_yaml
+from offline_bkd.pipeline.yaml_files import LEVELS, parse_yaml, read_yaml
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), seed: int | Non
     package. Raises UserError with every error in the experiment, one a line.
     """
     bases = [override for override in overrides if override.startswith("base=")]
-    files = _read_with_bases(_found(Path(path)), bases[-1] if bases else None)
+    files = _read_with_bases(_shipped_or_own(Path(path)), bases[-1] if bases else None)
     changes = [_parse_override(override) for override in overrides if override not in bases]
     if seed is not None:
         changes.append(Layer(f"--seed {seed}", {"seed": seed}))
@@ -63,7 +63,7 @@ class Layer(NamedTuple):
     values: dict
 
 
-def _found(path: Path) -> Path:
+def _shipped_or_own(path: Path) -> Path:
     """`path`, or that of the configuration of this name that comes with the package, where there is but the latter."""
     shipped = PACKAGE / path
     return shipped if path.parts[:1] == ("configs",) and shipped.is_file() and not path.exists() else path
@@ -90,7 +90,7 @@ def _read_with_bases(path: Path, base_override: str | None) -> list[Layer]:
             raise UserError(f"{path}: base: names a file; found {_shortened(repr(base))}")
         if base_override is not None:
             named_by, path = f"-o {base_override}: ", Path(os.path.expanduser(base_override.removeprefix("base=")))
-            path, base_override = _found(path), None
+            path, base_override = _shipped_or_own(path), None
         elif base is not None:
             named_by, path = f"{path}: base: ", path.parent / os.path.expanduser(base)
         else:
@@ -102,15 +102,16 @@ def _read_with_bases(path: Path, base_override: str | None) -> list[Layer]:
 def _parse_override(override: str) -> Layer:
     """ "student.training.epochs=5" as what a file would say: {"student": {"training": {"epochs": 5}}}."""
     key, equals, text = override.partition("=")
+    parts = key.split(".")
     source = f"-o {_shortened(' '.join(override.split()))}"
-    if not equals or not all(key.split(".")):
+    if not equals or not all(parts) or len(parts) > LEVELS:
         raise UserError(f"{source}: an override is key=value, such as -o student.training.epochs=5")
     try:
         value = parse_yaml(text)
     except UserError as error:
         raise UserError(f"{source}: the value is not plain YAML ({error}); quote it")
     value = WholeSection(value) if isinstance(value, dict) else value
-    for part in reversed(key.split(".")):
+    for part in reversed(parts):
         value = {part: value}
     return Layer(source, value)
 
@@ -202,7 +203,7 @@ def _explain(error: Any, place: Place) -> tuple[str, str]:
         if part in place.kinds:  # pydantic names the kind of a section, too
             place = place.kinds[part]
         else:
-            keys.append(str(part))
+            keys.append(str(part) if str(part).isprintable() else repr(part))
             place = place.keys.get(part) or place.others or Place()
         known = place.kinds or place.keys or known
     key, found = ".".join(keys), _shortened(repr(error["input"]))
