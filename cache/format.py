@@ -20,7 +20,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,8 @@ class Identity:
     classes: names in the order of the labels.  temperature: T of the stored probabilities.
     views: the view specification.  dataset: name and digests, by part.
     teacher: JSON values; its "digest" says whether two teachers are the same, the rest describes it.
+    computed: JSON values: how the answers were computed, as far as that changes them. Answers of one store do not differ in
+    it, but in its "environment", which changes their last bits alone. Stores of before 0.2 do not say it.
     """
 
     classes: tuple[str, ...]
@@ -60,6 +62,7 @@ class Identity:
     views: view_space.CropFlip | view_space.RandomResizedCrop
     dataset: dict
     teacher: dict
+    computed: dict = field(default_factory=dict)
 
     def differences(self, other: "Identity") -> list[str]:
         """One readable line for each thing in which this store's identity differs from the run's, `other`."""
@@ -79,15 +82,32 @@ class Identity:
                     lines.append(f"{name}: the store has {ours}, the run has {theirs}")
         return lines
 
+    def mixed(self, other: "Identity") -> tuple[list[str], list[str]]:
+        """How answers that are computed as the run's, `other`, would differ from those that this store has.
+
+        A line for each thing that makes others of them, and for each that changes their last bits.
+        """
+        if not self.computed or not other.computed:
+            return [], ["the store does not say how its answers were computed"] if other.computed else []
+        left, right = (dict(_leaves("computed", identity.to_json()["computed"])) for identity in (self, other))
+        lines = {
+            name: f"{name.removeprefix('computed.')}: the store has {left.get(name)}, the run has {right.get(name)}"
+            for name in [*left, *(name for name in right if name not in left)]
+            if left.get(name) != right.get(name)
+        }
+        bits = [line for name, line in lines.items() if name.startswith("computed.environment.")]
+        return [line for line in lines.values() if line not in bits], bits
+
     def to_json(self) -> dict:
         """Plain JSON values; equal identities give equal values."""
-        return {
+        values = {
             "classes": list(self.classes),
             "temperature": float(self.temperature),
             "views": view_space.to_json(self.views),
             "dataset": json.loads(json.dumps(self.dataset)),
             "teacher": json.loads(json.dumps(self.teacher)),
         }
+        return values | ({"computed": json.loads(json.dumps(self.computed))} if self.computed else {})
 
     @classmethod
     def from_json(cls, values: dict) -> "Identity":
@@ -99,6 +119,7 @@ class Identity:
                 views=view_space.from_json(values["views"]),
                 dataset=values["dataset"],
                 teacher=values["teacher"],
+                computed=values.get("computed", {}),
             )
             identity.check()
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -114,8 +135,8 @@ class Identity:
             raise ValueError(f"there must be 2 to {_MOST['classes']} classes, found {count}")
         if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, found {temperature!r}")
-        if not isinstance(self.dataset, dict) or not isinstance(self.teacher, dict):
-            raise ValueError("dataset and teacher must be JSON objects")
+        if not all(isinstance(part, dict) for part in (self.dataset, self.teacher, self.computed)):
+            raise ValueError("dataset, teacher and computed must be JSON objects")
         if not isinstance(self.teacher.get("digest"), str):
             raise ValueError("teacher must have a digest")
         if type(self.views.count) is not int or not 1 <= self.views.count <= _MOST["views"]:

@@ -77,7 +77,8 @@ def _open_writer(url, contents, fit, resume, rank, world):
             raise CorruptCacheError(f"{url} has blocks but no {STORE_MARKER}; restore that, or choose another folder")
         return _create(storage, contents, fit, rank, world)
     cache = Cache(storage)
-    differences = cache.identity.differences(contents.identity) + contents.differences(cache)
+    others, notes = cache.identity.mixed(contents.identity)
+    differences = cache.identity.differences(contents.identity) + others + contents.differences(cache)
     if differences:
         raise CacheError(f"{url} is another store: {'; '.join(differences)}; choose another folder")
     try:
@@ -85,9 +86,9 @@ def _open_writer(url, contents, fit, resume, rank, world):
     except OSError:
         if not cache.complete:
             raise
-        return CacheWriter(cache, range(0), None)  # what is complete may lie where nothing can be written
+        return CacheWriter(cache, range(0), None, [])  # what is complete may lie where nothing can be written
     _sweep(storage, ["done", *cache.layout.arrays], owned)
-    return CacheWriter(cache, owned, lock)
+    return CacheWriter(cache, owned, lock, [] if cache.complete else notes)
 
 
 def _sweep(storage, folders, owned=None) -> None:
@@ -179,7 +180,7 @@ def _create(storage, contents: _Contents, fit, rank, world) -> "CacheWriter":
     for name, values in {**columns, **layout.encoding.codebook()}.items():
         zarr.open_array(store, path=name, mode="r+")[...] = values
     storage.write(STORE_MARKER, marker(files | _sizes(store.written)))
-    return CacheWriter(Cache(storage), owned, lock)
+    return CacheWriter(Cache(storage), owned, lock, [])
 
 
 def _take(storage, layout, rank, world):
@@ -198,10 +199,13 @@ def _sizes(written: dict) -> dict[str, dict]:
 
 
 class CacheWriter:
-    """Writes the blocks of a store that this process owns. Also a context manager."""
+    """Writes the blocks of a store that this process owns. Also a context manager.
 
-    def __init__(self, cache: Cache, owned: range, lock):
-        self.cache, self._owned, self._lock = cache, owned, lock
+    notes: how the answers to come may differ in their last bits from those that the store has.
+    """
+
+    def __init__(self, cache: Cache, owned: range, lock, notes: list[str]):
+        self.cache, self._owned, self._lock, self.notes = cache, owned, lock, notes
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
         self._store = ZarrStorage(self._storage)
         self._arrays = {name: zarr.open_array(self._store, path=name, mode="r+") for name in self._layout.arrays}

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import PIL.features
 import torch
 
 from offline_bkd.cache import Cache, CacheError, CacheWriter, Identity, create_cache, open_cache, philox
@@ -94,7 +95,7 @@ def dump_logits(
             writer = create_cache(
                 path,
                 resume=resume or rank > 0,
-                identity=identity(training_set, section.temperature, config.views, answers_of),
+                identity=identity(training_set, section.temperature, config.views, answers_of, computed(section, device)),
                 sample_id=training_set.sample_id,
                 label=training_set.label,
                 image_size=images.image_size,
@@ -104,6 +105,8 @@ def dump_logits(
                 rank=rank,
                 world=world,
             )
+            for note in writer.notes:
+                print(f"note: {path} was begun otherwise, {note}; answers may differ in their last bits", flush=True)
             writers.append(stack.enter_context(writer))
         fitting.cache_clear()
         write_pending(writers, answers, config.views.count, images.decodes)
@@ -180,7 +183,23 @@ def tempered(
     return torch.softmax(logits / section.temperature, dim=2), [torch.nn.functional.normalize(one) for one in features]
 
 
-def identity(training_set: datasets.Dataset, temperature: float, views, teacher: dict) -> Identity:
+def computed(section, device: torch.device) -> dict:
+    """What the teacher's answers depend on beside teacher and data, for a cache's identity."""
+    return {
+        "precision": section.precision,
+        "device": device.type,
+        "environment": {
+            "device": runs.device_name(device),
+            "torch": torch.__version__,
+            "decoder": f"Pillow {PIL.__version__}, libjpeg {PIL.features.version('jpg')}",
+            "batch_size": section.batch_size,
+        },
+    }
+
+
+def identity(
+    training_set: datasets.Dataset, temperature: float, views, teacher: dict, computed: dict | None = None
+) -> Identity:
     """Whose answers to what: the identity of a cache of `teacher` for `training_set`."""
     return Identity(
         classes=training_set.classes,
@@ -188,6 +207,7 @@ def identity(training_set: datasets.Dataset, temperature: float, views, teacher:
         views=views,
         dataset=training_set.fingerprint,
         teacher=teacher,
+        computed=computed or {},
     )
 
 

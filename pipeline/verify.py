@@ -55,6 +55,8 @@ def verify_cache(
     order = philox.permutation(int(identity["digest"][:16], 16), philox.VIEW, np.array(dumped))
     chosen = [dumped[index] for index in order[:views]]
     settings = config.cache.model_copy(update={"temperature": cache.temperature})
+    if not any(override.startswith("cache.precision") for override in overrides):  # else it was asked for
+        settings = settings.model_copy(update={"precision": cache.identity.computed.get("precision", settings.precision)})
     rows = np.arange(len(training_set))
     error, distance = np.zeros((len(chosen), len(rows))), {name: [] for name in cache.features}
     weight = class_weight(cache.class_counts)

@@ -1,13 +1,17 @@
 """`inspect`, `verify` and `export` tell the truth about a store, and nothing that was not looked at is called well."""
 
 import json
+import shutil
 
 import pytest
-from cache_store import arguments, dump, fill, identity
+import tiny
+from cache_store import arguments, dump, files, fill, identity
 from click.testing import CliRunner
 
 from offline_bkd import cli
-from offline_bkd.cache import CropFlip, create_cache
+from offline_bkd.cache import CacheError, CropFlip, create_cache, open_cache
+from offline_bkd.pipeline import verify
+from offline_bkd.pipeline.dump import dump_logits
 
 TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
 
@@ -58,3 +62,30 @@ def test_inspect_says_which_temperatures_a_store_serves(tmp_path):
     dump(tmp_path / "s", **TWO_VIEWS, encoding={"name": "logit"})
     code, said = run("inspect", tmp_path / "s")
     assert code == 0 and "temperatures" in said and "[0.01, 1000.0]" in said
+
+
+def test_a_dump_goes_on_only_as_it_was_begun(tmp_path, cache, teacher_run, capsys):
+    path = tmp_path / "cache.zarr"
+    shutil.copytree(cache, path)
+    (path / "done/4.0").unlink()
+    before = files(path)
+    with pytest.raises(CacheError, match="precision: the store has float32, the run has bfloat16; choose another folder"):
+        dump_logits(
+            tiny.experiment(tiny.EXACT, "cache.precision=bfloat16"), [str(teacher_run)], str(path), tiny.CPU, resume=True
+        )
+    assert files(path) == before
+    capsys.readouterr()
+    dump_logits(tiny.experiment(tiny.EXACT, "cache.batch_size=100"), [str(teacher_run)], str(path), tiny.CPU, resume=True)
+    said = "begun otherwise, environment.batch_size: the store has 512, the run has 100; answers may differ in their last bits"
+    shown = capsys.readouterr().out
+    assert shown.count("note: ") == 1 and said in shown and open_cache(path).complete
+    assert files(path).keys() == before.keys() | {"done/4.0"}
+
+
+def test_verify_computes_as_the_store_says_it_was_computed(tmp_path, teacher_run, monkeypatch):
+    asked, real = [], verify.tempered
+    monkeypatch.setattr(verify, "tempered", lambda *given: asked.append(given[-1].precision) or real(*given))
+    dump_logits(tiny.experiment("cache.precision=bfloat16"), [str(teacher_run)], str(tmp_path / "s"), tiny.CPU)
+    for overrides in (), ("cache.precision=float32",):
+        assert verify.verify_cache(str(tmp_path / "s"), [str(teacher_run)], 1, None, overrides, tiny.CPU)["passed"]
+    assert asked == ["bfloat16", "float32"]

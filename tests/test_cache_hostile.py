@@ -89,7 +89,7 @@ def test_array_metadata_that_differ_from_the_format_are_refused(url, field, valu
         (["identity", "views", "pad"], "x", "identity is not readable"),
         (["identity", "views"], {"name": "random_resized_crop", "size": 1, "count": 10**12}, "there must be 1 to 1000"),
         (["identity", "views"], {"name": "random_resized_crop", "size": 1, "count": 2, "scale": []}, "not readable"),
-        (["identity", "teacher"], [], "dataset and teacher must be JSON objects"),
+        (["identity", "teacher"], [], "dataset, teacher and computed must be JSON objects"),
         (["encoding"], {"name": "pickle"}, "has an encoding that this version does not read"),
         (["encoding"], "probability", "has an encoding that this version does not read"),
         (["encoding", "dtype"], "object", "encoding.dtype must be float16 or float32, found 'object'"),

@@ -192,6 +192,49 @@ def test_resuming_another_identity_names_the_difference(tmp_path, change, messag
         create_cache(tmp_path / "s", resume=True, **arguments(identity=identity(**change)))
 
 
+COMPUTED = {"precision": "float32", "device": "cpu", "environment": {"torch": "2.9", "decoder": "Pillow 11"}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"precision": "bfloat16"}, "precision: the store has float32, the run has bfloat16; choose another folder"),
+        ({"device": "cuda"}, "device: the store has cpu, the run has cuda; choose another folder"),
+        ({"scaling": 2}, "scaling: the store has None, the run has 2; choose another folder"),
+    ],
+)
+def test_answers_computed_otherwise_are_not_mixed_into_a_store(tmp_path, change, message):
+    with create_cache(tmp_path / "s", **arguments(identity=identity(computed=COMPUTED))) as writer:
+        fill(writer, [(0, 0)])
+    before = files(tmp_path / "s")
+    with pytest.raises(CacheError, match=f"s is another store: {message}"):
+        create_cache(tmp_path / "s", resume=True, **arguments(identity=identity(computed={**COMPUTED, **change})))
+    assert files(tmp_path / "s") == before
+
+
+def test_answers_that_differ_in_their_last_bits_are_noted(tmp_path):
+    create_cache(tmp_path / "s", **arguments(identity=identity(computed=COMPUTED))).close()
+    later = {**COMPUTED, "environment": {"torch": "2.10", "decoder": "Pillow 11"}}
+    given = arguments(identity=identity(computed=later))
+    with create_cache(tmp_path / "s", resume=True, **given) as writer:
+        assert writer.notes == ["environment.torch: the store has 2.9, the run has 2.10"]
+        fill(writer)
+    assert open_cache(tmp_path / "s").identity.computed == COMPUTED, "what it was begun with"
+    with create_cache(tmp_path / "s", resume=True, **given) as writer:
+        assert writer.notes == [], "nothing is left to compute"
+
+
+def test_a_store_that_does_not_say_how_it_was_computed_is_read_and_resumed(tmp_path):
+    create_cache(tmp_path / "s", **arguments()).close()
+    assert "computed" not in json.loads((tmp_path / "s/zarr.json").read_text())["attributes"]["identity"]
+    given = arguments(identity=identity(computed=COMPUTED))
+    with create_cache(tmp_path / "s", resume=True, **given) as writer:
+        assert writer.notes == ["the store does not say how its answers were computed"]
+    with create_cache(tmp_path / "s", resume=True, **arguments()) as writer:
+        assert writer.notes == []
+    assert identity(computed=COMPUTED).differences(identity()) == [], "a student does not ask"
+
+
 def test_the_teachers_digest_alone_says_whether_it_is_the_same():
     assert identity().differences(identity(teacher={"digest": "cc", "architecture": "resnet32"})) == []
     assert identity().differences(identity()) == []
@@ -231,7 +274,8 @@ def test_resuming_other_samples_or_another_encoding_names_the_difference(tmp_pat
         ({"identity": identity(classes=("a", "a"))}, "classes must be distinct names"),
         ({"identity": identity(classes=("a",))}, "there must be 2 to 100000 classes, found 1"),
         ({"identity": identity(temperature=0.0)}, "temperature must be a positive number, found 0.0"),
-        ({"identity": identity(dataset=None)}, "dataset and teacher must be JSON objects"),
+        ({"identity": identity(dataset=None)}, "dataset, teacher and computed must be JSON objects"),
+        ({"identity": identity(computed=[1])}, "dataset, teacher and computed must be JSON objects"),
         ({"identity": identity(teacher={})}, "teacher must have a digest"),
         ({"identity": identity(views=CropFlip(pad=1.5))}, "there must be 1 to 1000000 views, found 32.0"),
     ],

@@ -3,11 +3,12 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from offline_bkd.cache.storage import LocalStorage
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.runs.checksums import YAML_FILE, add_checksum
@@ -67,6 +68,9 @@ def start_run(
         except BlockingIOError:
             raise UserError(f"another command is writing into {folder}; wait for it, or name another folder")
         refuse_taken(folder, resume)
+        for name in LocalStorage(folder).partial():  # of a run that was killed
+            with suppress(OSError):
+                (folder / name).unlink()
         run, record = Run(folder, label), environment(stage, device) | {"learns_from": learns_from}
         if begun(folder):
             _refuse_other(run, config, record)
