@@ -301,18 +301,23 @@ def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Other test images (data.test=…), or a precision; repeatable."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--out", type=PLACE, metavar="FOLDER", help="Where the files go; default: RUN/evaluation-CHECKPOINT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, with every class.")
 @guarded
-def evaluate(run, checkpoint, overrides, device, as_json):
+def evaluate(run, checkpoint, overrides, device, out, as_json):
     """Example: python cli.py evaluate runs/student
 
-    Score a run's checkpoint on its test set again.
+    Score a run's checkpoint on its test set again: top-1, top-5 and calibration by shot group, every class, confusions.
     """
-    from offline_bkd.pipeline import evaluate
-    from offline_bkd.pipeline.show import terminal
+    from offline_bkd.pipeline.evaluate import ask_run
+    from offline_bkd.pipeline.show import evaluation, terminal
 
-    scores = evaluate.evaluate_run(run, checkpoint, overrides, choose_device(device))
-    click.echo(json.dumps(scores)) if as_json else terminal.scores(scores, f"{run} ({checkpoint} epoch)")
+    answered = ask_run(run, checkpoint, overrides, choose_device(device))
+    written = evaluation.keep_evaluation(answered, out)
+    if as_json:
+        return click.echo(json.dumps(answered.scores))
+    evaluation.print_evaluation(answered)
+    terminal.line(written)
 
 
 @main.command(short_help="Say what a network sees in images.")
@@ -446,11 +451,14 @@ def export(store, out, views, labels, probabilities):
 def report(run, out):
     """Example: python cli.py report runs/teacher runs/kd runs/bkd --out runs/report
 
-    Compare complete runs: a table by many, medium and few-shot classes, curves, accuracy over class size.
+    Compare complete runs: a table by many, medium and few-shot classes, curves, accuracy over class size, and a page of all.
     """
     from offline_bkd.pipeline.show import report, terminal
 
-    terminal.table(report.write_report(run, out), "test accuracy of the last epoch, %")
+    answer, table = report.write_report(run, out)
+    terminal.line(answer)
+    terminal.table(table, "test accuracy of the last epoch, %")
+    terminal.line(f"the whole report: {Path(out) / 'report.html'}")
 
 
 @main.command(short_help="Run a published table's experiments and compare.")

@@ -1,5 +1,8 @@
 """A model's logits over a data set, and their scores."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -24,17 +27,48 @@ def infer(model: torch.nn.Module, images, rows: np.ndarray, views=None, batch_si
     return logits
 
 
+def answers_of(logits: torch.Tensor, label: torch.Tensor, ranks: Ranks = ALONE) -> metrics.Answers:
+    """What `logits` [M, C] say of images whose classes are `label` [M]; of all `ranks`' images, each of which gives its own."""
+    logits, label = logits.float(), label.to(logits.device)
+    predicted = logits.argmax(1)
+    columns = {
+        "label": label,
+        "predicted": predicted,
+        "confidence": logits.softmax(1).gather(1, predicted[:, None])[:, 0],
+        "in_top5": (logits.topk(min(5, logits.shape[1])).indices == label[:, None]).any(1),
+    }
+    return metrics.Answers(**{name: ranks.gather(values).cpu().numpy() for name, values in columns.items()})
+
+
+def answer(model: torch.nn.Module, images, precision: str = "float32", ranks: Ranks = ALONE) -> metrics.Answers:
+    """What `model` answers about every image of the source. Each of `ranks` looks at a share of the images."""
+    rows = np.array_split(np.arange(len(images.label)), ranks.world)[ranks.rank]
+    logits = infer(model, images, rows, precision=precision)
+    return answers_of(logits, images.label[torch.from_numpy(rows).to(images.label.device)], ranks)
+
+
 def evaluate(
     model: torch.nn.Module, images, class_counts: np.ndarray, precision: str = "float32", ranks: Ranks = ALONE
 ) -> dict:
-    """`metrics.scores` of `model` on every image of the source, by the training set's `class_counts` [C].
+    """`metrics.scores` of `answer`, by the training set's `class_counts` [C]."""
+    return metrics.scores(answer(model, images, precision, ranks), class_counts)
 
-    Each of `ranks` answers for a share of the images.
-    """
-    label = images.label.cpu().numpy()
-    rows = np.array_split(np.arange(len(label)), ranks.world)[ranks.rank]
-    predicted = ranks.gather(infer(model, images, rows, precision=precision).argmax(1)).cpu().numpy()
-    return metrics.scores(predicted, label, class_counts)
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A run's checkpoint, asked about a test set."""
+
+    run: runs.Run
+    checkpoint: str  # "last" or "best"
+    digest: str  # of its weights
+    test_dataset: dict  # the test set's fingerprint
+    classes: tuple[str, ...]
+    class_counts: np.ndarray  # int64 [C], training samples
+    answers: metrics.Answers
+
+    @cached_property
+    def scores(self) -> dict:
+        return metrics.scores(self.answers, self.class_counts)
 
 
 def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, classes: int) -> torch.nn.Module:
@@ -58,7 +92,12 @@ def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, cl
 
 
 def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: torch.device) -> dict:
-    """Scores of a complete run's checkpoint on its test set, or another that `overrides` name, computed again.
+    """The scores of what `ask_run` gets."""
+    return ask_run(folder, checkpoint, overrides, device).scores
+
+
+def ask_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: torch.device) -> Evaluation:
+    """Asks a complete run's checkpoint about its test set, or another that `overrides` name.
 
     Shot groups, and an expert's classes, are those of the training set that the network was trained on.
     """
@@ -83,8 +122,15 @@ def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], devic
         raise UserError(
             f"the network in {folder} was trained on images of {trained} pixels, found {found}; score it on images that large"
         )
-    precision = experiment.network(run.stage).training.precision
-    return evaluate(model, images, class_counts, precision)
+    return Evaluation(
+        run=run,
+        checkpoint=checkpoint,
+        digest=runs.digest(model.state_dict()),
+        test_dataset=test_set.fingerprint,
+        classes=test_set.classes,
+        class_counts=class_counts,
+        answers=answer(model, images, experiment.network(run.stage).training.precision),
+    )
 
 
 def _trained_as(experiment: schema.Experiment, stage: str) -> dict:

@@ -195,7 +195,7 @@ def test_a_picture_has_every_cell_on_the_line_of_its_row(monkeypatch, tmp_path):
     ]
     drawn, errorbar = [], Axes.errorbar
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **named: (drawn.append((x, y)), errorbar(self, x, y, **named))[1])
-    results._draw(table, values, "A table", tmp_path / "table.png")
+    results.draw(table, values, "A table", tmp_path / "table.png")
     assert drawn == [(0, 0), (1, 1), (2, 1), (3, 2)]
 
 

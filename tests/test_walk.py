@@ -422,7 +422,7 @@ def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
         config = tiny.experiment("student.method={name: ce}", f"student.training.epochs={epochs}", seed=seed)
         folders[name] = str(tmp_path / name)
         train_student(config, None, folders[name], tiny.CPU)
-    table = write_report(list(folders.values()), str(tmp_path / "report"))
+    table = write_report(list(folders.values()), str(tmp_path / "report")).table
     assert [row[:2] for row in table[1:]] == [["CE student (a)", "2"], ["CE student (c)", "1"]]
     found = [runs.open_run(folders[name]).summary()["last"]["top1"] for name in "ab"]
     assert table[1][2] == f"{np.mean(found):.2f} ± {np.std(found, ddof=1):.2f}"

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.reproduce.execution import Job, run_jobs
 from offline_bkd.pipeline.reproduce.plan import plan
 from offline_bkd.pipeline.reproduce.results import refuse_other, write_table
 from offline_bkd.pipeline.reproduce.table import Table, load_table, select
+from offline_bkd.pipeline.show.report import draw_run
 
 __all__ = ["Job", "Table", "load_table", "plan", "refuse_other", "reproduce", "select", "write_table"]
 
@@ -30,13 +31,13 @@ def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick:
     folder = Path(out)
     jobs, cells = plan(whole, table, folder, device, quick)
     before = refuse_other(whole, folder, quick)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}; name another folder")
+    runs.make_folder(folder)
     cores = len(os.sched_getaffinity(0))
     at_once = at_once or (min(4, cores) if device.type == "cuda" else cores)
     run_jobs([job for job in jobs if not job.done], len(jobs), at_once, max(1, cores // at_once))
+    for job in jobs:
+        if job.done and job.makes_a_run:
+            draw_run(runs.open_run(job.out))  # where a kill, or an earlier version, left no whole picture
     # What other commands have run in `out` stays in the table.
     everything = select(whole, (), (), tuple(dict.fromkeys((*whole.seeds, *table.seeds, *before))), quick)
     _, cells = plan(whole, everything, folder, device, quick)

@@ -27,8 +27,13 @@ class Job:
     failed: bool = False
 
     @property
+    def makes_a_run(self) -> bool:
+        """Whether the folder is a run's; else it is a cache's."""
+        return self.out.suffix != ".zarr"
+
+    @property
     def done(self) -> bool:
-        if self.out.suffix != ".zarr":
+        if self.makes_a_run:
             return (self.out / "summary.json").exists()
         try:
             return open_cache(str(self.out)).complete

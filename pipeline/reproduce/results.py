@@ -1,17 +1,28 @@
 """The finished table: ours beside the published numbers, as Markdown, CSV, JSON and a picture."""
 
-import csv
-import io
-import json
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, FiniteFloat
 
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.reproduce.plan import Cells
 from offline_bkd.pipeline.reproduce.table import Published, Table
-from offline_bkd.pipeline.show import terminal
-from offline_bkd.pipeline.show.report import spread
+from offline_bkd.pipeline.show import pictures, terminal
+from offline_bkd.pipeline.show.tables import spread, write_csv, write_markdown
+
+
+class Cell(BaseModel):
+    seeds: list[int]
+    last: dict[str, list[FiniteFloat | None]]
+    best: list[FiniteFloat]
+
+
+class KeptTable(BaseModel):
+    """What a later command reads of table.json."""
+
+    title: str
+    cells: list[Cell]
 
 
 def refuse_other(table: Table, folder: Path, quick: bool) -> list[int]:
@@ -19,15 +30,14 @@ def refuse_other(table: Table, folder: Path, quick: bool) -> list[int]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
     try:
-        earlier = json.loads((folder / "table.json").read_text())
-        title, seeds = earlier["title"], [seed for cell in earlier["cells"] for seed in cell["seeds"]]
+        kept = runs.read_json(folder / "table.json", KeptTable)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'table.json'} is damaged ({error}); move it away, or name another --out")
-    if title != _title(table, quick):
-        raise UserError(f"--out {folder} holds another table ({title!r}); name another folder")
-    return seeds
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'table.json'} is damaged ({runs.reason(error)}); move it away, or name another --out")
+    if kept["title"] != _title(table, quick):
+        raise UserError(f"--out {folder} holds another table ({kept['title']!r}); name another folder")
+    return [seed for cell in kept["cells"] for seed in cell["seeds"]]
 
 
 def write_table(table: Table, cells: Cells, folder: Path, quick: bool, asked: list[tuple[str, str]]) -> list[list[str]]:
@@ -49,15 +59,10 @@ def write_table(table: Table, cells: Cells, folder: Path, quick: bool, asked: li
             published = table.rows[name].published.get(column)
             rows.append([column, name, *_texts(table, summaries, published)])
             values.append({"column": column, "row": name, **_numbers(summaries, published)})
-    rule = ["---", "---"] + ["---:"] * (len(heading) - 2)
-    lines = [f"# {title}", "", note, "", *["| " + " | ".join(row) + " |" for row in (heading, rule, *rows[1:])]]
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    content = {"title": title, "published": table.published, "cells": values}
-    runs.write_whole(folder / "table.md", ("\n".join(lines) + "\n").encode())
-    runs.write_whole(folder / "table.csv", text.getvalue().encode())
-    runs.write_whole(folder / "table.json", (json.dumps(content, indent=1) + "\n").encode())
-    _draw(table, values, title, folder / "table.png")
+    write_markdown(folder / "table.md", rows, names=2, before=[f"# {title}", "", note, ""])
+    write_csv(folder / "table.csv", rows)
+    runs.write_json(folder / "table.json", {"title": title, "published": table.published, "cells": values})
+    draw(table, values, title, folder / "table.png")
     terminal.table(rows, f"{title}\n{note}")
     return rows
 
@@ -73,7 +78,7 @@ def _texts(table: Table, summaries: list[dict], published: Published | None) -> 
     """A cell's line of the table, from the number of its seeds on."""
 
     def over_seeds(epoch: str, key: str) -> str:
-        return spread([summary[epoch][key] for summary in summaries]) if summaries else "–"
+        return spread([summary[epoch][key] for summary in summaries])
 
     texts = [str(len(summaries)), *[over_seeds("last", key) for key in terminal.COLUMNS.values()], over_seeds("best", "top1")]
     if not table.compared:
@@ -93,8 +98,13 @@ def _numbers(summaries: list[dict], published: Published | None) -> dict:
     }
 
 
-def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
-    """Accuracy of each row, ours with its spread and published, a panel for each column."""
+def draw(table: Table, values: list[dict], title: str, path: Path) -> None:
+    """A picture of the accuracy of each row, ours with its spread and published, a panel for each column."""
+    with pictures.names_as_they_are():
+        pictures.save(_figure(table, values, title), path)
+
+
+def _figure(table: Table, values: list[dict], title: str):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -118,4 +128,4 @@ def _draw(table: Table, values: list[dict], title: str, path: Path) -> None:
         handles = [Line2D([], [], marker="o", ls="", color="C0"), Line2D([], [], marker="|", ls="", color="C1")]
         figure.legend(handles, ["ours", "published"], loc="outside lower center", ncols=2)
     figure.suptitle(title, wrap=True, fontsize="medium")
-    figure.savefig(path, dpi=130)
+    return figure

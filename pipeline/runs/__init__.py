@@ -14,7 +14,7 @@ Every file is written under another name, synchronised and renamed, so it is who
 checksum (checksums.py).
 """
 
-from offline_bkd.pipeline.runs.files import write_whole
+from offline_bkd.pipeline.runs.files import make_folder, read, read_json, reason, write_json, write_whole
 from offline_bkd.pipeline.runs.folder import Run, experiment_of, open_run
 from offline_bkd.pipeline.runs.record import device_name, difference, environment, peak_memory
 from offline_bkd.pipeline.runs.start import begun, refuse_several_processes, refuse_taken, start_run
@@ -28,10 +28,15 @@ __all__ = [
     "digest",
     "environment",
     "experiment_of",
+    "make_folder",
     "open_run",
     "peak_memory",
+    "read",
+    "read_json",
+    "reason",
     "refuse_several_processes",
     "refuse_taken",
     "start_run",
+    "write_json",
     "write_whole",
 ]

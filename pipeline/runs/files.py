@@ -1,13 +1,55 @@
 """Files of a run: whole or absent, never anything but regular files, and every failure says which file it is about."""
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
+
 from offline_bkd.cache.storage import LocalStorage
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.runs.checksums import JSON_FILE, Form, add_checksum, parse_json, refuse_changed
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for what is shown of runs. Raises UserError if it cannot be made, or is a run's own."""
+    if (folder / "config.yaml").exists():
+        raise UserError(f"--out {folder} is a run's folder; name another one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error.strerror}; name another folder")
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes `values` and their checksum, whole or not at all."""
+    write_whole(path, add_checksum(json.dumps(values, indent=1) + "\n", JSON_FILE).encode())
+
+
+def read_json(path: Path, schema: type[BaseModel]) -> dict:
+    """The dictionary in the file `path`. Raises OSError or ValueError for what `schema` refuses or was changed."""
+    return checked_json(read(path).decode(), schema, JSON_FILE)
+
+
+def checked_json(text: str, schema: type[BaseModel], form: Form) -> dict:
+    """The same of a text."""
+    values = parse_json(text)
+    schema.model_validate(values)
+    refuse_changed(text, form)
+    values.pop("checksum", None)
+    return values
+
+
+def reason(error: Exception) -> str:
+    """What was wrong with a file, in words, of an OSError or a ValueError."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(getattr(error, "strerror", None) or error)
 
 
 def write_whole(path: Path, data: bytes) -> None:

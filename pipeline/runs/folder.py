@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from offline_bkd.cache.views import to_json
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.runs import record, weights
-from offline_bkd.pipeline.runs.checksums import JSON_FILE, JSON_LINE, YAML_FILE, add_checksum, parse_json, refuse_changed
-from offline_bkd.pipeline.runs.files import append, read, write_whole
+from offline_bkd.pipeline.runs.checksums import JSON_LINE, YAML_FILE, add_checksum, refuse_changed
+from offline_bkd.pipeline.runs.files import append, checked_json, read, read_json, reason, write_json, write_whole
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show.terminal import printable
 
@@ -44,7 +44,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         try:
             lines = _lines(path)[:epochs]
-            records = [_checked(line, record.Epoch, JSON_LINE) for line in lines]
+            records = [checked_json(line, record.Epoch, JSON_LINE) for line in lines]
             if [values["epoch"] for values in records] != [*range(1, (len(lines) if epochs is None else epochs) + 1)]:
                 raise ValueError("not every epoch is there once")
             return records
@@ -69,7 +69,7 @@ class Run:
         try:
             return weights.from_safetensors(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the checkpoint {path}: {_reason(error)}; restore it or train again")
+            raise UserError(f"cannot read the checkpoint {path}: {reason(error)}; restore it or train again")
 
     @property
     def stage(self) -> str:
@@ -82,7 +82,7 @@ class Run:
     def write_summary(self, summary: dict) -> None:
         """Writes summary.json, with the digest of the best epoch's weights, and so completes the run."""
         best, _ = self.load_tensors("best")
-        self.write_json("summary.json", {**summary, "best_digest": weights.digest(best)})
+        write_json(self.folder / "summary.json", {**summary, "best_digest": weights.digest(best)})
         (self.folder / "state.safetensors").unlink(missing_ok=True)
 
     def summary(self) -> dict:
@@ -99,13 +99,10 @@ class Run:
             raise _damaged(path, error)
         return load_config(path, overrides)
 
-    def write_json(self, file: str, values: dict) -> None:
-        write_whole(self.folder / file, add_checksum(json.dumps(values, indent=1) + "\n", JSON_FILE).encode())
-
     def _json(self, file: str, schema: type[BaseModel]) -> dict:
         path = self.folder / file
         try:
-            return _checked(read(path).decode(), schema, JSON_FILE)
+            return read_json(path, schema)
         except (OSError, ValueError) as error:
             raise _damaged(path, error)
 
@@ -134,21 +131,5 @@ def _lines(path: Path) -> list[str]:
     return re.findall(r"([^\n]*)\n", read(path).decode())
 
 
-def _checked(text: str, schema: type[BaseModel], form) -> dict:
-    """The dictionary in `text`, as `schema` wants it and as it was written. Raises ValueError for another."""
-    values = parse_json(text)
-    schema.model_validate(values)
-    refuse_changed(text, form)
-    values.pop("checksum", None)
-    return values
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(getattr(error, "strerror", None) or error)
-
-
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is missing or damaged ({_reason(error)}); restore it or train again")
+    return UserError(f"{path} is missing or damaged ({reason(error)}); restore it or train again")

@@ -12,7 +12,7 @@ from offline_bkd.cache.storage import LocalStorage
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.runs.checksums import YAML_FILE, add_checksum
-from offline_bkd.pipeline.runs.files import write_whole
+from offline_bkd.pipeline.runs.files import write_json, write_whole
 from offline_bkd.pipeline.runs.folder import Run
 from offline_bkd.pipeline.runs.record import difference, environment, settings
 from offline_bkd.pipeline.schema import Experiment
@@ -75,7 +75,7 @@ def start_run(
         if begun(folder):
             _refuse_other(run, config, record)
         else:  # config.yaml comes last: a folder that was left before it holds no run
-            run.write_json("environment.json", record)
+            write_json(folder / "environment.json", record)
             write_whole(folder / "config.yaml", add_checksum(dump_config(config), YAML_FILE).encode())
         yield run
     finally:

@@ -31,10 +31,8 @@ def table(rows: list[list[str]], title: str, heading: bool = True) -> None:
     console.print(shown)
 
 
-def scores(values: dict, title: str) -> None:
-    """`metrics.scores` by shot group."""
-    cells = ["–" if values[key] is None else f"{values[key]:.2f}" for key in COLUMNS.values()]
-    table([list(COLUMNS), cells], f"{title}: test accuracy, %")
+def line(text: str) -> None:
+    print(printable(text), flush=True)
 
 
 def facts(values: dict, title: str) -> None:

@@ -1,0 +1,89 @@
+"""Runs that are shown together: those that differ in nothing but the seed are one line, which has a name for people."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.runs import Run, experiment_of
+
+NAMES = {
+    "teacher": "teacher",
+    "ce": "CE student",
+    "kd": "KD student",
+    "bkd": "BKD student",
+    "cb": "CB student",
+    "focal": "Focal student",
+    "cb_focal": "CB-Focal student",
+    "logit_adjustment": "Logit-adjusted student",
+    "ldam": "LDAM student",
+    "crt": "cRT student",
+    "cbd": "CBD student",
+    "bbn": "BBN student",
+    "lfme": "LFME student",
+    "oltr": "OLTR student",
+}
+
+
+@dataclass
+class Seeds:
+    """Runs that differ in nothing but the seed: a line of the report."""
+
+    name: str
+    runs: list[Run] = field(default_factory=list)
+
+    @cached_property
+    def summaries(self) -> list[dict]:
+        return [run.summary() for run in self.runs]
+
+    @cached_property
+    def epochs(self) -> list[list[dict]]:
+        """The records of each run's epochs."""
+        return [run.metrics(summary["last"]["epoch"]) for run, summary in zip(self.runs, self.summaries)]
+
+    def last(self, key: str) -> list[float | None]:
+        """A score of the last epoch, of each seed."""
+        return [summary["last"][key] for summary in self.summaries]
+
+    @cached_property
+    def per_class(self) -> list[float | None]:
+        """Accuracy of each class [C], the mean over seeds; None for a class that was not tested."""
+        means = np.array(self.last("per_class"), float).mean(0)
+        return [None if np.isnan(value) else float(value) for value in means]
+
+
+def group_by_seed(opened: Sequence[Run]) -> list[Seeds]:
+    """The runs by what they did, apart from the seed. A name that two experiments share gets a folder's."""
+    lines: dict[str, Seeds] = {}
+    for run in opened:
+        summary = run.summary()
+        # a cache is one and the same for all seeds, a backbone has a seed of its own
+        did = [experiment_of(run), summary.get("backbone") or run.environment()["learns_from"]]
+        line = lines.setdefault(json.dumps(did), Seeds(run_name(summary)))
+        if summary["seed"] in [other.summary()["seed"] for other in line.runs]:
+            raise UserError(f"{run.folder} repeats the experiment and the seed of another run; name each run once")
+        line.runs.append(run)
+    _tell_apart(list(lines.values()), lambda run: run.folder.resolve().name)
+    _tell_apart(list(lines.values()), lambda run: run.folder.resolve().parent)
+    return list(lines.values())
+
+
+def _tell_apart(lines: list[Seeds], place: Callable[[Run], object]) -> None:
+    """Adds the place of its first run to each name that two lines share."""
+    names = [line.name for line in lines]
+    for line in lines:
+        if names.count(line.name) > 1:
+            line.name = f"{line.name} ({place(line.runs[0])})"
+
+
+def run_name(summary: dict) -> str:
+    """What a person calls the method that the run of `summary` was trained by."""
+    own, backbone = method_name(summary["method"]), summary.get("backbone")
+    return f"{own} on {method_name(backbone['method']).removesuffix(' student')}" if backbone else own
+
+
+def method_name(method: str) -> str:
+    return NAMES.get(method, method)
