@@ -10,7 +10,7 @@ import torch
 from offline_bkd.pipeline import UserError, metrics, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
-from offline_bkd.pipeline.evaluate import infer
+from offline_bkd.pipeline.evaluate import answer
 from offline_bkd.pipeline.models import ImageClassifier, build_model, classifier
 from offline_bkd.pipeline.models.weights import find_network, nearest_part, part_under, read_tensors, required_names
 from offline_bkd.pipeline.schema import Experiment
@@ -59,12 +59,11 @@ def import_model(
     if order is not None:
         reorder_outputs(model, order)
     model.to(device)
-    label = test_set.label
-    predicted = infer(model, images, np.arange(len(label)), precision=section.training.precision).argmax(1).cpu().numpy()
-    scores = metrics.scores(predicted, label, training_set.class_counts)
+    answers = answer(model, images, section.training.precision)
+    scores = metrics.scores(answers, training_set.class_counts)
     refuse_unexpected(scores["top1"], expected)
     if expected is None:
-        refuse_other_order(predicted, label, len(training_set.classes))
+        refuse_other_order(answers.predicted, answers.label, len(training_set.classes))
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     with runs.start_run(out, config, "teacher", device, resume=False) as run:

@@ -21,10 +21,11 @@ from offline_bkd.cache.storage import new_file
 from offline_bkd.cache.views import CropFlip
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import decoding
-from offline_bkd.pipeline.data.dataset import Dataset, printable
+from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.data.parquet import read_images
 from offline_bkd.pipeline.evaluate import infer, load_model
+from offline_bkd.pipeline.show.terminal import printable
 
 BEST = 5  # classes that are named
 PIECE = 2000  # images that are looked at together

@@ -345,7 +345,7 @@ def test_a_run_that_fails_is_named_and_leaves_out_what_needs_it(table, tmp_path,
 
 def test_what_another_command_has_running_is_waited_for(tmp_path, monkeypatch):
     def wait_for_a_line(command, **named):
-        return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, **named)
+        return subprocess.Popen([sys.executable, "-c", "input()"], **named)
 
     monkeypatch.setattr(execution, "Popen", wait_for_a_line)
     theirs, ours = (reproduce.Job(tmp_path / "run", []) for _ in range(2))

@@ -20,6 +20,7 @@ from PIL import Image
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.show.progress import Progress
+from offline_bkd.pipeline.show.terminal import printable
 
 MOST_CLASSES = 100_000
 ROWS_A_TASK = 64  # of threads: a task for each row would cost more than reading it
@@ -172,8 +173,3 @@ def part_names(section: schema.Data) -> list[str]:
 def numbered_classes(*labels: Sequence[int]) -> list[str]:
     """The names "0", "1", … of classes up to the largest of the labels [N] of all parts."""
     return [str(c) for c in range(min(max(np.max(label, initial=-1) for label in labels), MOST_CLASSES) + 1)]
-
-
-def printable(text: str) -> str:
-    """`text` with what a terminal or UTF-8 does not take spelled out, as names of files may hold."""
-    return text if text.isprintable() else repr(text)[1:-1]
