@@ -115,7 +115,7 @@ def test_a_page_shows_scores_confusions_and_what_differs_in_the_configurations(p
     assert [row[:6] for row in results[1:]] == [row[:6] for row in report[0].table[1:]]
     assert results[1][6] == f"{compared[0].summary()['last']['top5']['all']:.2f}"
     settings = {row[0]: row[1:] for row in table_under(page, "setting")[1:]}
-    assert settings["method.name"] == ["–", "bkd"] and "model.depth" not in settings
+    assert settings["method.name"] == ["ce", "bkd"] and "model.depth" not in settings
     kept = evaluation.kept_evaluation(compared[1])
     confused = [table for table in page.tables if table[0] == ["class", "taken for", "test images"]]
     assert len(confused) == 2 and len(confused[1]) == 11

@@ -24,10 +24,10 @@ def draw_run(run: runs.Run) -> None:
     if pictures.is_whole_png(curves) and pictures.is_whole_png(classes):
         return
     summary = run.summary()
-    scores = {run_name(summary): summary["last"]}
+    scores = {run_name(run): summary["last"]}
     if summary["teacher"] and "test" in summary["teacher"]:  # an average of teachers was never tested
         scores = {method_name("teacher"): summary["teacher"]["test"], **scores}
-    pictures.save_curves(curves, {run_name(summary): [run.metrics(summary["last"]["epoch"])]})
+    pictures.save_curves(curves, {run_name(run): [run.metrics(summary["last"]["epoch"])]})
     pictures.save_classes(classes, scores, np.array(summary["class_counts"]))
 
 

@@ -62,7 +62,7 @@ def group_by_seed(opened: Sequence[Run]) -> list[Seeds]:
         summary = run.summary()
         # a cache is one and the same for all seeds, a backbone has a seed of its own
         did = [experiment_of(run), summary.get("backbone") or run.environment()["learns_from"]]
-        line = lines.setdefault(json.dumps(did), Seeds(run_name(summary)))
+        line = lines.setdefault(json.dumps(did), Seeds(run_name(run)))
         if summary["seed"] in [other.summary()["seed"] for other in line.runs]:
             raise UserError(f"{run.folder} repeats the experiment and the seed of another run; name each run once")
         line.runs.append(run)
@@ -79,9 +79,12 @@ def _tell_apart(lines: list[Seeds], place: Callable[[Run], object]) -> None:
             line.name = f"{line.name} ({place(line.runs[0])})"
 
 
-def run_name(summary: dict) -> str:
-    """What a person calls the method that the run of `summary` was trained by."""
+def run_name(run: Run) -> str:
+    """What a person calls what the run was trained by, and for."""
+    summary = run.summary()
     own, backbone = method_name(summary["method"]), summary.get("backbone")
+    if run.stage == "teacher":
+        own = own.replace(" student", " teacher")
     return f"{own} on {method_name(backbone['method']).removesuffix(' student')}" if backbone else own
 
 

@@ -4,6 +4,7 @@ Rows, views and batches are those of one process; every rank reads what it needs
 mean loss, up to rounding. Batch statistics are synchronised on GPUs; on CPUs, where torch cannot, each rank has its own.
 """
 
+import atexit
 import os
 from dataclasses import dataclass
 
@@ -117,6 +118,7 @@ def join(device: torch.device) -> Ranks:
         return ALONE
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(distributed.destroy_process_group)  # or its threads may abort the process when it ends
     return Ranks(distributed.get_rank(), world)
 
 
