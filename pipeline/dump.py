@@ -324,8 +324,8 @@ def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.
         "dataset": summary["dataset"],
         "test": summary["last"],
     }
-    if "source" in summary:
-        answers_of["source"] = summary["source"]
+    if "source" in summary:  # trained elsewhere, by what and for how long nobody says
+        answers_of |= {"method": summary["method"], "epochs": None, "source": summary["source"]}
     if section.expert:
         answers_of["expert"] = section.expert
     return model, answers_of

@@ -19,7 +19,8 @@ from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import evaluate_run, infer, load_model
 from offline_bkd.pipeline.import_model import import_model
-from offline_bkd.pipeline.train import train_teacher
+from offline_bkd.pipeline.show.report import write_report
+from offline_bkd.pipeline.train import train_student, train_teacher
 
 CLASSES = tuple("0123456789")
 
@@ -135,7 +136,24 @@ def test_an_imported_network_teaches(tmp_path, trained_run, network):
         dump_logits(experiment, [str(folder)], str(tmp_path / name), tiny.CPU)
     imported, trained = open_cache(tmp_path / "imported"), open_cache(tmp_path / "trained")
     assert np.array_equal(imported.plane(3), trained.plane(3))
+    assert imported.identity.teacher["method"] == "imported" and imported.identity.teacher["epochs"] is None
     assert imported.identity.teacher["source"] == runs.open_run(tmp_path / "run").summary()["source"]
+
+
+def test_an_imported_network_is_reported_beside_others(tmp_path, trained_run, network):
+    torch.save(network, tmp_path / "weights.pth")
+    import_model(tiny.experiment(), str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
+    _, imported, trained = write_report([str(tmp_path / "run"), str(trained_run)], str(tmp_path / "report"))
+    assert (imported[0], trained[0]) == ("imported", "teacher") and imported[2:] == [*trained[2:-1], trained[2]]
+
+
+def test_an_imported_backbone_is_taken(tmp_path, network):
+    torch.save(network, tmp_path / "weights.pth")
+    experiment = tiny.experiment("student.method={name: crt}", "student.training.epochs=1")
+    import_model(experiment, str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
+    train_student(experiment, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(tmp_path / "run"))
+    tensors, _ = runs.open_run(tmp_path / "crt").load_tensors("last")
+    assert torch.equal(tensors["network.conv1.weight"], network["conv1.weight"])
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pydantic import BaseModel, FiniteFloat, NonNegativeInt, model_validator
 
 from offline_bkd.pipeline.schema import Experiment
 
-PACKAGES = ("torchvision", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
+PACKAGES = ("torchvision", "timm", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
 
 
 class Scores(BaseModel):
