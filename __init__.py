@@ -5,6 +5,7 @@ from typing import Any
 
 PLACES = {  # imported when first asked for: reading a cache needs no torch, and help nothing at all
     "open_cache": ".cache",
+    "dump": ".pipeline.dump",
     "CachedTargets": ".pipeline.cached_targets",
     "ViewCrop": ".pipeline.cached_targets",
     "bkd_loss": ".pipeline.cached_targets",

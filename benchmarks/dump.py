@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from offline_bkd.cache import CropFlip, create_cache
-from offline_bkd.pipeline import dump, runs, schema
+from offline_bkd.pipeline import dump, runs, schema, teachers
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ResidentImages
 from offline_bkd.pipeline.models import build_model
@@ -68,7 +68,7 @@ def measure(network, side: int, samples: int, repeats: int, device: torch.device
     )
     images, section = ResidentImages(training_set, VIEWS, device), schema.CacheSection()
     model = Simulated(build_model(network, CLASSES, schema.Digits(name="digits"), seed=0))
-    teacher = dump.Teachers([model], features=False).eval().to(device)
+    teacher = teachers.Teachers([model], features=False).eval().to(device)
 
     def store(folder, encoding):
         return create_cache(
@@ -83,7 +83,7 @@ def measure(network, side: int, samples: int, repeats: int, device: torch.device
 
     def answers(rows, views):
         (view,) = views
-        probability, _ = dump.tempered(teacher, images, rows, np.full(len(rows), view), section)
+        probability, _ = teachers.tempered(teacher, images, rows, np.full(len(rows), view), section)
         return [(probability[None, :, 0].cpu().numpy(), {})]
 
     @torch.inference_mode()

@@ -40,7 +40,7 @@ class Student(lightning.LightningModule):
 
 
 def main(cache: str, epochs: int = 3) -> list[float]:
-    train, _ = datasets.load(load_config(DIGITS).data)
+    train, *_ = datasets.load(load_config(DIGITS).data)
     pairs = [(train.decode(row), int(train.label[row])) for row in range(len(train))]
     data = CachedTargets(cache, pairs, seed=0)
     student = Student(data)

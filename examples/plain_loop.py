@@ -20,7 +20,7 @@ DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
 
 
 def main(store: str, epochs: int = 3) -> list[float]:
-    train, _ = datasets.load(load_config(DIGITS).data)
+    train, *_ = datasets.load(load_config(DIGITS).data)
     pairs = [(train.decode(row), int(train.label[row])) for row in range(len(train))]
     cache = open_cache(store)
     data = CachedTargets(cache, pairs, seed=0)

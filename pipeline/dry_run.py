@@ -18,7 +18,7 @@ from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ImageSource, open_images
-from offline_bkd.pipeline.dump import cache_paths, load_teachers, notes_on_teachers
+from offline_bkd.pipeline.dump import cache_paths
 from offline_bkd.pipeline.evaluate import infer
 from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
 from offline_bkd.pipeline.requirements import (
@@ -31,6 +31,7 @@ from offline_bkd.pipeline.requirements import (
 )
 from offline_bkd.pipeline.schema import Experiment, TrainedNetwork
 from offline_bkd.pipeline.show import terminal
+from offline_bkd.pipeline.teachers import load_teachers, notes_on_teachers
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods.distillation import refuse_width
 from offline_bkd.pipeline.training.optimisation import Optimisation

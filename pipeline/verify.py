@@ -13,8 +13,9 @@ from offline_bkd.cache.target import class_weight, total_variation
 from offline_bkd.pipeline import UserError, metrics, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
-from offline_bkd.pipeline.dump import average, load_teachers, refuse_other, tempered
+from offline_bkd.pipeline.dump import refuse_other
 from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.teachers import average, load_teachers, tempered
 
 ROUNDING = 0.005  # a fresh forward pass on another device or with other batches rounds differently, more so in bfloat16
 

@@ -11,11 +11,13 @@ from test_folders import folder_of_images
 from test_walk import losses_of
 
 from offline_bkd.cache import CacheError, open_cache
+from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.cached_targets import CachedTargets, ViewCrop, bkd_loss
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
-from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline.dump import dump, dump_logits
 from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.teachers import load_teacher
 from offline_bkd.pipeline.train import train_teacher
 from offline_bkd.pipeline.training.samplers import instance_balanced
 from offline_bkd.pipeline.training.targets import Targets
@@ -29,7 +31,7 @@ def pairs_of(train):
 
 @pytest.fixture(scope="module")
 def digits():
-    train, _ = datasets.load(tiny.experiment().data)
+    train, *_ = datasets.load(tiny.experiment().data)
     return train
 
 
@@ -43,7 +45,7 @@ def resized(tmp_path_factory):
     )
     train_teacher(config, str(folder / "teacher"), tiny.CPU)
     dump_logits(config, [str(folder / "teacher")], str(folder / "cache.zarr"), tiny.CPU)
-    return datasets.load(config.data)[0], config, folder / "cache.zarr"
+    return datasets.load(config.data).training, config, folder / "cache.zarr"
 
 
 def test_a_plain_loop_has_the_losses_of_the_engine(cache, digits):
@@ -147,7 +149,7 @@ def example(name):
 
 def test_the_plain_example_learns(cache, digits, monkeypatch):
     plain = example("plain_loop")
-    monkeypatch.setattr(plain.datasets, "load", lambda _: (digits, None))
+    monkeypatch.setattr(plain.datasets, "load", lambda _: (digits,))
     first, *_, last = plain.main(str(cache))
     assert last < first
 
@@ -155,15 +157,33 @@ def test_the_plain_example_learns(cache, digits, monkeypatch):
 def test_the_lightning_example_learns(cache, digits, monkeypatch):
     pytest.importorskip("lightning", reason="needs Lightning")
     student = example("lightning_student")
-    monkeypatch.setattr(student.datasets, "load", lambda _: (digits, None))
+    monkeypatch.setattr(student.datasets, "load", lambda _: (digits,))
     seen = student.main(str(cache))
     assert len(seen) == 3 * 8 and np.mean(seen[-8:]) < np.mean(seen[:8])
+
+
+def test_any_network_in_memory_may_answer(tmp_path, digits, teacher_run, cache):
+    config = tiny.experiment()
+    network, _ = load_teacher(str(teacher_run), digits)
+    exact = {"name": "probability", "dtype": "float32"}
+    dump(network, digits, config.views, str(tmp_path / "module.zarr"), encoding=exact)
+    dump(lambda images: network(images), config, config.views, str(tmp_path / "called.zarr"), encoding=exact, teacher="mine")
+    expected, module, called = (open_cache(path) for path in (cache, tmp_path / "module.zarr", tmp_path / "called.zarr"))
+    for view in range(config.views.count):
+        np.testing.assert_array_equal(module.plane(view), expected.plane(view))
+        np.testing.assert_array_equal(called.plane(view), expected.plane(view))
+    assert module.identity.teacher["digest"] == expected.identity.teacher["digest"]
+    assert called.identity.teacher["name"] == "mine" and called.identity.teacher["digest"] != module.identity.teacher["digest"]
+    with pytest.raises(UserError, match='has no digest; say whose answers they are with teacher="…"'):
+        dump(lambda images: network(images), digits, config.views, str(tmp_path / "nobody.zarr"))
+    with pytest.raises(CacheError, match="is another store: teacher.digest"):
+        dump(network, digits, config.views, str(tmp_path / "called.zarr"), encoding=exact, resume=True)
 
 
 def test_the_package_offers_its_interface_by_one_name():
     import offline_bkd
 
     assert offline_bkd.CachedTargets is CachedTargets and offline_bkd.bkd_loss is bkd_loss
-    assert offline_bkd.open_cache is open_cache
+    assert offline_bkd.open_cache is open_cache and offline_bkd.dump is dump
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         offline_bkd.nothing  # noqa: B018

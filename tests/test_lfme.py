@@ -12,8 +12,9 @@ from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError, metrics, runs, schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch
-from offline_bkd.pipeline.dump import dump_logits, load_teacher
+from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import evaluate_run, infer
+from offline_bkd.pipeline.teachers import load_teacher
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods import Context, build_method

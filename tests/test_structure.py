@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"cache"},
     {"pipeline"},
-    {"pipeline.schema", "pipeline.yaml_files"},
+    {"pipeline.allocation", "pipeline.schema", "pipeline.yaml_files"},
     {"pipeline.config", "pipeline.metrics", "pipeline.show.progress", "pipeline.show.terminal"},
     {"pipeline.training.losses", "pipeline.training.samplers"},
     {"pipeline.data", "pipeline.models", "pipeline.runs", "pipeline.training.targets"},
@@ -18,7 +18,8 @@ LAYERS = [
     {"pipeline.show.pictures", "pipeline.show.seeds", "pipeline.show.tables"},
     {"pipeline.training.engine", "pipeline.evaluate"},
     {"pipeline.show.evaluation", "pipeline.show.page", "pipeline.show.report"},
-    {"pipeline.backbone", "pipeline.dump", "pipeline.export_model", "pipeline.import_model", "pipeline.predict"},
+    {"pipeline.backbone", "pipeline.teachers", "pipeline.export_model", "pipeline.import_model", "pipeline.predict"},
+    {"pipeline.dump"},
     {"pipeline.requirements"},
     {"pipeline.cached_targets", "pipeline.train", "pipeline.dry_run", "pipeline.verify", "pipeline.reproduce"},
     {"cli"},

@@ -14,9 +14,10 @@ from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
-from offline_bkd.pipeline.dump import dump_logits, load_teacher
+from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.requirements import open_matching_cache
+from offline_bkd.pipeline.teachers import load_teacher
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.training.samplers import instance_balanced
@@ -327,15 +328,15 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
 
 
 def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sample(tmp_path, teacher_run, monkeypatch):
-    from offline_bkd.pipeline import dump
+    from offline_bkd.pipeline import teachers
 
     def poisoned(*arguments):
         found = infer(*arguments).clone()
         found[7] = float("nan")
         return found
 
-    infer = dump.infer
-    monkeypatch.setattr(dump, "infer", poisoned)
+    infer = teachers.infer
+    monkeypatch.setattr(teachers, "infer", poisoned)
     train, _, _ = datasets.load(tiny.experiment().data)
     with pytest.raises(ValueError, match=rf"sample {train.sample_id[7]}, view 0"):
         dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "c.zarr"), tiny.CPU)

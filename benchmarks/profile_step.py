@@ -1,0 +1,104 @@
+"""Where a step's time goes on a CPU: by operation, and what memory costs that the kernel has to give again.
+
+    python benchmarks/profile_step.py --out results
+
+ResNet-32 on CIFAR's image size: a training step of 128 images, and the forward pass of a dump in batches of 512 and 128.
+System time and page faults are the process's own, with freed memory given back to the kernel and kept (--keep).
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import torch
+from torch.nn import functional
+
+from offline_bkd.pipeline import runs, schema
+from offline_bkd.pipeline.allocation import keep_freed_memory
+from offline_bkd.pipeline.models import build_model
+
+IMAGES = 3072  # a measurement
+
+
+def usage() -> tuple[float, float, int]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime, used.ru_stime, used.ru_minflt
+
+
+def measured(work, batch: int) -> dict:
+    """User and system milliseconds, and page faults, an image."""
+    for _ in range(2):
+        work()
+    before, count = usage(), max(1, IMAGES // batch)
+    for _ in range(count):
+        work()
+    user, system, faults = (after - first for after, first in zip(usage(), before))
+    images = count * batch
+    return {"user, ms": 1e3 * user / images, "system, ms": 1e3 * system / images, "page faults": faults / images}
+
+
+def steps() -> dict:
+    """A name for each piece of work, with its batch."""
+    network = schema.CifarResNet(name="cifar_resnet", depth=32)
+    model = build_model(network, 100, schema.Digits(name="digits"), 0)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    images, label = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 100, (512,))
+
+    def train():
+        loss = functional.cross_entropy(model.train()(images[:128]), label[:128])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+
+    def answer(batch):
+        with torch.inference_mode():
+            model.eval()(images[:batch])
+
+    return {
+        "training step, batch 128": (train, 128),
+        "dump's forward pass, batch 512": (lambda: answer(512), 512),
+        "dump's forward pass, batch 128": (lambda: answer(128), 128),
+    }
+
+
+@click.command()
+@click.option("--out", default="results", show_default=True, help="Folder for profile-cpu.json.")
+@click.option("--keep/--both", default=None, hidden=True)
+def main(out, keep):
+    if keep is not None:  # a process of its own for each way, since it cannot be undone
+        if keep:
+            keep_freed_memory()
+        return click.echo(json.dumps({name: measured(*work) for name, work in steps().items()}))
+    ways = {}
+    for way, option in ("given back", "--both"), ("kept", "--keep"):
+        command = [sys.executable, __file__, option]
+        ways[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    train, _ = steps()["training step, batch 128"]
+    train()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(3):
+            train()
+    total = sum(event.self_cpu_time_total for event in profile.key_averages())
+    top = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    result = {
+        "command": "python benchmarks/profile_step.py",
+        "commit": commit,
+        "device": runs.device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "an image, freed memory": ways,
+        "share of a training step": {event.key: round(event.self_cpu_time_total / total, 4) for event in top},
+    }
+    path = Path(out) / "profile-cpu.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    click.echo(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
