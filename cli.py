@@ -1,16 +1,11 @@
 """The commands of offline-bkd. No logic lives here; torch is imported only by a command that needs it."""
 
-import errno
 import functools
 import importlib.util
 import json
 import os
-import select
 import shlex
-import signal
 import sys
-import threading
-import traceback
 from pathlib import Path
 
 import click
@@ -22,127 +17,7 @@ if not __package__:  # `python cli.py`: the package is the checkout that this fi
     SPEC.loader.exec_module(sys.modules["offline_bkd"])
 
 from offline_bkd.pipeline import UserError, __version__
-
-
-class Commands(click.Group):
-    """Commands whose failures are one line: exit 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
-
-    def main(self, *args, **kwargs):
-        try:
-            result = super().main(*args, standalone_mode=False, **kwargs)
-        except (click.exceptions.Abort, KeyboardInterrupt):
-            interrupted()
-        except click.exceptions.Exit as stop:
-            sys.exit(stop.exit_code)
-        except click.exceptions.NoArgsIsHelpError as asked:
-            asked.show()
-            sys.exit(2)
-        except click.ClickException as error:
-            fail(error.format_message(), 2)
-        sys.exit(result or 0)
-
-    def get_command(self, context, name):
-        command = super().get_command(context, name)
-        if command is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, self.commands, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.commands)}"
-            raise click.UsageError(f"there is no command {name!r}; {hint}")
-        return command
-
-
-class Place(click.ParamType):
-    """A file, a folder or an address. An empty one would be the folder that the command stands in."""
-
-    name = "place"
-
-    def convert(self, value, param, ctx):
-        return value or self.fail("it is empty; is a variable of the shell's not set?", param, ctx)
-
-
-PLACE = Place()
-
-
-def fail(message: str, code: int):
-    from offline_bkd.pipeline.show.terminal import printable
-
-    try:
-        for line in message.splitlines():
-            click.echo(f"error: {printable(line)}", err=True)
-    except OSError:
-        pass  # the terminal is gone; the exit code says it
-    sys.exit(code)
-
-
-def interrupted():
-    fail("interrupted; --resume goes on from the last epoch or block that was finished, reproduce needs no option", 130)
-
-
-def guarded(command):
-    """Turns the exceptions of a command into one line and an exit code; --debug shows where they came from."""
-
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-    @functools.wraps(command)
-    def run(*args, debug: bool, **kwargs):
-        end_as_interrupted()
-        try:
-            return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            interrupted()
-        except (click.ClickException, click.exceptions.Exit):
-            raise
-        except Exception as error:
-            if isinstance(error, BrokenPipeError) and reader_gone():
-                sys.exit(1)
-            if debug:
-                traceback.print_exc()
-            fail(*explained(error))
-
-    return run
-
-
-def end_as_interrupted() -> None:
-    """What ends a command from outside interrupts it: signals, and the end of the `reproduce` that started it."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
-    if os.environ.pop("OFFLINE_BKD_ENDS_WITH_INPUT", None):
-        threading.Thread(target=lambda: (os.read(0, 1), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
-
-
-def explained(error: Exception) -> tuple[str, int]:
-    """One line for a person, and the exit code: 2 for what the user can put right."""
-    from offline_bkd.cache import CacheError, CorruptCacheError
-
-    message = str(error) or type(error).__name__
-    if isinstance(error, (UserError, CacheError)) and not isinstance(error, CorruptCacheError):
-        return message, 2
-    if isinstance(error, OSError) and error.errno in ADVICE:
-        advice, code = ADVICE[error.errno]
-        return f"{error.filename or 'what is written'}: {error.strerror}; {advice}", code
-    return f"{message.splitlines()[-1]} ({type(error).__name__})", 1
-
-
-OTHER_PLACE = "check its permissions, or name another place", 2
-MORE_ROOM = "make room, then go on with --resume", 1
-ADVICE = {
-    errno.EACCES: OTHER_PLACE,
-    errno.EPERM: OTHER_PLACE,
-    errno.EROFS: OTHER_PLACE,
-    errno.ENOSPC: MORE_ROOM,
-    errno.EDQUOT: MORE_ROOM,
-}
-
-
-def reader_gone() -> bool:
-    """Whether nobody reads the output any more, as after `| head`; then nothing more is said."""
-    output = select.poll()
-    output.register(sys.stdout, 0)
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
-    return True
+from offline_bkd.pipeline.guard import PLACE, Commands, guarded
 
 
 def configured(command):
@@ -489,6 +364,7 @@ def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
     Train every cell of a published table, or go on with what is there, and print ours beside the published numbers.
     """
     from offline_bkd.pipeline import reproduce
+    from offline_bkd.pipeline.show import terminal
 
     whole = reproduce.load_table(table)
     part, device = reproduce.select(whole, rows, columns, parse_seeds(seeds), quick), choose_device(device)
@@ -496,8 +372,8 @@ def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
         reproduce.refuse_other(whole, Path(out), quick)
         commands, _ = reproduce.plan(whole, part, Path(out), device, quick)
         for job in commands:
-            click.echo(f"{'done ' if job.done else 'to do'}  {shlex.join([*job.arguments, '--out', str(job.out)])}")
-        return click.echo(f"{part.title}: {len(commands)} commands; nothing written")
+            terminal.line(f"{'done ' if job.done else 'to do'}  {shlex.join([*job.arguments, '--out', str(job.out)])}")
+        return terminal.line(f"{part.title}: {len(commands)} commands; nothing written")
     failed = reproduce.reproduce(whole, part, out, device, quick, jobs)
     return 1 if failed else 0
 

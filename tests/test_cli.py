@@ -326,7 +326,8 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, se
 
 
 def test_under_nohup_a_closed_terminal_is_ignored():
-    code = "import signal, cli; signal.signal(signal.SIGHUP, signal.SIG_IGN); cli.end_as_interrupted(); signal.raise_signal(1)"
+    code = "import signal, cli; signal.signal(1, signal.SIG_IGN)\nfrom offline_bkd.pipeline import guard\n"
+    code += "guard.end_as_interrupted(); signal.raise_signal(1)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -335,14 +336,18 @@ def test_under_nohup_a_closed_terminal_is_ignored():
     [
         (errno.EACCES, "a/b: Permission denied; check its permissions, or name another place", 2),
         (errno.EROFS, "a/b: Read-only file system; check its permissions, or name another place", 2),
-        (errno.ENOSPC, "a/b: No space left on device; make room, then go on with --resume", 1),
+        (
+            errno.ENOSPC,
+            "a/b: No space left on device; make room and give the command again, with --resume if it has one",
+            1,
+        ),
         (errno.EIO, "[Errno 5] Input/output error: 'a/b' (OSError)", 1),
     ],
 )
 def test_a_place_that_takes_no_file_is_named_with_the_way_out(number, message, code):
-    from offline_bkd import cli
+    from offline_bkd.pipeline import guard
 
-    assert cli.explained(OSError(number, os.strerror(number), "a/b")) == (message, code)
+    assert guard.explained(OSError(number, os.strerror(number), "a/b")) == (message, code)
 
 
 def test_an_error_that_quotes_what_a_terminal_obeys_shows_it_as_text(tmp_path):

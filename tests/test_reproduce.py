@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -271,6 +272,29 @@ def test_a_place_that_cannot_be_written_is_named(table, tmp_path):
     assert found.exit_code == 2 and "digits cannot be written" in found.output + str(found.stderr)
 
 
+def test_a_torn_picture_is_drawn_again_and_a_changed_table_is_refused(table, tmp_path, here):
+    content = yaml.safe_load(table.read_text())
+    content["rows"] = {"CE": {"stage": "teacher"}}
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    out = tmp_path / "out"
+    assert invoke(table, out, "--seeds", "0").exit_code == 0
+    (curves,) = out.rglob("curves.png")
+    whole = curves.read_bytes()
+    for torn in (curves, out / "table.png"):
+        torn.write_bytes(torn.read_bytes()[:100])
+    assert invoke(table, out, "--seeds", "0").exit_code == 0
+    assert curves.read_bytes() == whole and (out / "table.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+    kept = out / "table.json"
+    for changed, reason in (
+        (kept.read_text().replace('"seeds": [\n    0', '"seeds": [\n    2'), "it was changed after it was written"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ("{}", "title: Field required"),
+    ):
+        kept.write_text(changed)
+        found = invoke(table, out, "--seeds", "0")
+        assert found.exit_code == 2 and f"table.json is damaged ({reason}); move it away" in found.output + str(found.stderr)
+
+
 def test_what_is_not_in_the_table_is_named(table):
     for asked, message in (
         ({"rows": ("KDD",)}, "no row 'KDD'; it has CE, KD"),
@@ -326,6 +350,13 @@ def test_a_table_is_run_resumed_and_compared(table, tmp_path, here):
         assert rows[name][2] == "2"
     assert float(rows["KD"][-1]) == pytest.approx(float(rows["KD"][3].split()[0]) - 40, abs=0.011)
     assert rows["BKD+cRT"][-2:] == ["–", "–"]
+    apart = {name: float(rows[name][-1]) for name in ("CE", "KD")}
+    furthest = max(apart, key=lambda name: abs(apart[name]))
+    said = re.search(
+        r"4 of 4 cells have complete runs; .* they are ([0-9.]+) points .*, (\w+), digits most: (\S+)\n", second.output
+    )
+    assert float(said[1]) == pytest.approx(sum(map(abs, apart.values())) / 2, abs=0.011)
+    assert (said[2], float(said[3])) == (furthest, apart[furthest])
     assert json.loads((out / "table.json").read_text())["cells"][1]["seeds"] == [0, 1]
     assert (out / "table.png").read_bytes().startswith(b"\x89PNG") and "| digits | CE | 2 |" in (out / "table.md").read_text()
 

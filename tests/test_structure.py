@@ -12,6 +12,7 @@ LAYERS = [
     {"pipeline"},
     {"pipeline.allocation", "pipeline.schema", "pipeline.yaml_files"},
     {"pipeline.config", "pipeline.metrics", "pipeline.show.progress", "pipeline.show.terminal"},
+    {"pipeline.guard"},
     {"pipeline.training.losses", "pipeline.training.samplers"},
     {"pipeline.data", "pipeline.models", "pipeline.runs", "pipeline.training.targets"},
     {"pipeline.training.methods", "pipeline.training.optimisation", "pipeline.training.ranks"},

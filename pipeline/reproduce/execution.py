@@ -10,6 +10,7 @@ from subprocess import PIPE, STDOUT, Popen
 
 from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.show import terminal
 from offline_bkd.pipeline.show.progress import Progress
 
 CLI = Path(__file__).parent.parent.parent / "cli.py"
@@ -66,7 +67,7 @@ class Job:
         self.failed = self.process.returncode != 0
         if self.failed:
             last_line = Path(f"{self.out}.log").read_text(errors="replace").splitlines()[-1:]
-            print(f"{self.out}: exit {self.process.returncode}; {self.out}.log ends: {''.join(last_line)}", flush=True)
+            terminal.line(f"{self.out}: exit {self.process.returncode}; {self.out}.log ends: {''.join(last_line)}")
 
 
 def run_jobs(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
@@ -96,7 +97,7 @@ def _leave_out_what_cannot_be(waiting: list[Job]) -> None:
         if any(need.failed for need in job.needs):
             job.failed = True
             waiting.remove(job)
-            print(f"{job.out}: left out, what it needs failed", flush=True)
+            terminal.line(f"{job.out}: left out, what it needs failed")
 
 
 def _begin_what_can_be(waiting: list[Job], running: list[Job], at_once: int, threads: int) -> None:

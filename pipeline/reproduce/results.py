@@ -63,6 +63,7 @@ def write_table(table: Table, cells: Cells, folder: Path, quick: bool, asked: li
     write_csv(folder / "table.csv", rows)
     runs.write_json(folder / "table.json", {"title": title, "published": table.published, "cells": values})
     draw(table, values, title, folder / "table.png")
+    terminal.line(_answer(table, values))
     terminal.table(rows, f"{title}\n{note}")
     return rows
 
@@ -72,6 +73,22 @@ def _title(table: Table, quick: bool) -> str:
         return table.title
     small = f"{table.title} — quick: a small recipe, not the papers'"
     return f"{small}; published numbers are of the full one" if table.compared else small
+
+
+def _answer(table: Table, values: list[dict]) -> str:
+    """How much of the table is there, and how far it is from what was published."""
+    cells = f"{sum(bool(cell['seeds']) for cell in values)} of {len(values)} cells have complete runs"
+    key = {"last": lambda cell: cell["last"]["all"], "best": lambda cell: cell["best"]}[table.published]
+    differences = {
+        f"{cell['row']}, {cell['column']}": np.mean(key(cell)) - cell["published"]["all"]
+        for cell in values
+        if cell["seeds"] and cell["published"]
+    }
+    if not differences:
+        return cells
+    name = max(differences, key=lambda name: abs(differences[name]))
+    mean = np.mean([abs(difference) for difference in differences.values()])
+    return f"{cells}; from published numbers they are {mean:.2f} points away on average, {name} most: {differences[name]:+.2f}"
 
 
 def _texts(table: Table, summaries: list[dict], published: Published | None) -> list[str]:

@@ -1,5 +1,6 @@
 """What commands print: tables of plain values, readable on a terminal and in a file."""
 
+import os
 import re
 import sys
 
@@ -24,8 +25,8 @@ def table(rows: list[list[str]], title: str, heading: bool = True) -> None:
         shown.add_column(printable(name), justify="left" if not index or not heading else "right", overflow="fold")
     for row in rows[heading:]:
         shown.add_row(*map(printable, row))
-    # text of the user's is no markup; a file has no width to fit into
-    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140  # a file has no width to fit into
+    console = Console(highlight=False, markup=False, emoji=False, width=width)  # text of the user's is no markup
     for line in title.split("\n"):
         console.print(printable(line))
     console.print(shown)
