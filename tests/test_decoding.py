@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from test_folders import folder_of_images
 from test_parquet import png
 
@@ -188,6 +188,15 @@ def test_an_image_is_turned_whatever_its_other_tags_hold(odd):
 )
 def test_an_orientation_that_means_nothing_turns_nothing(orientation):
     assert decoding.decode(jpeg_with([orientation])).size == (16, 8)
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif", b"Exif\0\0", b"Exif\0\0no TIFF at all", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_an_image_whose_exif_cannot_be_read_at_all_is_as_it_is_stored(exif):
+    file = encoded(Image.fromarray(np.zeros((8, 16, 3), np.uint8)), "JPEG", exif=exif)
+    assert decoding.decode(file).size == (16, 8) and decoding.image_size(file) == (8, 16)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n 8\nno hexadecimal number {exif!r}\n")
+    assert decoding.decode(encoded(Image.new("RGB", (16, 8)), "PNG", pnginfo=text)).size == (16, 8)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])

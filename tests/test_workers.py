@@ -105,6 +105,14 @@ def test_nobody_is_left_when_the_arrays_are_not_all_taken(capfd):
     assert not children() and not capfd.readouterr().err
 
 
+def test_nobody_is_waited_for_whose_array_is_not_wanted():
+    arrays = in_workers(lambda index: np.zeros(3, np.uint8) if index < 2 else time.sleep(60), 4, 2)
+    next(arrays)
+    start = time.monotonic()
+    arrays.close()
+    assert time.monotonic() - start < 5 and not children()
+
+
 def test_workers_end_when_their_parent_is_killed():
     reader, writer = os.pipe()
     parent = os.fork()

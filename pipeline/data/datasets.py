@@ -130,7 +130,7 @@ def notes_on_parts(train: Dataset, other: Dataset, part: str) -> tuple[str, ...]
     if len(both):
         notes.append(
             f"{other.name}: {len(both)} {part} images are training images too, such as {other.describe(both[0])}; "
-            f"the {part} accuracy is too high by them"
+            "they are counted in its accuracy"
         )
     return tuple(notes)
 
