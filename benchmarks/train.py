@@ -101,6 +101,7 @@ def ours(network, settings, training, train, images, targets, steps, test_images
         views=images.views,
         targets=targets,
         evaluate=None,
+        validate=None,
         training=training,
         seed=0,
     )

@@ -27,7 +27,6 @@ from offline_bkd.pipeline.requirements import (
     refuse_device,
     refuse_sources,
     refuse_unfit,
-    refuse_validation,
 )
 from offline_bkd.pipeline.schema import Experiment, TrainedNetwork
 from offline_bkd.pipeline.show import terminal
@@ -119,8 +118,7 @@ class _Plan:
 
     def __init__(self, config: Experiment, section: TrainedNetwork, device: torch.device):
         self.config, self.device = config, device
-        self.training_set, self.test_set, validation_set = datasets.load(config.data, section.expert, download=False)
-        refuse_validation(validation_set)
+        self.training_set, self.test_set, _ = datasets.load(config.data, section.expert, download=False)
         first = (part.take(np.arange(min(TRIED, len(part)))) for part in (self.training_set, self.test_set))
         self.images, self.test_images = (open_images(part, config.views, device, config.data.workers) for part in first)
 

@@ -19,14 +19,6 @@ def refuse_device(training: Training, role: str, device: torch.device) -> None:
         raise UserError(f"{role}.training.compile: cuda_graphs needs a CUDA device, found {device.type}; set true or false")
 
 
-def refuse_validation(validation: datasets.Dataset | None) -> None:
-    """Raises UserError: a part is held out, but no epoch is chosen by it yet."""
-    if validation is not None:
-        raise UserError(
-            "data.validation holds images out, but training does not choose its best epoch by them yet; leave it out"
-        )
-
-
 def refuse_sources(method: Method, cache: str | None, backbone: str | None) -> None:
     """Raises UserError where what `method` learns from is not given, or something else is."""
     for given, option, wanted in (

@@ -23,7 +23,6 @@ from offline_bkd.pipeline.requirements import (
     refuse_device,
     refuse_sources,
     refuse_unfit,
-    refuse_validation,
 )
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show.report import draw_run
@@ -41,8 +40,10 @@ class Inputs:
 
     training_set: datasets.Dataset
     test_set: datasets.Dataset
+    validation_set: datasets.Dataset | None  # held out of the training part
     images: ImageSource  # of the training part
     test_images: ImageSource
+    validation_images: ImageSource | None
     cache: Cache | None  # what the method learns from, if it learns from one
     targets: Targets | None  # of that cache
     backbone: runs.Run | None  # the run whose backbone is taken, if the method takes one
@@ -115,14 +116,15 @@ def read_inputs(
     refuse_device(section.training, role, device)
     refuse_sources(section.method, cache, backbone)
     training_set, test_set, validation_set = datasets.load(config.data, section.expert)
-    refuse_validation(validation_set)
     store = cache and open_matching_cache(cache, config, training_set)
     images, test_images = (open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set))
     return Inputs(
         training_set=training_set,
         test_set=test_set,
+        validation_set=validation_set,
         images=images,
         test_images=test_images,
+        validation_images=validation_set and open_images(validation_set, config.views, device, config.data.workers),
         cache=store or None,
         targets=Targets(store, device, features=section.method.learns_from == "features") if store else None,
         backbone=runs.open_run(backbone) if backbone else None,
@@ -174,6 +176,7 @@ def train_network(
                     f"note: each of {ranks.world} processes normalises over its own share of a batch: torch synchronises "
                     "batch statistics on GPUs only"
                 )
+        judge = partial(evaluate, class_counts=training_set.class_counts, precision=section.training.precision, ranks=ranks)
         task = Task(
             model=model,
             network=network,
@@ -182,13 +185,8 @@ def train_network(
             sample_id=training_set.sample_id,
             views=config.views,
             targets=inputs.targets,
-            evaluate=partial(
-                evaluate,
-                images=inputs.test_images,
-                class_counts=training_set.class_counts,
-                precision=section.training.precision,
-                ranks=ranks,
-            ),
+            evaluate=partial(judge, images=inputs.test_images),
+            validate=partial(judge, images=inputs.validation_images) if inputs.validation_images else None,
             training=section.training,
             seed=config.seed,
             ranks=ranks,
@@ -209,6 +207,7 @@ def describe(config: Experiment, role: Role, inputs: Inputs) -> dict:
         "image_size": inputs.images.crop_size,
         "dataset": inputs.training_set.fingerprint,
         "test_dataset": inputs.test_set.fingerprint,
+        "validation_dataset": inputs.validation_set and inputs.validation_set.fingerprint,
         "teacher": inputs.cache and inputs.cache.identity.teacher,
         "backbone": inputs.backbone and runs.experiment_of(inputs.backbone),
     }

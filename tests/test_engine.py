@@ -526,3 +526,20 @@ def test_adamw_decays_neither_biases_nor_scales():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     groups = build_optimiser(model, Training(optimizer="adamw", weight_decay=0.05)).param_groups
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.05), (3, 0.0)]
+
+
+def test_with_a_validation_part_the_best_epoch_is_its_best_and_nothing_else_chooses(tmp_path):
+    config = tiny.experiment("data.validation=0.2", "teacher.training.epochs=5", "teacher.training.evaluate_every=2")
+    train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
+    run = runs.open_run(tmp_path / "whole")
+    summary, judged = run.summary(), [record for record in run.metrics() if "test" in record]
+    assert [record["epoch"] for record in judged] == [2, 4, 5]
+    best = max(judged, key=lambda record: (record["validation"]["top1"], -record["epoch"]))
+    assert summary["best_by"] == "validation" and summary["best"]["epoch"] == best["epoch"]
+    assert summary["best"]["top1"] == best["test"]["top1"] and summary["best"]["validation"] == best["validation"]
+    assert sum(summary["class_counts"]) < 400, "held out of 464 images"
+    with tiny.interrupted_after(4):
+        train_teacher(config, str(tmp_path / "cut"), tiny.CPU)
+    train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
+    assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert runs.open_run(tmp_path / "cut").summary()["best"] == summary["best"]

@@ -63,6 +63,7 @@ def train(ranks: Ranks, settings: schema.Method) -> dict:
         views=views,
         targets=None,
         evaluate=None,
+        validate=None,
         training=training,
         seed=3,
     )

@@ -29,6 +29,7 @@ class Scores(BaseModel):
 
 class ScoresOfEpoch(Scores):
     epoch: int
+    validation: Scores | None = None  # beside the test's, of the epoch that was chosen by it
 
 
 class Epoch(BaseModel):
@@ -39,6 +40,7 @@ class Epoch(BaseModel):
     seconds: FiniteFloat
     data_share: FiniteFloat
     test: Scores | None = None  # not every epoch is evaluated
+    validation: Scores | None = None
 
 
 class Summary(BaseModel):
@@ -54,6 +56,7 @@ class Summary(BaseModel):
     digest: str
     last: ScoresOfEpoch
     best: ScoresOfEpoch
+    best_by: Literal["validation", "test"] = "test"  # which part's accuracy the best epoch was the best of
 
     @model_validator(mode="after")
     def _of_every_class(self):

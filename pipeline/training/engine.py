@@ -42,6 +42,7 @@ class Task:
     views: CropFlip | RandomResizedCrop
     targets: Targets | None  # of the cache that the method learns from
     evaluate: Callable[[torch.nn.Module], dict]  # -> metrics.scores on the test part
+    validate: Callable[[torch.nn.Module], dict] | None  # likewise on what was held out of the training part, to choose by
     training: Training
     seed: int
     ranks: Ranks = ALONE  # the processes that train together
@@ -80,10 +81,11 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
             ranks.agree(answering)
             if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
                 start = time.perf_counter()
-                scores = task.evaluate(answering)
-                record |= {"test": scores, "evaluation_seconds": time.perf_counter() - start}
-                if scores["top1"] > best["top1"]:
-                    best = {"epoch": epoch + 1, **scores}
+                judged = {"validation": task.validate(answering)} if task.validate else {}
+                judged["test"] = task.evaluate(answering)
+                record |= judged | {"evaluation_seconds": time.perf_counter() - start}
+                if judged.get("validation", judged["test"])["top1"] > best.get("validation", best)["top1"]:
+                    best = {"epoch": epoch + 1, **judged.pop("test"), **judged}  # chosen by what was held out, if anything
                     if ranks.first:
                         run.save_tensors("best", answering.state_dict(), epoch=epoch + 1)
             if not ranks.first:
@@ -103,6 +105,7 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
             "parameters": parameters,
             "last": {"epoch": training.epochs, **records[-1]["test"]},
             "best": best,
+            "best_by": "validation" if task.validate else "test",
             "seconds": sum(record["seconds"] + record.get("evaluation_seconds", 0) for record in records),
             "data_share": float(np.mean([record["data_share"] for record in records])),
             "peak_memory": runs.peak_memory(task.images.device),
@@ -208,6 +211,8 @@ def _resume(run: runs.Run, task: Task, optimisation: Optimisation) -> tuple[int,
 
 def _line(record: dict, epochs: int) -> str:
     parts = [f"epoch {record['epoch']}/{epochs}", f"loss {record['loss']:.4f}", f"train {record['train_top1']:.1f}%"]
+    if validation := record.get("validation"):
+        parts.append(f"validation {validation['top1']:.2f}%")
     if test := record.get("test"):
         groups = " ".join(f"{name} {test[name]:.1f}" for name in ("many", "medium", "few") if test[name] is not None)
         parts.append(f"test {test['top1']:.2f}% ({groups})")
