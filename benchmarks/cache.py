@@ -154,7 +154,7 @@ class Ours:
     def epoch(self, view, order):
         codes = self.cache.stored_plane(self.view_of[view])
         for start in range(0, len(order), BATCH):
-            yield self.cache.encoding.decode(codes[order[start : start + BATCH]])
+            yield self.cache.held.decode(codes[order[start : start + BATCH]])
 
 
 class PerRow(Ours):
@@ -380,7 +380,7 @@ def measure_plane(samples, classes, encoding, repeats, scratch):
     codes = cache.stored_plane(1)  # and the reference, which is then in memory
     rows = rows_at_once(classes * 4)
     batch = np.empty((min(rows, samples), classes), np.float32)
-    cache.encoding.decode(codes[:rows], batch)
+    cache.held.decode(codes[:rows], batch)
     used = memory() - before
     decoded = np.dtype(np.float32 if cache.decoder else codes.dtype)
     copying, reading, decoding = [], [], []
@@ -391,7 +391,7 @@ def measure_plane(samples, classes, encoding, repeats, scratch):
         start = time.perf_counter()
         for first in range(0, samples if cache.decoder else 0, rows):
             some = codes[first : first + rows]
-            cache.encoding.decode(some, batch[: len(some)])
+            cache.held.decode(some, batch[: len(some)])
         decoding.append(time.perf_counter() - start)
         copying.append(copied(samples, classes * decoded.itemsize, folder))
     shutil.rmtree(folder)

@@ -1,6 +1,6 @@
 """Encodings: probabilities to what is stored, and back. One class each, in the dictionary `ENCODINGS`.
 
-    encode     float32 [B, C] probabilities to columns [B, S], which a chunk holds, and values that its marker holds
+    encode     float32 [B, C] probabilities to columns [B, S] by array, which chunks hold, and values that their marker holds
     unpack     columns [B, S] and the marker's values to codes [B, R], which a plane in memory holds
     decode     codes [B, R] to float32 [B, C] probabilities, into `out` where given
     limits     codes [B, R] to three arrays [B, C]: the least log-probabilities that they may stand for, those they are
@@ -41,6 +41,7 @@ class Dense:
     reference = None  # no view is stored as a difference from another
     decoder = None  # codes need no matrix to be decoded
     max_error = None
+    exact_blocks = False
 
     def __post_init__(self):
         if self.dtype not in ("float16", "float32"):
@@ -84,31 +85,14 @@ class Dense:
     def check(self, views: int, classes: int) -> None:
         """Raises ValueError where a store of this size cannot be of this encoding."""
 
-    def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
-        if self.name == "probability":
-            return probability.astype(self.dtype), {}
-        columns = np.empty(probability.shape, self.dtype)
-
-        def encode(piece):
-            logits = np.where(probability[piece] < np.float32(_TINY), np.float32(0), probability[piece])
-            with np.errstate(divide="ignore"):
-                np.log(logits, out=logits)
-            columns[piece] = logits - logits.max(1, keepdims=True)
-
-        on_all_cores(encode, pieces(*probability.shape))
-        return columns, {}
+    def encode(self, probability: np.ndarray, reference=None) -> tuple[dict[str, np.ndarray], dict]:
+        return {self.name: _to_logits(probability) if self.name == "logit" else probability.astype(self.dtype)}, {}
 
     def decode(self, codes: np.ndarray, out=None) -> np.ndarray:
+        if self.name == "logit":
+            return _from_logits(codes, out)
         out = np.empty(codes.shape, np.float32) if out is None else out
-        if self.name == "probability":
-            out[...] = codes
-            return out
-
-        def decode(piece):
-            out[piece] = codes[piece]
-            softmax(out[piece])
-
-        on_all_cores(decode, pieces(*codes.shape))
+        out[...] = codes
         return out
 
     def limits(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +113,7 @@ class Dense:
 ENCODINGS = {  # the class of each, and what is stored of it beside its name
     "logit": (Dense, ()),
     "probability": (Dense, ("dtype",)),
-    "klt": (Klt, ("max_error", "coefficients", "high", "reference", "temperature_range")),
+    "klt": (Klt, ("max_error", "coefficients", "high", "reference", "temperature_range", "exact_blocks")),
 }
 
 
@@ -144,3 +128,29 @@ def from_json(values: dict) -> Dense | Klt:
             takes = f"it takes {', '.join(known)}" if known else "it takes nothing more"
             raise ValueError(f"encoding {name} does not take {key}; {takes}")
     return encoding(**values)
+
+
+def _to_logits(probability: np.ndarray) -> np.ndarray:
+    """log p less the largest of its row, float16 [B, C]. -inf for p below 2^-126, where float32 has few bits or none."""
+    logits = np.empty(probability.shape, np.float16)
+
+    def convert(piece):
+        logs = np.where(probability[piece] < np.float32(_TINY), np.float32(0), probability[piece])
+        with np.errstate(divide="ignore"):
+            np.log(logs, out=logs)
+        logits[piece] = logs - logs.max(1, keepdims=True)
+
+    on_all_cores(convert, pieces(*probability.shape))
+    return logits
+
+
+def _from_logits(logits: np.ndarray, out=None) -> np.ndarray:
+    """softmax of float16 [B, C], the largest of each row zero: float32 [B, C], into `out` where given."""
+    out = np.empty(logits.shape, np.float32) if out is None else out
+
+    def convert(piece):
+        out[piece] = logits[piece]
+        softmax(out[piece])
+
+    on_all_cores(convert, pieces(*logits.shape))
+    return out

@@ -78,7 +78,7 @@ def _batches(cache, view, sample, label, probabilities):
     views, positions, layout = _views(cache, view), _positions(cache, sample, label), cache.layout
     width, dtype = row_format(cache, features=False)
     if not views or not len(positions):
-        yield _batch(cache, 0, positions[:0], cache.encoding.decode(np.empty((0, width), dtype)), probabilities)
+        yield _batch(cache, 0, positions[:0], cache.held.decode(np.empty((0, width), dtype)), probabilities)
         return
     step, room = max(1, _BATCH_CELLS // len(cache.classes)), np.empty((layout.block_rows, width), dtype)
     blocks, first = np.unique(positions // layout.block_rows, return_index=True)
@@ -88,7 +88,7 @@ def _batches(cache, view, sample, label, probabilities):
             stored = cache.stored_block(number, block, room[: _length(rows)])
             for start in range(0, len(chosen), step):
                 some = chosen[start : start + step]
-                yield _batch(cache, number, some, cache.encoding.decode(stored[some - rows.start]), probabilities)
+                yield _batch(cache, number, some, cache.held.decode(stored[some - rows.start]), probabilities)
 
 
 def _batch(cache, view, positions, probability, probabilities):
@@ -182,7 +182,8 @@ def summary(cache, *, planes: int = 4) -> dict:
         "classes": layout.classes,
         "views": layout.views,
         "complete": len(survey.blocks) == blocks,
-        "blocks": {"done": len(survey.blocks), "all": blocks, "of_a_view": layout.blocks},
+        "blocks": {"done": len(survey.blocks), "all": blocks, "of_a_view": layout.blocks}
+        | ({"stored_exactly": survey.exact} if survey.exact else {}),
         "bytes": {"all": survey.nbytes, "a_view_of_a_sample": round(survey.nbytes / rows, 2) if rows else None},
         "error": survey.error,
         "temperatures": temperatures and [float(f"{temperature:.3g}") for temperature in temperatures],
@@ -207,7 +208,7 @@ def _quality(cache, views):
             stored = cache.stored_block(view, block, room[: _length(rows)])
             for start in range(0, len(stored), step):
                 label = cache.label[rows][start : start + step]
-                answer = _answer(cache, cache.encoding.decode(stored[start : start + step]), label)
+                answer = _answer(cache, cache.held.decode(stored[start : start + step]), label)
                 confidence.append(answer.max(1))
                 correct.append(answer.argmax(1) == label)
     confidence, correct = np.concatenate(confidence).astype(np.float64), np.concatenate(correct)

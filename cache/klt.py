@@ -35,7 +35,8 @@ class Klt:
     A classifier's logits are an affine map of a feature, so few coefficients carry them, and one uniform step for all
     is optimal at high rate. `max_error` bounds what that costs: the mean total variation of the Balanced Knowledge
     Distillation target q = ω p / Σ ω p from the exact one, in every block. A block that would exceed it is rounded
-    to half the step, or a quarter: the marker's `shift` is 2 for the whole step, 1, or 0.
+    to half the step, or a quarter: the marker's `shift` is 2 for the whole step, 1, or 0. One that exceeds it even so, whose
+    answers are unlike those that the codebook was fitted to, is stored as it is, float32, beside its codes.
 
     A sample's views resemble each other. Every other view is stored as its difference from `prediction` times the
     codes of the view `reference`, which is exact, and a third smaller. Coefficients whose differences may not fit into
@@ -49,6 +50,7 @@ class Klt:
     reference: int = 0
     # From and to which factor of the temperature the rows of the fit were within max_error too; None: it was not tried.
     temperature_range: tuple[float, float] | None = None
+    exact_blocks: bool = False  # whether blocks may be stored as they are; before 0.2 a dump stopped there
     decoder: Decoder | None = None
     prediction: np.ndarray | None = None  # float32 [R], in [0, 1]
     class_weight: np.ndarray | None = None  # ω, float64 [C]
@@ -80,7 +82,10 @@ class Klt:
             PLAIN[1],
         ]
         shape, chunks = [views, samples, columns], [1, block_rows, columns]
+        exact, dimensions = [views, samples, classes], ["view", "sample", "class"]
+        plain = {"probability": array_document(exact, "float32", dimensions, chunks=[1, block_rows, classes])}
         return {
+            **(plain if self.exact_blocks else {}),
             "codebook": group_document({}),
             "codebook/mean": array_document([classes], "float32", ["class"]),
             "codebook/basis": array_document([self.coefficients, classes], "float32", ["coefficient", "class"]),
@@ -90,7 +95,7 @@ class Klt:
 
     def names(self) -> set[str]:
         """The names of this encoding's arrays and groups at the root of a store."""
-        return {"code", "codebook"}
+        return {"code", "codebook", "probability"}
 
     def codebook(self) -> dict[str, np.ndarray]:
         """The arrays that are written once, by name."""
@@ -119,6 +124,8 @@ class Klt:
             and 0 < span[0] <= 1 <= span[1] < np.inf
         ):
             raise ValueError(f"temperature_range is two factors around 1, found {span!r}")
+        if type(self.exact_blocks) is not bool:
+            raise ValueError(f"exact_blocks is true or false, found {self.exact_blocks!r}")
 
     def decompress(self, data: np.ndarray, rows: int) -> np.ndarray:
         """A stored chunk without its checksum, uint8 [size], to columns, int8 [rows, S], in the order they have there.
@@ -132,26 +139,29 @@ class Klt:
             raise ValueError(f"it claims to hold {found} bytes of {shape[0] * rows}")
         return np.frombuffer(Zstd().decode(data), np.int8).reshape(shape).T
 
-    def encode(self, probability: np.ndarray, reference=None) -> tuple[np.ndarray, dict]:
-        """float32 [B, C] to columns, int8 [B, S], and {"shift": …, "error": {"mean": …, "worst": …}}.
+    def encode(self, probability: np.ndarray, reference=None) -> tuple[dict[str, np.ndarray], dict]:
+        """float32 [B, C] to {"code": int8 [B, S]} and {"shift": …, "error": {"mean": …, "worst": …}}.
 
+        And {"probability": float32 [B, C]} where the error of the codes exceeds `max_error` even so; it is then zero.
         `reference`: codes [B, R] of the same samples in the view `self.reference`; None for that view itself.
-        Raises CacheError where the error exceeds `max_error` even so.
+        Raises CacheError where the store has no place for that.
         """
-        columns = np.empty((len(probability), self.coefficients + self.high), np.int8)
+        columns = np.empty((len(probability), self.columns(0)), np.int8)
         error = np.empty(len(probability))
         for shift in range(_SHIFT, -1, -1):
-            values = {"shift": shift}
+            values: dict = {"shift": shift}
             for piece in pieces(*probability.shape):
                 before = None if reference is None else reference[piece]
                 columns[piece] = self._columns(probability[piece], shift, before)
                 error[piece] = self._error(probability[piece], self.unpack(columns[piece], values, before))
             if error.mean() <= self.max_error:
-                return columns, values | {"error": {"mean": _rounded(error.mean()), "worst": _rounded(error.max())}}
-        raise CacheError(
-            f"the mean error is {error.mean():.3g}, above max_error {self.max_error}: the codebook is fitted to other "
-            "answers than these; dump with a larger max_error, or as probability"
-        )
+                return {"code": columns}, values | _stated(error)
+        if not self.exact_blocks:
+            raise CacheError(
+                f"the mean error is {error.mean():.3g}, above max_error {self.max_error}: the codebook is fitted to other "
+                "answers than these, and the store was begun by a version that cannot store them; dump into another folder"
+            )
+        return {"code": columns, "probability": probability}, values | _stated(np.zeros(1))
 
     @cached_property
     def _projection(self):
@@ -226,6 +236,8 @@ class Klt:
         fitted: dict = {"coefficients": self.coefficients, "high": self.high, "reference": self.reference}
         if self.temperature_range:
             fitted["temperature_range"] = list(self.temperature_range)
+        if self.exact_blocks:
+            fitted["exact_blocks"] = True
         return request | fitted
 
     def fitted(self, fit, views, class_counts) -> "Klt":
@@ -272,6 +284,7 @@ class Klt:
             coefficients=kept,
             high=_last(reach > 127),
             reference=reference,
+            exact_blocks=True,
             temperature_range=(math.ceil(1000 * low) / 1000, math.floor(1000 * high) / 1000),
             decoder=Decoder(mean, (basis[:kept] * (step / 2**_SHIFT)).astype(np.float32)),
             prediction=prediction,
@@ -319,8 +332,9 @@ def _last(chosen):
     return int(np.flatnonzero(chosen)[-1]) + 1 if chosen.any() else 0
 
 
-def _rounded(error):
-    return round(float(error), 6)
+def _stated(error):
+    """What a marker says of errors [B]."""
+    return {"error": {"mean": round(float(error.mean()), 6), "worst": round(float(error.max()), 6)}}
 
 
 def _step(coefficients, probability, mean, basis, weight, target):

@@ -24,7 +24,7 @@ class Planes:
     def __init__(self, cache, views=None, scratch=None, features=False):
         if features and not cache.features:
             raise CacheError("the cache holds no features; dump them too (cache.features)")
-        self._encoding, self._widths = cache.encoding, list(cache.features.values()) if features else None
+        self._encoding, self._widths = cache.held, list(cache.features.values()) if features else None
         views = whole_numbers(range(cache.views.count) if views is None else views, "view", cache.views.count)
         width, dtype = row_format(cache, features)
         shape = len(views), len(cache), width
@@ -62,4 +62,4 @@ def row_format(cache, features: bool) -> tuple[int, np.dtype]:
     """(width R, dtype) of a sample's codes under one view: those of its probabilities or of its features."""
     if features:
         return sum(cache.features.values()), np.dtype("int8")
-    return cache.encoding.width(len(cache.classes)), np.dtype(cache.encoding.dtype)
+    return cache.held.width(len(cache.classes)), np.dtype(cache.held.dtype)

@@ -13,12 +13,14 @@ import google_crc32c  # Zarr's own
 import numpy as np
 
 from . import features, tempering
+from .encodings import Dense
 from .format import CacheError, CorruptCacheError, read_marker, reason, whole_numbers
 from .metadata import DOCUMENT_BYTES, FOREIGN, check_chunk, load_metadata, read_document
 from .storage import open_storage
 
 _REDO = "delete its marker in done/ and resume the dump"
 _MARKER = re.compile(r"(0|[1-9]\d{0,6})\.(0|[1-9]\d{0,6})")
+_EXACT = Dense(name="probability", dtype="float32")  # of blocks that a codebook does not fit
 _PIECE = 64 << 10  # of a chunk, bytes; it stays in the CPU's cache
 _AT_ONCE = 1000  # markers that are read together
 
@@ -44,6 +46,7 @@ class Cache:
 
     identity: whose answers these are.  sample_id, label int64 [N].  image_size int64 [N, 2] (height, width).
     encoding: how probabilities are stored.  features: the width D of each, by name.
+    held: the encoding of what `stored_plane` gives: `encoding`, or float32 probabilities where some blocks are stored so.
     class_counts int64 [C]: samples a class.  digest: of all of the above.
     """
 
@@ -53,7 +56,9 @@ class Cache:
         self.identity, self.digest, self.layout = metadata.identity, metadata.digest, metadata.layout
         self.encoding, self.features, self.additions = metadata.encoding, metadata.features, metadata.additions
         self.sample_id, self.label, self.image_size = metadata.sample_id, metadata.label, metadata.image_size
-        self.class_counts = metadata.class_counts
+        self.class_counts, self.held = metadata.class_counts, metadata.encoding
+        if self.encoding.exact_blocks and any(name.startswith("c.") for name in storage.names(_EXACT.name)):
+            self.held = _EXACT
 
     def __str__(self):
         return str(self._storage)
@@ -77,7 +82,7 @@ class Cache:
     @property
     def decoder(self):
         """(mean [C], basis [R, C]): `stored_plane` rows @ basis + mean are logits. None where rows are of C numbers."""
-        return self.encoding.decoder
+        return self.held.decoder
 
     @property
     def temperatures(self) -> tuple[float, float] | None:
@@ -133,11 +138,12 @@ class Cache:
 
     def survey(self) -> "Survey":
         """What the markers of all committed blocks say, each read once and many at a time."""
-        blocks, nbytes = self.committed(), self._metadata.nbytes
+        blocks, nbytes, exact = self.committed(), self._metadata.nbytes, 0
         error = _Error(self.encoding.max_error)
         feature_error = {name: _Error(features.MAX_ERROR) for name in self.features}
         for block, marker, size in self._markers(blocks):
             nbytes += size + sum(entry["size"] for entry in marker["files"].values())
+            exact += not self.encoding.plain and any(key.startswith(f"{_EXACT.name}/") for key in marker["files"])
             rows = _length(self.layout.rows(block))
             try:
                 if self.encoding.max_error is not None:
@@ -149,6 +155,7 @@ class Cache:
                 raise CacheError(message) from None
         return Survey(
             blocks=blocks,
+            exact=exact,
             nbytes=nbytes,
             error=None if self.encoding.max_error is None else error.summary(),
             feature_error={name: found.summary() for name, found in feature_error.items()},
@@ -221,16 +228,26 @@ class Cache:
         return out
 
     def _read_block(self, view, block, out):
-        encoding = self.encoding
-        if encoding.reference is None:  # what is stored is what is asked for
-            self._read_plain(encoding.array, view, block, out)
+        if self.encoding.plain:  # what is stored is what is asked for
+            return self._read_plain(self.encoding.array, view, block, out)
+        marker = self._marker(view, block)
+        exact = self.encoding.exact_blocks and self.layout.chunk(_EXACT.name, view, block) in marker["files"]
+        if self.held is self.encoding:
+            if exact:
+                raise CacheError(f"{self._where(view, block)} is stored otherwise since this store was opened; open it again")
+            self._read_codes(view, block, marker, out)
+        elif exact:
+            self._read_plain(_EXACT.name, view, block, out)
         else:
-            marker = self._marker(view, block)
-            columns = self._read_columns(view, block, marker)
-            try:
-                encoding.unpack(columns, marker, self.reference_codes(view, block), out)
-            except ValueError as error:
-                raise CorruptCacheError(f"{self._where(view, block)} is damaged: {error}; {_REDO}") from error
+            self.encoding.decode(self._read_codes(view, block, marker), out)
+
+    def _read_codes(self, view, block, marker, out=None):
+        """Of a compressed store: codes, [rows of the block, R]."""
+        columns = self._read_columns(view, block, marker)
+        try:
+            return self.encoding.unpack(columns, marker, self.reference_codes(view, block), out)
+        except ValueError as error:
+            raise CorruptCacheError(f"{self._where(view, block)} is damaged: {error}; {_REDO}") from error
 
     def reference_codes(self, view: int, block: int) -> np.ndarray | None:
         """The codes that those of (view, block) are stored as differences from, [rows, R]; None where there are none.
@@ -243,7 +260,7 @@ class Cache:
         marker = self._marker(reference, block)
         if block not in self._reference or self._reference[block][0] != marker:
             # Column by column, as the differences are stored.
-            self._reference[block] = marker, np.asfortranarray(self.stored_block(reference, block))
+            self._reference[block] = marker, np.asfortranarray(self._read_codes(reference, block, marker))
         return self._reference[block][1]
 
     def _read_columns(self, view, block, marker):
@@ -291,7 +308,7 @@ class Cache:
             raise CorruptCacheError(f"{where} is damaged: it is not the chunk that was written; {_REDO}")
 
     def _room(self, count, out):
-        return _room((count, self.encoding.width(self.layout.classes)), self.encoding.dtype, out)
+        return _room((count, self.held.width(self.layout.classes)), self.held.dtype, out)
 
     def _where(self, view, block, array=None):
         rows = self.layout.rows(block)
@@ -315,7 +332,7 @@ class Cache:
 
     def plane(self, view: int) -> np.ndarray:
         """One view of every sample: probabilities, float32 [N, C]. Raises what `stored_plane` raises."""
-        return self.encoding.decode(self.stored_plane(view))
+        return self.held.decode(self.stored_plane(view))
 
     def feature_plane(self, name: str, view: int) -> np.ndarray:
         """The features `name` of one view of every sample, of length one, float32 [N, D].
@@ -335,7 +352,7 @@ class Cache:
         out = np.empty((len(samples), len(self.classes)), np.float32)
         for view in np.unique(views):
             chosen = views == view
-            out[chosen] = self.encoding.decode(self.stored_plane(int(view))[samples[chosen]])
+            out[chosen] = self.held.decode(self.stored_plane(int(view))[samples[chosen]])
         return out
 
     def verify_checksums(self) -> list[str]:
@@ -347,6 +364,9 @@ class Cache:
         for view, block in self.committed():
             try:
                 self.stored_block(view, block)
+                if self.held is not self.encoding:  # codes of blocks that are stored exactly serve other views
+                    with self._reading(self._where(view, block)):
+                        self._read_codes(view, block, self._marker(view, block))
                 for name, width in self.features.items():
                     room = np.empty((_length(self.layout.rows(block)), width), np.int8)
                     self._read_feature_block(name, view, block, room)
@@ -390,12 +410,14 @@ def _room(shape, dtype, out):
 class Survey:
     """What the markers of all committed blocks say.
 
-    blocks: (view, block), in order.  nbytes: of all files that are committed.  error: what the encoding costs, {"bound",
+    blocks: (view, block), in order.  exact: how many of them `klt` has stored as they are, since its codebook does not fit
+    them.  nbytes: of all files that are committed.  error: what the encoding costs, {"bound",
     "mean", "worst"} of a total variation; None where it is exact but for rounding.  feature_error: likewise by name, of a
     cosine distance. "mean" and "worst" are None where nothing is committed.
     """
 
     blocks: list[tuple[int, int]]
+    exact: int
     nbytes: int
     error: dict | None
     feature_error: dict[str, dict]

@@ -3,6 +3,7 @@
 A block's chunks are written and synced, then its marker. Only markers are trusted: resuming redoes what has none.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -87,7 +88,7 @@ def _open_writer(url, contents, fit, resume, rank, world):
         if not cache.complete:
             raise
         return CacheWriter(cache, range(0), None, [])  # what is complete may lie where nothing can be written
-    _sweep(storage, ["done", *cache.layout.arrays], owned)
+    _sweep(storage, {"done", *cache.layout.arrays, *cache.encoding.names()}, owned)
     return CacheWriter(cache, owned, lock, [] if cache.complete else notes)
 
 
@@ -202,13 +203,14 @@ class CacheWriter:
     """Writes the blocks of a store that this process owns. Also a context manager.
 
     notes: how the answers to come may differ in their last bits from those that the store has.
+    exact: how many blocks `klt` has stored as they are so far, since its codebook does not fit them.
     """
 
     def __init__(self, cache: Cache, owned: range, lock, notes: list[str]):
         self.cache, self._owned, self._lock, self.notes = cache, owned, lock, notes
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
-        self._store = ZarrStorage(self._storage)
-        self._arrays = {name: zarr.open_array(self._store, path=name, mode="r+") for name in self._layout.arrays}
+        self._store, self.exact = ZarrStorage(self._storage), 0
+        self._array = functools.cache(lambda name: zarr.open_array(self._store, path=name, mode="r+"))
         self._withdraw_differences()
 
     def _withdraw_differences(self):
@@ -276,8 +278,9 @@ class CacheWriter:
         for name, values in vectors.items():
             self._check_features(name, values, view, rows)
         stored, values = self._encode(view, block, probability, vectors)
+        self.exact += len(stored) > len(layout.arrays)
         for name, numbers in stored.items():
-            self._arrays[name][view, rows] = numbers
+            self._array(name)[view, rows] = numbers
         chunks = [layout.chunk(name, view, block) for name in stored]
         files = _sizes({chunk: self._store.written.pop(chunk) for chunk in chunks})
         owner = {"store": self.cache.digest, "view": view, "rows": [rows.start, rows.stop]}
@@ -286,8 +289,8 @@ class CacheWriter:
     def _encode(self, view, block, probability, vectors):
         """What each array of the store gets, by path, and what the marker says of it."""
         try:
-            columns, values = self._encoding.encode(probability, self.cache.reference_codes(view, block))
-            stored, errors = {self._encoding.array: columns}, {}
+            stored, values = self._encoding.encode(probability, self.cache.reference_codes(view, block))
+            errors = {}
             for name in self._layout.features:
                 stored[f"feature/{name}"], errors[name] = features.encode(vectors[name])
         except CacheError as error:

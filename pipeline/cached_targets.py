@@ -127,7 +127,7 @@ class CachedTargets(torch.utils.data.Dataset):
             )
         view = int(self.cache.views.draw(self.seed, int(self._epoch[0]), np.array([sample_id]))[0])
         stored = torch.from_numpy(self._planes[view if self.whole else 0, row].astype(np.float32))
-        target = soften(stored[None], self.cache.encoding.name, self.decoder, self.ratio)[0]
+        target = soften(stored[None], self.cache.held.name, self.decoder, self.ratio)[0]
         crop = self.crop(image, sample_id, view)
         return CachedSample(self.transform(crop) if self.transform else crop, int(label), sample_id, view, target)
 

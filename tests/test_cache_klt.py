@@ -1,5 +1,6 @@
 """Encoding `klt`: transform-coded log-probabilities, small, with a stated and checked error of the BKD target."""
 
+import dataclasses
 import json
 import os
 
@@ -228,13 +229,103 @@ def test_a_block_that_would_exceed_the_bound_takes_a_finer_step(tmp_path):
     assert (cache.stored_plane(4) % 4 == 0).all()
 
 
-def test_a_block_that_costs_more_than_the_bound_is_refused(tmp_path):
+@pytest.fixture
+def unforeseen(tmp_path, three_blocks):
+    """A store whose codebook does not fit the second block of the reference and of view 3, and the answers."""
+    foreseen, other = teacher(), teacher(rank=30, scale=9)
+
+    def probability(view):
+        p = foreseen(view).copy()
+        if view in (3, REFERENCE):
+            p[200:400] = other(view)[200:400]
+        return p
+
+    return dump(tmp_path / "s", probability, fit=lambda views: np.stack([foreseen(view) for view in views])), probability
+
+
+def test_a_block_that_the_codebook_does_not_fit_is_stored_as_it_is(tmp_path, unforeseen):
+    import zarr
+
+    cache, probability = unforeseen
+    assert cache.complete and cache.verify_checksums() == []
+    for view in range(18):
+        assert target_error(cache, view, probability)[0] <= 0.02
+    for view in 3, REFERENCE:
+        assert (cache.plane(view)[200:400] == probability(view)[200:400]).all()
+        assert target_error(cache, view, probability)[0] > 0.001, "other blocks of the view are coded"
+    summary = cache.summary()
+    assert summary["blocks"]["stored_exactly"] == 2 and 0 < summary["error"]["mean"] <= 0.02
+    assert cache.nbytes == sum(map(len, files(tmp_path / "s").values()))
+    array = zarr.open_array(tmp_path / "s/probability", mode="r")
+    assert array.shape == (18, 600, 40) and np.isnan(array[3, :200]).all()
+    assert (array[3, 200:400] == probability(3)[200:400]).all()
+
+
+def test_what_reads_a_store_does_not_care_that_blocks_are_stored_as_they_are(unforeseen):
+    import torch
+
+    from offline_bkd.cache import Planes
+    from offline_bkd.pipeline.training.targets import Targets
+
+    cache, probability = unforeseen
+    samples, views = np.array([250, 10, 399]), np.array([3, 3, 7])
+    rows = cache.rows(samples, views)
+    assert (rows[0] == probability(3)[250]).all() and cache.decoder is None
+    assert (Planes(cache, views=[3, 7]).rows(samples, views) == rows).all()
+    targets = Targets(cache, torch.device("cpu"))
+    np.testing.assert_array_equal(targets.probability(torch.from_numpy(samples), torch.from_numpy(views)), rows)
+    assert (cache.to_pandas(view=3).confidence == cache.plane(3).max(1)).all()
+    assert cache.temperatures == open_cache(str(cache)).temperatures != (2.0, 2.0)
+
+
+@pytest.mark.parametrize("key", ["probability/c.3.1.0", "code/c.3.1.0", "code/c.8.1.0"])
+def test_damage_beside_what_is_stored_as_it_is_is_found(unforeseen, tmp_path, key):
+    path = tmp_path / "s" / key
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    problems = open_cache(tmp_path / "s").verify_checksums()
+    assert len(problems) == (18 if "8" in key else 1) and all("rows 200 to 399 is damaged" in line for line in problems)
+
+
+def test_a_store_that_was_opened_before_says_so(tmp_path, three_blocks):
     probability, other = teacher(), teacher(rank=30, scale=9)
     with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
-        message = r"view 8, rows 0 to 599: the mean error is 0\.\d+, above max_error 0.02: .*; dump with a"
+        fill(writer, probability, [(REFERENCE, 0), (3, 0)])
+        before = open_cache(tmp_path / "s")
+        fill(writer, other, [(REFERENCE, 1)])
+        assert writer.exact == 1
+    assert before.stored_block(3, 0).dtype == np.int16
+    with pytest.raises(CacheError, match="view 8, rows 200 to 399 is stored otherwise since this store was opened; open it"):
+        before.stored_block(REFERENCE, 1)
+    assert (open_cache(tmp_path / "s").stored_block(REFERENCE, 1) == other(REFERENCE)[200:400]).all()
+
+
+def test_what_is_stored_as_it_is_resumes_to_the_same_bytes(tmp_path, unforeseen):
+    cache, probability = unforeseen
+    whole = files(tmp_path / "s")
+    for name in "3.1", "8.1":
+        (tmp_path / "s/done" / name).unlink()
+    with create_cache(tmp_path / "s", resume=True, **klt_arguments(probability)) as writer:
+        assert len(writer.pending()) == 18, "and what differs from it"
+        fill(writer, probability)
+    assert files(tmp_path / "s") == whole
+
+
+def test_a_store_of_an_older_version_refuses_a_block_that_its_codebook_does_not_fit(tmp_path, monkeypatch):
+    probability, other = teacher(), teacher(rank=30, scale=9)
+    fitted = klt.Klt.fitted
+
+    def older(*given):
+        return dataclasses.replace(fitted(*given), exact_blocks=False, temperature_range=None)
+
+    monkeypatch.setattr(klt.Klt, "fitted", older)
+    with create_cache(tmp_path / "s", **klt_arguments(probability)) as writer:
+        message = r"view 8, rows 0 to 599: the mean error is 0\.\d+, above max_error 0.02: .*; dump into another folder"
         with pytest.raises(CacheError, match=message):
             writer.write(REFERENCE, 0, other(8))
         assert (REFERENCE, 0) in writer.pending()
+    assert not (tmp_path / "s/probability").exists()
 
 
 def test_a_bound_that_no_codebook_reaches_is_refused(tmp_path):
@@ -376,6 +467,25 @@ def test_a_codebook_that_cannot_be_is_refused(tmp_path, field, value):
     document["attributes"]["encoding"][field] = value
     path.write_bytes(format.to_bytes(document))
     with pytest.raises(CacheError, match="its codebook is not one for 40 classes and 18 views"):
+        open_cache(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("exact_blocks", 1),
+        ("temperature_range", [2, 3]),
+        ("temperature_range", "ab"),
+        ("temperature_range", [0.5, float("inf")]),
+    ],
+)
+def test_what_a_store_says_of_its_codebook_makes_sense_or_is_refused(tmp_path, field, value):
+    dump(tmp_path / "s", teacher())
+    path = tmp_path / "s/zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["encoding"][field] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(CacheError, match=f"has an encoding that this version does not read: {field} is"):
         open_cache(tmp_path / "s")
 
 

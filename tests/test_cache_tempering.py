@@ -54,7 +54,7 @@ def student_of(cache):
     """Of a temperature: what a student's step gets, of every sample under view 1."""
     targets, views = Targets(cache, torch.device("cpu")), np.ones(len(cache), int)
     targets.prepare(views, views)
-    return lambda temperature: targets.gather(torch.arange(len(cache)), torch.from_numpy(views), temperature).numpy()
+    return lambda temperature: targets.probability(torch.arange(len(cache)), torch.from_numpy(views), temperature).numpy()
 
 
 def target_error(cache, z, temperature, found):

@@ -70,7 +70,7 @@ class Targets:
     def probability(self, rows: torch.Tensor, views: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
         """Of the samples at `rows` [B] under `views` [B]: float32 [B, C], softened by `temperature` (None: the cache's T)."""
         ratio = self.temperature / (temperature or self.temperature)
-        return soften(self._gather(rows, views), self.cache.encoding.name, self.decoder, ratio)
+        return soften(self._gather(rows, views), self.cache.held.name, self.decoder, ratio)
 
     def features(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
         """Float32 [B, D]: each teacher's feature of length one, side by side, and the whole of length one again."""
