@@ -188,8 +188,8 @@ def write_stores(
         write_pending(writers, answers, views.count, images.decodes)
         for store, writer in zip(stores, writers):
             if writer.exact:
-                found = f"{writer.exact} blocks, which its codebook does not fit, are stored as they are"
-                print(f"note: {store.path}: {found}; where they are many, cache.encoding={{name: logit}} is smaller", flush=True)
+                fact = f"{writer.exact} blocks, which its codebook does not fit, are stored as they are"
+                print(f"note: {store.path}: {fact}; if they are many, cache.encoding={{name: logit}} is smaller", flush=True)
     paths = ", ".join(store.path for store in stores)
     print(f"{paths}: {views.count} views of {len(training_set):,} samples", flush=True)
 
