@@ -30,6 +30,7 @@ from offline_bkd.cache.pieces import one_blas_thread
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
+from offline_bkd.pipeline.data.decoding import DECODER
 from offline_bkd.pipeline.data.images import ImageSource, open_images
 from offline_bkd.pipeline.schema import CacheSection, Experiment
 from offline_bkd.pipeline.show.progress import Progress
@@ -269,7 +270,7 @@ def computed(section, device: torch.device) -> dict:
         "environment": {
             "device": runs.device_name(device),
             "torch": torch.__version__,
-            "decoder": f"Pillow {PIL.__version__}, libjpeg {PIL.features.version('jpg')}",
+            "decoder": f"{DECODER} (Pillow {PIL.__version__}, libjpeg {PIL.features.version('jpg')})",
             "batch_size": section.batch_size,
         },
     }
