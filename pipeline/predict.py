@@ -81,6 +81,7 @@ def predict(
 def _pieces(source: str, column: str, classes: tuple[str, ...]) -> Iterator[Dataset]:
     """The images of one source, some at a time."""
     path = Path(source)
+    images: Sequence[str | bytes]
     if path.suffix == ".parquet":
         images = read_images(path, column)
     elif path.is_dir():

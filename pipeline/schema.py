@@ -4,7 +4,7 @@ Unknown keys, wrong types and impossible values are all reported at once, each w
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
@@ -131,7 +131,7 @@ class Network(Section):
         """Whether its initial weights come over the network."""
         return False
 
-    def without_weights(self) -> "Network":
+    def without_weights(self) -> Self:
         """The same network, its initial weights drawn instead of loaded."""
         return self
 
@@ -161,7 +161,7 @@ class LibraryModel(Network):
         """Whether `weights` are the library's own; files have a suffix."""
         return self.weights is not None and not Path(self.weights).suffix
 
-    def without_weights(self) -> "LibraryModel":
+    def without_weights(self) -> Self:
         return self.model_copy(update={"weights": None})
 
 

@@ -15,7 +15,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of p
 
 
 def build_model(
-    section: schema.Network,
+    section: schema.Model,
     classes: int,
     data: schema.Data,
     seed: int,
@@ -40,9 +40,9 @@ def build_model(
     return ImageClassifier(network, data.mean or own["mean"], data.std or own["std"], members, channels_last)
 
 
-def refuse_unknown_weights(section: schema.Network) -> None:
+def refuse_unknown_weights(section: schema.LibraryModel) -> None:
     """Raises UserError if the weights that a section would download are not known by that name. Downloads nothing."""
-    if section.name == "timm":
+    if isinstance(section, schema.TimmModel):
         from offline_bkd.pipeline.models.timm_models import refuse_unknown_timm_weights
 
         refuse_unknown_timm_weights(section)
@@ -71,35 +71,25 @@ def _names(model: nn.Module, *kinds: type) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _build_network(section: schema.Network, classes: int, image_size: tuple[int, int] | None) -> nn.Module:
-    if section.name == "cifar_resnet":
+def _build_network(section: schema.Model, classes: int, image_size: tuple[int, int] | None) -> nn.Module:
+    if isinstance(section, schema.CifarResNet):
         return CifarResNet(section.depth, section.width, classes, section.branches, section.zero_init_residual)
-    if section.name == "timm":  # these libraries take seconds to import
+    if isinstance(section, schema.TimmModel):  # these libraries take seconds to import
         from offline_bkd.pipeline.models.timm_models import build_timm
 
         return build_timm(section, classes, image_size)
     from offline_bkd.pipeline.models.torchvision_models import build_torchvision
 
-    network = build_torchvision(section, classes)
-    return _branch(network, section, classes) if section.branches == 2 else network
+    return build_torchvision(section, classes)
 
 
-def _branch(network: nn.Module, section: schema.TorchvisionModel, classes: int) -> nn.Module:
-    """The same network with its last block twice."""
-    from offline_bkd.pipeline.models.branches import BranchedResNet, ResNet
-
-    if not isinstance(network, ResNet):
-        raise UserError(
-            f"two branches are the last block of a ResNet twice, which {section.architecture} is not; "
-            "choose a resnet, or leave out model.branches and method bbn"
-        )
-    return BranchedResNet(network, classes, drawn=section.weights is None)
-
-
-def _add_attention(network: nn.Module, section: schema.Network, image_size: tuple[int, int]) -> None:
+def _add_attention(network: nn.Module, section: schema.Model, image_size: tuple[int, int]) -> None:
     """Lets the last stage of a ResNet end in modulated attention."""
-    stage, stride = (network.blocks, 4) if section.name == "cifar_resnet" else (getattr(network, "layer4", None), 32)
-    if stage is None:
+    if isinstance(section, schema.CifarResNet):
+        stage, stride = network.blocks, 4
+    elif hasattr(network, "layer4"):
+        stage, stride = network.layer4, 32
+    else:
         raise UserError(
             f"a memory's attention follows the last stage of a ResNet, which {section.architecture} is not; "
             "choose a resnet, or leave out model.memory"

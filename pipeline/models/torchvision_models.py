@@ -7,6 +7,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.models.branches import BranchedResNet
 from offline_bkd.pipeline.models.heads import classifier_name
 from offline_bkd.pipeline.models.weights import given_weights
 from offline_bkd.pipeline.schema import TorchvisionModel
@@ -30,24 +31,9 @@ def build_torchvision(section: TorchvisionModel, classes: int) -> nn.Module:
         network = models.get_model(section.architecture, weights=None, num_classes=classes)
     if section.zero_init_residual:
         _zero_last_scales(network, section)
-    if section.weights is None:
-        return network
-    own, last = network.state_dict(), classifier_name(network)
-    state = given_weights(section, network, last, torchvision_weights(section).get_state_dict if section.downloads else None)
-    unfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    if unexpected := [key for key in unfit if key.rpartition(".")[0] != last]:
-        raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
-    network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
-    return network
-
-
-def _zero_last_scales(network: nn.Module, section: TorchvisionModel) -> None:
-    """Lets the blocks of a ResNet begin as their shortcuts."""
-    if not isinstance(network, models.ResNet):
-        raise UserError(f"model.zero_init_residual is for a ResNet, which {section.architecture} is not; leave it out")
-    for block in network.modules():
-        if isinstance(block, (BasicBlock, Bottleneck)):
-            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
+    if section.weights is not None:
+        _load(network, section)
+    return _branched(network, section, classes) if section.branches == 2 else network
 
 
 def torchvision_weights(section: TorchvisionModel) -> models.WeightsEnum:
@@ -59,3 +45,31 @@ def torchvision_weights(section: TorchvisionModel) -> models.WeightsEnum:
             f"there are no weights {section.weights!r} of {section.architecture}; {there}; or give a .safetensors or .pth file"
         )
     return known[section.weights]
+
+
+def _load(network: nn.Module, section: TorchvisionModel) -> None:
+    own, last = network.state_dict(), classifier_name(network)
+    state = given_weights(section, network, last, torchvision_weights(section).get_state_dict if section.downloads else None)
+    unfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    if unexpected := [key for key in unfit if key.rpartition(".")[0] != last]:
+        raise UserError(f"weights {section.weights!r} do not fit {section.architecture}: {', '.join(unexpected[:3])}")
+    network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in unfit}})
+
+
+def _branched(network: nn.Module, section: TorchvisionModel, classes: int) -> BranchedResNet:
+    """The same network with its last block twice."""
+    if not isinstance(network, models.ResNet):
+        raise UserError(
+            f"two branches are the last block of a ResNet twice, which {section.architecture} is not; "
+            "choose a resnet, or leave out model.branches and method bbn"
+        )
+    return BranchedResNet(network, classes, drawn=section.weights is None)
+
+
+def _zero_last_scales(network: nn.Module, section: TorchvisionModel) -> None:
+    """Lets the blocks of a ResNet begin as their shortcuts."""
+    if not isinstance(network, models.ResNet):
+        raise UserError(f"model.zero_init_residual is for a ResNet, which {section.architecture} is not; leave it out")
+    for block in network.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
