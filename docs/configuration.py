@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md: every key of an experiment with its type, default and meaning, from pipeline/schema.py.
+"""Writes docs/configuration.md: every key of an experiment with its type, default and meaning, from pipeline/schema/.
 
 The meaning of a key is the comment at its line, or above it. Run it as `python docs/configuration.py` after a change.
 """

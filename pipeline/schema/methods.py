@@ -1,0 +1,147 @@
+"""Sections of methods, by kind: their own papers' values are the defaults."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from offline_bkd.pipeline.schema.base import Fraction, Section, ShareOfEpochs, Temperature
+
+
+class Method(Section):
+    """A way to train a network."""
+
+    learns_from: ClassVar[Literal["probabilities", "experts", "features", "backbone"] | None] = None  # a cache's; a run's
+
+
+class CE(Method):
+    """Cross-entropy alone."""
+
+    name: Literal["ce"]
+    # instance_balanced: every sample once an epoch; class_balanced: a class, each as often, then one of its samples
+    sampler: Literal["instance_balanced", "class_balanced"] = "instance_balanced"
+    label_smoothing: Fraction = 0.0  # share of the label that is spread evenly over all classes
+
+
+class KD(Method):
+    """Cross-entropy and `alpha` T^2 KL to the teacher's tempered probabilities (Hinton et al., 2015)."""
+
+    learns_from = "probabilities"
+    name: Literal["kd"]
+    alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the distillation
+    temperature: Temperature | None = None  # null: the cache's; inspect says which others it serves
+
+
+class BKD(Method):
+    """KD from targets that are re-weighted by the effective number of samples (BKD, eq. 8)."""
+
+    learns_from = "probabilities"
+    name: Literal["bkd"]
+    alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the distillation
+    temperature: Temperature | None = None  # null: the cache's; inspect says which others it serves
+    beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
+    reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights; 0.8 in the CIFAR-10 recipe
+
+
+class CB(Method):
+    """Cross-entropy weighted by the label's inverse effective number (Cui et al., 2019).
+
+    A batch's mean is the weighted one, as in the public code: divided by the sum of the batch's weights.
+    """
+
+    name: Literal["cb"]
+    beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
+    reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights
+
+
+class Focal(Method):
+    """Focal loss (Lin et al., 2017)."""
+
+    name: Literal["focal"]
+    gamma: Annotated[float, Field(ge=0)] = 1.0  # how much less a sample counts that is classified well; 0: cross-entropy
+
+
+class CBFocal(Method):
+    """Focal loss weighted by the label's inverse effective number (Cui et al., 2019), a batch's mean being the plain one."""
+
+    name: Literal["cb_focal"]
+    beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
+    gamma: Annotated[float, Field(ge=0)] = 1.0  # how much less a sample counts that is classified well; 0: cross-entropy
+    reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights
+
+
+class LogitAdjustment(Method):
+    """Cross-entropy of logits shifted by the log prior (Menon et al., 2021)."""
+
+    name: Literal["logit_adjustment"]
+    tau: Annotated[float, Field(ge=0)] = 1.0  # factor of the log prior
+
+
+class LDAM(Method):
+    """Margins that grow for rare classes, with deferred re-weighting (Cao et al., 2019); needs a cosine classifier.
+
+    Re-weighted, a batch's mean is divided by the sum of its weights, as in the public code.
+    """
+
+    name: Literal["ldam"]
+    max_margin: Annotated[float, Field(ge=0)] = 0.5  # of the rarest class, as a cosine
+    beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
+    reweight_from: ShareOfEpochs = 0.8  # share of the epochs without class weights
+
+
+class CRT(Method):
+    """The backbone of another run, frozen, and a new classifier on class-balanced samples (Kang et al., 2020)."""
+
+    learns_from = "backbone"
+    name: Literal["crt"]
+    batch_statistics: bool = False  # whether the frozen backbone normalises by the batch while the classifier learns
+
+
+class CBD(Method):
+    """(1 - alpha) CE + alpha beta (1 - cos) to the teachers' features, on class-balanced samples (CBD)."""
+
+    learns_from = "features"
+    name: Literal["cbd"]
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.4  # share of the distillation
+    beta: Annotated[float, Field(ge=0)] = 100.0  # factor of the distance of features
+
+
+class LFME(Method):
+    """Self-paced distillation from one expert a shot group, on class-balanced samples (Xiang et al., 2020).
+
+    An expert teaches less the more often the student has been right about its classes, beside the expert, in the epoch
+    before, and no longer once it is as often; images that their expert is unsure of come in over the first half of the
+    epochs. Both are measured on the training images that an epoch visits: the authors use a validation set, which not all
+    data have. Their confidence is scaled to the range of its class and has a floor for each shot group, here it is the
+    expert's probability as it is; their groups end at 100 and 20 images inclusively, here as everywhere.
+    """
+
+    learns_from = "experts"
+    name: Literal["lfme"]
+    theta: Fraction = 0.3  # an expert teaches in full until the student is right this many times as often
+
+
+class OLTR(Method):
+    """Another run's backbone, all of it training on, with a memory of class centroids (Liu et al., 2019).
+
+    On class-balanced samples; needs model.memory. The authors draw four samples of a class in a row, here each is drawn
+    alone.
+    """
+
+    learns_from = "backbone"
+    name: Literal["oltr"]
+
+
+class BBN(Method):
+    """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
+
+    Half of every batch goes to each branch, so a batch is twice as large as theirs, and what the branches share normalises
+    both halves together. Needs a ResNet of model.branches 2.
+    """
+
+    name: Literal["bbn"]
+
+
+AnyMethod = Annotated[
+    CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | OLTR | BBN,
+    Field(discriminator="name"),
+]
