@@ -113,13 +113,6 @@ def test_a_validation_part_that_cannot_be_is_refused_with_what_can_be(value):
         tiny.experiment(f"data.validation={value}")
 
 
-def test_training_refuses_a_validation_part_until_it_chooses_by_it(tmp_path):
-    from offline_bkd.pipeline.train import train_teacher
-
-    with pytest.raises(UserError, match="data.validation holds images out, but training does not choose .* leave it out"):
-        train_teacher(tiny.experiment("data.validation=0.1"), str(tmp_path / "run"), tiny.CPU)
-
-
 def test_digits_are_scikit_learns_with_a_balanced_test_part():
     from sklearn.datasets import load_digits
 
