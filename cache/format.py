@@ -54,7 +54,7 @@ class Identity:
     views: the view specification.  dataset: name and digests, by part.
     teacher: JSON values; its "digest" says whether two teachers are the same, the rest describes it.
     computed: JSON values: how the answers were computed, as far as that changes them. Answers of one store do not differ in
-    it, but in its "environment", which changes their last bits alone. Stores of before 0.2 do not say it.
+    it, but in its "environment", which changes their last bits alone. Earlier stores do not say it.
     """
 
     classes: tuple[str, ...]

@@ -50,7 +50,7 @@ class Klt:
     reference: int = 0
     # From and to which factor of the temperature the rows of the fit were within max_error too; None: it was not tried.
     temperature_range: tuple[float, float] | None = None
-    exact_blocks: bool = False  # whether blocks may be stored as they are; before 0.2 a dump stopped there
+    exact_blocks: bool = False  # whether blocks may be stored as they are; earlier, a dump stopped there
     decoder: Decoder | None = None
     prediction: np.ndarray | None = None  # float32 [R], in [0, 1]
     class_weight: np.ndarray | None = None  # ω, float64 [C]

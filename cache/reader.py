@@ -432,7 +432,7 @@ class _Error:
         mean, worst = stated["mean"], stated["worst"]
         if not all(type(value) in (int, float) and 0 <= value <= 2 for value in (mean, worst)):
             raise TypeError(f"an error is a number from 0 to 2, found {mean!r} and {worst!r}")
-        self.rows, self.total, self.worst = self.rows + rows, self.total + rows * mean, max(self.worst or 0, worst)
+        self.rows, self.total, self.worst = self.rows + rows, self.total + rows * mean, max(self.worst or 0.0, worst)
 
     def summary(self):
         return {"bound": self.bound, "mean": self.total / self.rows if self.rows else None, "worst": self.worst}

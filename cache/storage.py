@@ -12,17 +12,17 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
-from zarr.abc.store import Store
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
 from .format import CacheError
 
-PARTIAL = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.partial")  # of a file by its name; before 0.2 there was one for each file
+PARTIAL = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.partial")  # earlier without digits of its own
 
 
 @contextmanager
@@ -99,13 +99,19 @@ class LocalStorage:
     def size(self, key: str) -> int | None:
         """The number of bytes at `key`, or None if there is no such file."""
         try:
-            return (self.root / key).stat().st_size
+            found = (self.root / key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return None if stat.S_ISDIR(found.st_mode) else found.st_size
 
     def names(self, folder: str = "") -> list[str]:
         """The names in `folder`, sorted; none if it does not exist. Partial files are no part of a store."""
         return [name for name in self._names(folder) if not name.endswith(".partial")]
+
+    def keys(self, folder: str = "") -> list[str]:
+        """The keys of all files in `folder` and the folders in it."""
+        files = (path for path in (self.root / folder).rglob("*") if path.is_file() and path.suffix != ".partial")
+        return [str(path.relative_to(self.root)) for path in files]
 
     def partial(self, folder: str = "") -> dict[str, str]:
         """What writes that were cut short have left in `folder`, or are at work on: by name, the name of the whole."""
@@ -131,8 +137,9 @@ class LocalStorage:
     def remove(self, key: str) -> None:
         """Take away what is at `key`: after this it stays away."""
         path = self.root / key
-        path.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        if path.parent.is_dir():
+            path.unlink(missing_ok=True)
+            _sync_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -226,6 +233,11 @@ class RemoteStorage:
             return []
         return sorted(name for name in (entry.rstrip("/").rsplit("/", 1)[-1] for entry in found) if name)
 
+    def keys(self, folder: str = "") -> list[str]:
+        """The keys of all objects in `folder` and the folders in it."""
+        found = self._ask(self.fs.find, self._path(folder))
+        return [path.removeprefix(self.root).strip("/") for path in found]
+
     def write(self, key: str, data) -> None:
         """Put `data` (any buffer) at `key`, whole or not at all."""
         self._ask(self.fs.makedirs, self._path(key).rpartition("/")[0], exist_ok=True)
@@ -233,7 +245,8 @@ class RemoteStorage:
 
     def remove(self, key: str) -> None:
         """Take away what is at `key`."""
-        self._ask(self.fs.rm, self._path(key))
+        with suppress(FileNotFoundError):
+            self._ask(self.fs.rm, self._path(key))
 
     def partial(self, folder: str = "") -> dict[str, str]:
         """None: a put is whole."""
@@ -274,21 +287,42 @@ class ZarrStorage(Store):
 
     supports_writes = supports_deletes = supports_listing = True
 
-    def __init__(self, storage):
-        super().__init__(read_only=False)
-        self.storage, self.written = storage, {}
+    def __init__(self, storage, *, read_only: bool = False):
+        super().__init__(read_only=read_only)
+        self.storage = storage
+        self.written: dict[str, np.ndarray] = {}
+
+    def with_read_only(self, read_only: bool = False) -> "ZarrStorage":
+        return ZarrStorage(self.storage, read_only=read_only)
 
     def __eq__(self, other):
         return isinstance(other, ZarrStorage) and str(self.storage) == str(other.storage)
 
+    def __repr__(self):
+        return f"ZarrStorage({str(self.storage)!r})"
+
     async def get(self, key, prototype, byte_range=None):
         data = await asyncio.to_thread(self.storage.read, key)
-        return None if data is None else prototype.buffer.from_array_like(data.view("B"))
+        if data is None:
+            return None
+        match byte_range:
+            case None:
+                part = slice(None)
+            case RangeByteRequest(start, end):
+                part = slice(start, end)
+            case OffsetByteRequest(offset):
+                part = slice(offset, None)
+            case SuffixByteRequest(suffix):
+                part = slice(max(0, len(data) - suffix), None)
+            case _:
+                raise TypeError(f"Unexpected byte_range, got {byte_range!r}")
+        return prototype.buffer.from_array_like(data[part].view("B"))
 
     async def get_partial_values(self, prototype, key_ranges):
-        raise NotImplementedError("no chunk is read in parts")
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def set(self, key, value):
+        self._check_writable()
         data = value.as_numpy_array()
         await asyncio.to_thread(self.storage.write, key, data)
         self.written[key] = data
@@ -297,11 +331,19 @@ class ZarrStorage(Store):
         return await asyncio.to_thread(self.storage.size, key) is not None
 
     async def delete(self, key):
-        # Zarr deletes a chunk of nothing but fill values. No array holds its fill value, so this is never asked for.
-        raise NotImplementedError("no chunk is ever deleted")
+        # Zarr deletes a chunk of nothing but fill values; no array of a store of ours holds its fill value.
+        self._check_writable()
+        await asyncio.to_thread(self.storage.remove, key)
 
     async def list(self):
-        raise NotImplementedError("a store's keys follow from its format")
-        yield
+        async for key in self.list_prefix(""):
+            yield key
 
-    list_prefix = list_dir = lambda self, prefix: self.list()
+    async def list_prefix(self, prefix):
+        for key in self.storage.keys(prefix.rpartition("/")[0]):
+            if key.startswith(prefix):
+                yield key
+
+    async def list_dir(self, prefix):
+        for name in self.storage.names(prefix.strip("/")):
+            yield name

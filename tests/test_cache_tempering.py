@@ -140,7 +140,7 @@ def test_a_transform_coded_store_serves_the_temperatures_that_it_was_tried_at(tm
 
 
 def test_an_older_transform_coded_store_serves_its_own():
-    cache = open_cache(Path(__file__).parent / "format-1" / "klt")
+    cache = open_cache(Path(__file__).parent / "stores/0.1.0.dev0/klt")
     assert cache.temperatures == (2.0, 2.0)
     cache.refuse_temperature(2.0)
 
