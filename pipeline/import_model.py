@@ -169,9 +169,9 @@ def refuse_unexpected(top1: float, expected: float | None) -> None:
 
 
 def refuse_other_order(predicted: np.ndarray, label: np.ndarray, classes: int) -> None:
-    """Raises UserError if the outputs, named otherwise, would be right more often, by more than TOLERANCE.
+    """Raises UserError if the outputs, named otherwise, would be right more often: by more than TOLERANCE and than chance.
 
-    The best names are found on every second image and judged on the others, so that chance gains nothing.
+    The best names are found on every second image and judged on the others.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -180,12 +180,14 @@ def refuse_other_order(predicted: np.ndarray, label: np.ndarray, classes: int) -
     meant = np.empty(classes, np.int64)
     named, output = linear_sum_assignment(answered, maximize=True)
     meant[output] = named
-    as_is, renamed = (100 * np.mean(answer[1::2] == label[1::2]) for answer in (predicted, meant[predicted]))
-    if renamed > as_is + TOLERANCE:
+    as_is, renamed = (answer[1::2] == label[1::2] for answer in (predicted, meant[predicted]))
+    gained, lost = np.sum(renamed & ~as_is), np.sum(as_is & ~renamed)
+    by_chance = 3 * (gained + lost) ** 0.5  # three standard deviations of their difference, were both as likely
+    if gained - lost > max(by_chance, TOLERANCE / 100 * len(as_is)):
         raise UserError(
-            f"the network's outputs seem to be in another order than the data's classes: {as_is:.2f}% of test images are "
-            f"right, in another order {renamed:.2f}%; name the order by --classes FILE, or say by --expect which accuracy is "
-            "right; nothing written"
+            f"the network's outputs seem to be in another order than the data's classes: {100 * as_is.mean():.2f}% of test "
+            f"images are right, in another order {100 * renamed.mean():.2f}%; name the order by --classes FILE, or say by "
+            "--expect which accuracy is right; nothing written"
         )
 
 

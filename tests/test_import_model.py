@@ -18,7 +18,7 @@ from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import evaluate_run, infer, load_model
-from offline_bkd.pipeline.import_model import import_model
+from offline_bkd.pipeline.import_model import import_model, refuse_other_order
 from offline_bkd.pipeline.show.report import write_report
 from offline_bkd.pipeline.train import train_student, train_teacher
 
@@ -29,7 +29,7 @@ CLASSES = tuple("0123456789")
 def trained_run(tmp_path_factory):
     """The run of a teacher that has learnt something: what says nothing about the classes, has no order of them."""
     folder = tmp_path_factory.mktemp("import") / "teacher"
-    train_teacher(tiny.experiment("teacher.training.epochs=8"), str(folder), tiny.CPU)
+    train_teacher(tiny.experiment("teacher.training={epochs: 12, batch_size: 32, learning_rate: 0.1}"), str(folder), tiny.CPU)
     return folder
 
 
@@ -143,7 +143,7 @@ def test_an_imported_network_teaches(tmp_path, trained_run, network):
 def test_an_imported_network_is_reported_beside_others(tmp_path, trained_run, network):
     torch.save(network, tmp_path / "weights.pth")
     import_model(tiny.experiment(), str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
-    _, imported, trained = write_report([str(tmp_path / "run"), str(trained_run)], str(tmp_path / "report"))
+    _, imported, trained = write_report([str(tmp_path / "run"), str(trained_run)], str(tmp_path / "report")).table
     assert (imported[0], trained[0]) == ("imported", "teacher") and imported[2:] == [*trained[2:-1], trained[2]]
 
 
@@ -187,6 +187,19 @@ def test_or_refused_even_where_only_two_are_exchanged(tmp_path, network, shuffle
     with pytest.raises(UserError, match="seem to be in another order"):
         import_model(tiny.experiment(), weights, str(tmp_path / "run"), tiny.CPU, classes=str(order))
     assert not (tmp_path / "run").exists()
+
+
+def test_chance_is_no_other_order():
+    """Of few images, or of a network that guesses, some other order is always a little better."""
+    generator = np.random.default_rng(0)
+    for images, classes in ((12, 3), (400, 10), (3000, 1000)):
+        for _ in range(20):
+            refuse_other_order(generator.integers(0, classes, images), generator.integers(0, classes, images), classes)
+    label = generator.integers(0, 10, 400)
+    weak = np.where(generator.random(400) < 0.3, label, 0)  # right about a third, else the first class
+    refuse_other_order(weak, label, 10)
+    with pytest.raises(UserError, match="seem to be in another order"):
+        refuse_other_order((weak + 1) % 10, label, 10)
 
 
 @pytest.mark.parametrize(
