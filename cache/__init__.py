@@ -4,7 +4,7 @@ from . import open_cache
 open_cache("store.zarr").to_pandas(view=3)
 """
 
-from .format import CacheError, CorruptCacheError, Identity
+from .format import CacheError, CorruptCacheError, Identity, LostCacheError
 from .planes import Planes
 from .reader import Cache, open_cache
 from .views import CropFlip, RandomResizedCrop
@@ -17,6 +17,7 @@ __all__ = [
     "CorruptCacheError",
     "CropFlip",
     "Identity",
+    "LostCacheError",
     "Planes",
     "RandomResizedCrop",
     "create_cache",

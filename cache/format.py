@@ -46,6 +46,10 @@ class CorruptCacheError(CacheError):
     """What was stored has been damaged since."""
 
 
+class LostCacheError(CacheError):
+    """The store was opened, but cannot be read any more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     """Whose answers to what a store holds.

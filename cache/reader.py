@@ -3,6 +3,7 @@
 V views, N samples, C classes. Nothing of a store is trusted before it equals what the format says of it.
 """
 
+import errno
 import itertools
 import os
 import re
@@ -14,7 +15,7 @@ import numpy as np
 
 from . import features, tempering
 from .encodings import Dense
-from .format import CacheError, CorruptCacheError, read_marker, reason, whole_numbers
+from .format import CacheError, CorruptCacheError, LostCacheError, read_marker, reason, whole_numbers
 from .metadata import DOCUMENT_BYTES, FOREIGN, check_chunk, load_metadata, read_document
 from .storage import open_storage
 
@@ -34,11 +35,11 @@ def open_cache(url) -> "Cache":
     try:
         return Cache(open_storage(url))
     except OSError as error:
-        raise _unreadable(url, error) from error
+        raise _unreadable(url, error, CacheError) from error
 
 
-def _unreadable(what, error):
-    return CacheError(f"{what} cannot be read: {reason(error, what)}; check the address, the connection and what you may read")
+def _unreadable(what, error, kind):
+    return kind(f"{what} cannot be read: {reason(error, what)}; check the address, the connection and what you may read")
 
 
 class Cache:
@@ -177,7 +178,8 @@ class Cache:
         try:
             yield
         except OSError as error:
-            raise _unreadable(what, error) from error
+            denied = error.errno in (errno.EACCES, errno.EPERM)
+            raise _unreadable(what, error, CacheError if denied else LostCacheError) from error
 
     # reading
 

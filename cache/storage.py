@@ -1,4 +1,4 @@
-"""Where the bytes of a store live: a local folder or any fsspec URL, by key, and the Zarr store over it.
+"""Where the bytes of a store live: a local folder, an object store or another fsspec URL, by key, and the Zarr store over it.
 
 A local write is durable and whole: a partial file of a name of its own, fsync, rename, fsync of the folder.
 """
@@ -21,6 +21,7 @@ import numpy as np
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
 from .format import CacheError
+from .object_storage import CLASSES, ObjectStorage
 
 PARTIAL = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.partial")  # earlier without digits of its own
 
@@ -160,12 +161,12 @@ class LocalStorage:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
         except (BlockingIOError, PermissionError) as error:
             file.close()
-            raise BlockingIOError(str(error)) from error
+            raise BlockingIOError("wait for it, or end it") from error
         return file
 
 
 class RemoteStorage:
-    """Objects under an fsspec URL. A put is whole by the object store's own promise. There are no locks."""
+    """Files under an fsspec URL, in an archive, in memory or elsewhere. There are no locks."""
 
     def __init__(self, url: str):
         import fsspec
@@ -253,7 +254,7 @@ class RemoteStorage:
         return {}
 
     def lock(self, key: str, offsets):
-        """An object store has no locks: that each block has one dumping process is the caller's to see to.
+        """There are none here: that each block has one dumping process is the caller's to see to.
 
         The key is put all the same, so that who may not write learns it before any work is done.
         """
@@ -261,12 +262,15 @@ class RemoteStorage:
         return None
 
 
-def open_storage(url) -> LocalStorage | RemoteStorage:
-    """The storage at `url`: a path, or any URL that fsspec knows."""
+def open_storage(url) -> LocalStorage | ObjectStorage | RemoteStorage:
+    """The storage at `url`: a path, an address on S3 (s3://), Google Cloud (gs://) or Azure (az://), or what fsspec knows."""
     url = os.fspath(url)
     if url.startswith("file://"):
         return LocalStorage(unquote(re.sub("^file://(localhost(?=/))?", "", url)))
-    return RemoteStorage(url) if "://" in url else LocalStorage(url)
+    scheme, separator, _ = url.partition("://")
+    if scheme in CLASSES:
+        return ObjectStorage(url)
+    return RemoteStorage(url) if separator else LocalStorage(url)
 
 
 def _at_once(path, flags):

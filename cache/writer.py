@@ -179,7 +179,7 @@ def _create(storage, contents: _Contents, fit, rank, world) -> "CacheWriter":
     store = ZarrStorage(storage)
     columns = {name: getattr(contents, name) for name in ("sample_id", "label", "image_size")}
     for name, values in {**columns, **layout.encoding.codebook()}.items():
-        zarr.open_array(store, path=name, mode="r+")[...] = values
+        zarr.open_array(store, path=name, mode="r+", zarr_format=3)[...] = values
     storage.write(STORE_MARKER, marker(files | _sizes(store.written)))
     return CacheWriter(Cache(storage), owned, lock, [])
 
@@ -192,7 +192,7 @@ def _take(storage, layout, rank, world):
     try:
         return owned, storage.lock(LOCK, owned)
     except BlockingIOError as error:
-        raise CacheError(f"another process is writing {storage}; wait for it, or end it") from error
+        raise CacheError(f"another process is writing {storage}; {error}") from error
 
 
 def _sizes(written: dict) -> dict[str, dict]:
@@ -210,7 +210,7 @@ class CacheWriter:
         self.cache, self._owned, self._lock, self.notes = cache, owned, lock, notes
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
         self._store, self.exact = ZarrStorage(self._storage), 0
-        self._array = functools.cache(lambda name: zarr.open_array(self._store, path=name, mode="r+"))
+        self._array = functools.cache(lambda name: zarr.open_array(self._store, path=name, mode="r+", zarr_format=3))
         self._withdraw_differences()
 
     def _withdraw_differences(self):

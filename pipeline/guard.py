@@ -116,10 +116,10 @@ def end_as_interrupted() -> None:
 
 def explained(error: Exception) -> tuple[str, int]:
     """One line for a person, and the exit code: 2 for what the user can put right."""
-    from offline_bkd.cache import CacheError, CorruptCacheError
+    from offline_bkd.cache import CacheError, CorruptCacheError, LostCacheError
 
     message = str(error) or type(error).__name__
-    if isinstance(error, (UserError, CacheError)) and not isinstance(error, CorruptCacheError):
+    if isinstance(error, (UserError, CacheError)) and not isinstance(error, (CorruptCacheError, LostCacheError)):
         return message, 2
     if isinstance(error, OSError) and error.errno in ADVICE:
         advice, code = ADVICE[error.errno]

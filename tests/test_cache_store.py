@@ -329,7 +329,8 @@ def test_what_is_no_store_is_refused(tmp_path):
 def test_the_package_needs_neither_torch_nor_the_pipeline_and_opens_without_pandas():
     script = (
         "import sys\n"
-        "for name in 'torch', 'torchvision', 'offline_bkd.pipeline', 'pandas', 'pyarrow', 'fsspec': sys.modules[name] = None\n"
+        "for name in 'torch', 'torchvision', 'offline_bkd.pipeline', 'pandas', 'pyarrow', 'fsspec', 'obstore':\n"
+        "    sys.modules[name] = None\n"
         "from offline_bkd.cache import encodings, format, frame, reader, storage, writer\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
