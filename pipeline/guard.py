@@ -79,6 +79,7 @@ def fail(message: str, code: int):
 
 
 def interrupted():
+    signal.signal(signal.SIGINT, lambda *_: None)  # it is said once
     fail("interrupted; --resume goes on from the last epoch or block that was finished, reproduce needs no option", 130)
 
 
@@ -107,11 +108,19 @@ def guarded(command):
 
 def end_as_interrupted() -> None:
     """What ends a command from outside interrupts it: signals, and the end of the `reproduce` that started it."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
     if os.environ.pop("OFFLINE_BKD_ENDS_WITH_INPUT", None):
         threading.Thread(target=lambda: (os.read(0, 1), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+
+
+def interrupt(*_) -> None:
+    """Handles the first signal; what tidies up is not interrupted by those that follow, but for a second Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # Python complains of one that is on its way when it is to be ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise KeyboardInterrupt
 
 
 def explained(error: Exception) -> tuple[str, int]:

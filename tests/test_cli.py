@@ -321,6 +321,7 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, se
     while not process.stdout.readline().startswith("epoch 2/"):
         assert process.poll() is None
     process.send_signal(sent)
+    process.send_signal(signal.SIGTERM)  # as a terminal and a parent each send their own
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130 and error.startswith("error: interrupted; --resume") and error.count("\n") == 1
 

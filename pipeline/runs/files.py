@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -54,17 +52,19 @@ def reason(error: Exception) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash at any moment `path` is the old file or the new one."""
-    with _naming(path):
-        LocalStorage(path.parent).write(path.name, data)
+    LocalStorage(path.parent).write(path.name, data)
 
 
 def append(path: Path, line: str, sync: bool = False) -> None:
     """Adds a line to a file; with `sync` it is on the disk when this returns."""
-    with _naming(path), open(_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
+    try:
+        with open(_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
 
 
 def read(path: Path) -> bytes:
@@ -85,14 +85,3 @@ def _regular(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "It is no regular file", str(path))
     return descriptor
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """An OSError that leaves it, such as that of a full disk, names the file that was to be written."""
-    try:
-        yield
-    except OSError as error:
-        if not error.errno:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
