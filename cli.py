@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -57,6 +58,14 @@ def parse_seeds(text: str | None) -> tuple[int, ...]:
     if any(not 0 <= seed < 2**63 for seed in seeds):
         raise UserError(f"--seeds {text!r}: seeds are whole numbers with commas between, such as 0,1,2")
     return seeds
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """Of "3/64": (3, 64)."""
+    match = None if text is None else re.fullmatch(r"([1-9]\d{0,6})/([1-9]\d{0,6})", text)
+    if text is not None and not (match and int(match[1]) <= int(match[2])):
+        raise UserError(f"--part {text!r}: a part is its number, from 1, and how many there are, such as 3/64")
+    return match and (int(match[1]), int(match[2]))
 
 
 def choose_device(name: str):
@@ -135,8 +144,9 @@ def import_model(config, device, weights, out, prefix, classes, expect):
 )
 @click.option("--out", required=True, type=PLACE, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
 @click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")
+@click.option("--part", metavar="3/64", help="Only this part; the others are other processes', at once or in any order.")
 @experiment
-def dump_logits(config, device, teachers, out, apart, resume, dry_run):
+def dump_logits(config, device, teachers, out, apart, part, resume, dry_run):
     """Example: python cli.py dump-logits --config configs/digits.yaml --teacher runs/teacher --out runs/cache.zarr
 
     Stage one, second half: write the teacher's tempered probabilities for every view of every training sample.
@@ -147,8 +157,8 @@ def dump_logits(config, device, teachers, out, apart, resume, dry_run):
     if out.startswith("memory://"):
         raise UserError(f"{out}: nothing stays there when the command ends; name a folder, or an address on an object store")
     if dry_run:
-        return show_dump_plan(config, device, teachers, out, resume, apart)
-    dump.dump_logits(config, teachers, out, device, resume, apart)
+        return show_dump_plan(config, device, teachers, out, resume or part is not None, apart)
+    dump.dump_logits(config, teachers, out, device, resume, apart, parse_part(part))
 
 
 @main.command("train-student", short_help="Train a student from a cache (stage two).")
@@ -243,15 +253,20 @@ def export_model(run, form, out, checkpoint, overrides):
 @main.command(short_help="Tell what a cache is.")
 @click.argument("store", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--parts", type=click.IntRange(1, 10**6), metavar="64", help="Print only which of so many parts are not dumped.")
 @guarded
-def inspect(store, as_json):
+def inspect(store, as_json, parts):
     """Example: python cli.py inspect runs/cache.zarr
 
-    Tell what a cache is: whose answers to what, its size, whether it is complete, how good the teacher is.
+    Tell what a cache is: whose answers to what, its size, whether it is complete, how good the teacher is. With --parts 64,
+    which parts to give dump-logits again, as `sbatch --array` takes them: 3,17.
     """
     from offline_bkd.cache import open_cache
     from offline_bkd.pipeline.show import terminal
 
+    if parts:
+        left = [number for number, missing in enumerate(open_cache(store).parts(parts), 1) if missing]
+        return click.echo(json.dumps(left) if as_json else ",".join(map(str, left)))
     summary = open_cache(store).summary()
     click.echo(json.dumps(summary)) if as_json else terminal.facts(summary, store)
 

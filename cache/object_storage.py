@@ -159,12 +159,12 @@ class ObjectStorage:
         """None: a put is whole."""
         return {}
 
-    def lock(self, key: str, offsets) -> "Lease":
-        """Hold the numbers `offsets` of `key` against other processes; returns the lease that does.
+    def lock(self, key: str, ranges) -> "Lease":
+        """Hold the numbers in `ranges` of `key` against other processes; returns the lease that does.
 
         Raises BlockingIOError where another process holds one. A process that is killed holds them for LEASE seconds more.
         """
-        lease = Lease(self._client, f"{key}s", offsets)
+        lease = Lease(self._client, f"{key}s", ranges)
         self._lease = weakref.ref(lease)
         return lease
 
@@ -176,8 +176,9 @@ class Lease:
     are the server's. Renewing and taking away are conditional on the object being as it was seen, so that only one happens.
     """
 
-    def __init__(self, client: Client, folder: str, offsets):
-        self._held = _Held(client, f"{folder}/{secrets.token_hex(8)}", sorted(offsets))
+    def __init__(self, client: Client, folder: str, ranges):
+        numbers = [[held.start, held.stop] for held in ranges]
+        self._held = _Held(client, f"{folder}/{secrets.token_hex(8)}", numbers)
         self._end = weakref.finalize(self, self._held.end)
         try:
             self._refuse_others(client, folder)
@@ -197,7 +198,7 @@ class Lease:
                     continue
             with suppress(FileNotFoundError):
                 theirs = json.loads(bytes(client.ask(lambda store, key=key: store.get(key).bytes())) or b"[[]]")[0]
-                if not set(theirs).isdisjoint(self._held.offsets):
+                if any(max(a, c) < min(b, d) for a, b in theirs for c, d in self._held.ranges):
                     raise BlockingIOError(f"wait for it, or end it and wait {LEASE} s")
 
     def keep(self) -> None:
@@ -212,13 +213,13 @@ class Lease:
 class _Held:
     """The state of a lease; apart from it so that the thread does not keep alive what nobody else holds."""
 
-    def __init__(self, client: Client, key: str, offsets: list[int]):
-        self.client, self.key, self.offsets = client, key, offsets
+    def __init__(self, client: Client, key: str, ranges: list[list[int]]):
+        self.client, self.key, self.ranges = client, key, ranges
         self._lost, self._ended, self._renewing = False, threading.Event(), threading.Lock()
         self._renewed, self._object = time.time(), client.ask(lambda store: store.put(key, self._data(), mode="create"))
 
     def _data(self) -> bytes:
-        return json.dumps([self.offsets, secrets.token_hex(8)]).encode()  # no two alike, as an etag may be of the bytes alone
+        return json.dumps([self.ranges, secrets.token_hex(8)]).encode()  # no two alike, as an etag may be of the bytes alone
 
     def renew(self) -> None:
         with self._renewing:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import google_crc32c  # Zarr's own
 import numpy as np
 
-from . import features, tempering
+from . import features, parts, tempering
 from .encodings import Dense
 from .format import CacheError, CorruptCacheError, LostCacheError, read_marker, reason, whole_numbers
 from .metadata import DOCUMENT_BYTES, FOREIGN, check_chunk, load_metadata, read_document
@@ -100,6 +100,16 @@ class Cache:
         """The (view, block) that are not dumped, in order."""
         done = set(self.committed())
         return [pair for pair in itertools.product(range(self.layout.views), range(self.layout.blocks)) if pair not in done]
+
+    def parts(self, count: int) -> list[list[tuple[int, int]]]:
+        """The (view, block) that are not dumped, as `count` lists that as many processes may write, at once or in any order.
+
+        Which list a block is in follows from the store alone: part 3 of 64 is always the same blocks, less what is there by
+        now. Some lists are empty where the store has fewer blocks that may be written apart.
+        """
+        if count < 1:
+            raise ValueError(f"there must be at least one part, found {count}")
+        return parts.share(self.layout, set(self.missing()), count)
 
     def committed(self) -> list[tuple[int, int]]:
         """The (view, block) that are dumped, in order."""

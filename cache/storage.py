@@ -148,8 +148,8 @@ class LocalStorage:
             folder.mkdir(exist_ok=True)
             _sync_folder(folder.parent)
 
-    def lock(self, key: str, offsets):
-        """Hold the bytes `offsets` of the file `key` against other processes; returns the open file that holds them.
+    def lock(self, key: str, ranges):
+        """Hold the bytes in `ranges` of the file `key` against other processes; returns the open file that holds them.
 
         Raises BlockingIOError where another process holds one. The kernel frees them when the process ends.
         """
@@ -157,8 +157,8 @@ class LocalStorage:
         self._make_folder(path.parent)
         file = open(path, "ab", opener=_at_once)
         try:
-            for offset in offsets:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+            for held in ranges:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, len(held), held.start)
         except (BlockingIOError, PermissionError) as error:
             file.close()
             raise BlockingIOError("wait for it, or end it") from error
@@ -253,7 +253,7 @@ class RemoteStorage:
         """None: a put is whole."""
         return {}
 
-    def lock(self, key: str, offsets):
+    def lock(self, key: str, ranges):
         """There are none here: that each block has one dumping process is the caller's to see to.
 
         The key is put all the same, so that who may not write learns it before any work is done.

@@ -4,7 +4,11 @@ A block's chunks are written and synced, then its marker. Only markers are trust
 """
 
 import functools
+import itertools
+import random
 import re
+import time
+from contextlib import closing, nullcontext
 
 import numpy as np
 import zarr
@@ -22,11 +26,15 @@ from .format import (
     marker,
     reason,
     to_bytes,
+    whole_numbers,
 )
 from .reader import Cache
 from .storage import ZarrStorage, open_storage
 
 _NAMES = {"zarr.json", "done", "sample_id", "label", "image_size", "feature"}
+_CREATION = range(1 << 62, (1 << 62) + 1)  # of the lock's numbers; those below stand for the blocks of all views
+_ALL = range(_CREATION.stop)
+_WAIT = 0.2  # s at least, between looks at a store that another process creates
 _SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near
 
 
@@ -41,8 +49,7 @@ def create_cache(
     features: dict[str, int] | None = None,
     fit=None,
     resume: bool = False,
-    rank: int = 0,
-    world: int = 1,
+    joint: bool = False,
 ) -> "CacheWriter":
     """Make the store `url`, a path or fsspec URL, with every array at its full size, and open it for writing.
 
@@ -54,8 +61,8 @@ def create_cache(
     float32 [len(views), S, C]; a few thousand samples do.
     resume: open a store that is there, to write what it does not have yet. One that is not, or whose creation was cut
     short, is created.
-    Of `world` processes that dump together, one creates the store, the others resume it; process `rank` writes
-    the blocks whose number is `rank` modulo `world`.
+    joint: other processes may write the store at the same time; each writes what it has taken (`CacheWriter.take`). With
+    `resume`, whoever comes first creates it; at an address without locks (`fsspec`) that is the caller's to see to.
 
     Raises CacheError where there is something at `url`, or with `resume` something else than the store of exactly these
     arguments, and says what differs; where it cannot be written, or another process does; where `klt` cannot keep to
@@ -63,41 +70,68 @@ def create_cache(
     """
     contents = _Contents(identity, sample_id, label, image_size, encoding, features)
     try:
-        return _open_writer(url, contents, fit, resume, rank, world)
+        return _open_writer(url, contents, fit, resume, joint)
     except OSError as error:
         raise CacheError(f"{url} cannot be written: {reason(error, url)}; choose another place") from error
 
 
-def _open_writer(url, contents, fit, resume, rank, world):
-    storage, names = _open(url, resume)
+def _open_writer(url, contents, fit, resume, joint):
+    (storage, names), lock = _open(url, resume), None
     if storage.size(STORE_MARKER) is None:
         strangers = [name for name in names if name not in contents.encoding.names() | _NAMES]
         if strangers:
             raise CacheError(f"{url} is not a store: it holds {strangers[0]}; choose another folder")
-        if any(name[0].isdigit() for name in storage.names("done")):
+        if any(name[0].isdigit() for name in storage.names("done")) and storage.size(STORE_MARKER) is None:
             raise CorruptCacheError(f"{url} has blocks but no {STORE_MARKER}; restore that, or choose another folder")
-        return _create(storage, contents, fit, rank, world)
+        if joint:
+            _create_once(storage, contents, fit)
+        else:
+            layout = contents.layout(fit)  # which may fail: before anything is there
+            lock = _lock(storage, [_ALL])
+            _create(storage, contents, layout)
     cache = Cache(storage)
     others, notes = cache.identity.mixed(contents.identity)
     differences = cache.identity.differences(contents.identity) + others + contents.differences(cache)
     if differences:
         raise CacheError(f"{url} is another store: {'; '.join(differences)}; choose another folder")
+    writer = CacheWriter(cache, [] if cache.complete else notes)
+    if not joint:
+        try:
+            writer.own(
+                itertools.product(range(cache.layout.views), range(cache.layout.blocks)), lock or _lock(storage, [_ALL])
+            )
+        except OSError:
+            if not cache.complete:  # what is complete may lie where nothing can be written
+                raise
+    return writer
+
+
+def _create_once(storage, contents, fit) -> None:
+    """Create the store, unless another process does; then wait until it has, or has ended."""
+    while storage.size(STORE_MARKER) is None:
+        try:
+            lock = storage.lock(LOCK, [_CREATION])
+        except BlockingIOError:
+            time.sleep(_WAIT * random.uniform(1, 3))  # on an object store two that come at once are both refused
+            continue
+        with closing(lock) if lock else nullcontext():
+            if storage.size(STORE_MARKER) is None:
+                _create(storage, contents, contents.layout(fit))
+
+
+def _lock(storage, ranges):
     try:
-        owned, lock = _take(storage, cache.layout, rank, world)
-    except OSError:
-        if not cache.complete:
-            raise
-        return CacheWriter(cache, range(0), None, [])  # what is complete may lie where nothing can be written
-    _sweep(storage, {"done", *cache.layout.arrays, *cache.encoding.names()}, owned)
-    return CacheWriter(cache, owned, lock, [] if cache.complete else notes)
+        return storage.lock(LOCK, ranges)
+    except BlockingIOError as error:
+        raise CacheError(f"another process is writing {storage}; {error}") from error
 
 
 def _sweep(storage, folders, owned=None) -> None:
-    """Take away what was left by writes that were cut short: of everything, or of the blocks `owned`, whose lock is held."""
+    """Take away what was left by writes that were cut short: of everything, or of the (view, block) `owned`, once locked."""
     for folder in folders:
         for name, whole in storage.partial(folder).items():
-            block = re.fullmatch(r"(?:c\.)?\d+\.(\d+)(?:\.0)?", whole)
-            if owned is None or (block and int(block[1]) in owned):
+            pair = re.fullmatch(r"(?:c\.)?(\d+)\.(\d+)(?:\.0)?", whole)
+            if owned is None or (pair and (int(pair[1]), int(pair[2])) in owned):
                 storage.remove(f"{folder}/{name}")
 
 
@@ -167,9 +201,7 @@ class _Contents:
         return lines
 
 
-def _create(storage, contents: _Contents, fit, rank, world) -> "CacheWriter":
-    layout = contents.layout(fit)
-    owned, lock = _take(storage, layout, rank, world)
+def _create(storage, contents: _Contents, layout: Layout) -> None:
     files = {}
     _sweep(storage, {key.rpartition("/")[0] or "." for key in layout.documents()})
     for key, document in layout.documents().items():
@@ -181,18 +213,6 @@ def _create(storage, contents: _Contents, fit, rank, world) -> "CacheWriter":
     for name, values in {**columns, **layout.encoding.codebook()}.items():
         zarr.open_array(store, path=name, mode="r+", zarr_format=3)[...] = values
     storage.write(STORE_MARKER, marker(files | _sizes(store.written)))
-    return CacheWriter(Cache(storage), owned, lock, [])
-
-
-def _take(storage, layout, rank, world):
-    """The blocks that process `rank` of `world` owns, and the lock on them."""
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must be in [0, world), found rank {rank} of {world}")
-    owned = range(rank, layout.blocks, world)
-    try:
-        return owned, storage.lock(LOCK, owned)
-    except BlockingIOError as error:
-        raise CacheError(f"another process is writing {storage}; {error}") from error
 
 
 def _sizes(written: dict) -> dict[str, dict]:
@@ -200,17 +220,52 @@ def _sizes(written: dict) -> dict[str, dict]:
 
 
 class CacheWriter:
-    """Writes the blocks of a store that this process owns. Also a context manager.
+    """Writes the (view, block) of a store that this process owns: all of them, or where it is joint, what it takes.
+
+    Also a context manager.
 
     notes: how the answers to come may differ in their last bits from those that the store has.
     exact: how many blocks `klt` has stored as they are so far, since its codebook does not fit them.
     """
 
-    def __init__(self, cache: Cache, owned: range, lock, notes: list[str]):
-        self.cache, self._owned, self._lock, self.notes = cache, owned, lock, notes
+    def __init__(self, cache: Cache, notes: list[str]):
+        self.cache, self._owned, self._lock, self.notes = cache, set(), None, notes
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
         self._store, self.exact = ZarrStorage(self._storage), 0
         self._array = functools.cache(lambda name: zarr.open_array(self._store, path=name, mode="r+", zarr_format=3))
+
+    def take(self, pairs) -> None:
+        """Own the (view, block) `pairs`, once for each writer. Closing it, or the end of its process, frees them for others.
+
+        Raises CacheError where another process owns one of them, where there is no such view or block, and where a view is
+        stored as differences from another that is neither there nor among `pairs`.
+        """
+        pairs, layout, reference = sorted(set(pairs)), self._layout, self._encoding.reference
+        if self._owned:
+            raise ValueError("this writer has taken its blocks; open another")
+        if not pairs:
+            return
+        views, blocks = zip(*pairs)
+        places = whole_numbers(blocks, "block", layout.blocks) * layout.views + whole_numbers(views, "view", layout.views)
+        if reference is not None:
+            lost = {pair for pair in self.cache.missing() if pair[0] == reference}.difference(pairs)
+            for view, block in pairs:
+                if (reference, block) in lost:
+                    raise CacheError(
+                        f"view {view} of block {block} is stored as differences from view {reference}, which is not there; "
+                        f"write ({reference}, {block}) too"
+                    )
+        places.sort()
+        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+        try:
+            self.own(pairs, _lock(self._storage, [range(int(run[0]), int(run[-1]) + 1) for run in runs]))
+        except OSError as error:
+            raise CacheError(f"{self.cache} cannot be written: {reason(error, self.cache)}; choose another place") from error
+
+    def own(self, pairs, lock) -> None:
+        """Own `pairs`, which `lock` keeps from others: what killed processes left of them is taken away."""
+        self._owned, self._lock = set(pairs), lock
+        _sweep(self._storage, {"done", *self._layout.arrays, *self._encoding.names()}, self._owned)
         self._withdraw_differences()
 
     def _withdraw_differences(self):
@@ -220,7 +275,7 @@ class CacheWriter:
         """
         reference = self._encoding.reference
         missing = set() if reference is None else set(self.cache.missing())
-        for block in (block for block in self._owned if (reference, block) in missing):
+        for _, block in (pair for pair in self._owned if pair[0] == reference and pair in missing):
             for view in range(self._layout.views):
                 if (view, block) not in missing:
                     self._storage.remove(f"done/{view}.{block}")
@@ -232,7 +287,7 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Let other processes write these blocks. Everything written is already safe."""
+        """Let other processes write what this one owns. Everything written is already safe."""
         if self._lock is not None:
             self._lock.close()
 
@@ -241,6 +296,11 @@ class CacheWriter:
         """Blocks a view, of all processes."""
         return self._layout.blocks
 
+    @property
+    def owned(self) -> frozenset[tuple[int, int]]:
+        """The (view, block) that this process writes."""
+        return frozenset(self._owned)
+
     def rows(self, block: int) -> slice:
         """The samples of `block`, by position."""
         return self._layout.rows(block)
@@ -248,7 +308,7 @@ class CacheWriter:
     def pending(self) -> list[tuple[int, int]]:
         """The (view, block) that this process owns and that have no marker, in the order to write them in."""
         first = self._encoding.reference
-        missing = [(view, block) for view, block in self.cache.missing() if block in self._owned]
+        missing = self._owned.difference(self.cache.committed())
         return sorted(missing, key=lambda pair: (pair[0] != first, pair))
 
     def write(self, view: int, block: int, probability, features=None) -> None:
@@ -262,7 +322,7 @@ class CacheWriter:
         layout, rows = self._layout, self._layout.rows(block)
         probability = np.asarray(probability, np.float32)
         vectors = {name: np.asarray(values, np.float32) for name, values in (features or {}).items()}
-        if not 0 <= view < layout.views or block not in self._owned:
+        if (view, block) not in self._owned:
             raise ValueError(f"view {view}, block {block} is not this process's to write")
         if view == self._encoding.reference and self._storage.size(f"done/{view}.{block}") is not None:
             raise ValueError(f"view {view}, block {block} is written; other views are stored as differences from it")

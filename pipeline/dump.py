@@ -26,7 +26,9 @@ from offline_bkd.cache import (
     philox,
 )
 from offline_bkd.cache.features import check as check_features
+from offline_bkd.cache.parts import VIEWS_TOGETHER
 from offline_bkd.cache.pieces import one_blas_thread
+from offline_bkd.cache.storage import RemoteStorage, open_storage
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
@@ -38,6 +40,7 @@ from offline_bkd.pipeline.teachers import Teachers, average, load_teachers, note
 
 FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a covariance of a hundred directions
 GROUP_BYTES = 1 << 30  # of probabilities that wait in memory so that one decode of an image serves several views
+Blocks = Sequence[tuple[int, int]]  # (view, block)
 
 
 def dump_logits(
@@ -47,12 +50,18 @@ def dump_logits(
     device: torch.device,
     resume: bool = False,
     apart: bool = False,
+    part: tuple[int, int] | None = None,
+    blocks: Blocks | None = None,
 ) -> None:
     """Runs the teachers of the folders `teachers` over all views and writes their average's cache to `out`.
 
     Experts' average holds each one's probabilities of its own classes, at an equal share of the row: no class has two.
     With `apart` there is a cache for each, named as its folder, in the folder `out`: one decode of an image serves all.
     What is already committed is kept with `resume`. Under torchrun, processes share the blocks.
+
+    part: (number from 1, count): only this part of the work; blocks: only these (view, block), such as a list of
+    `open_cache(out).parts(count)`. Other processes may write the others, before, meanwhile or later, in any order: who comes
+    first creates the store, and its bytes are those of one process. What is there is kept.
     """
     training_set, _, _ = datasets.load(config.data)
     networks, identities = load_teachers(teachers, training_set, config.cache.features)
@@ -75,7 +84,9 @@ def dump_logits(
     else:
         stores = [Store(out, average(identities), widths, list(range(len(names))))]
     images = open_images(training_set, config.views, device, config.data.workers)
-    write_stores(networks.to(device), names, stores, training_set, images, config.views, config.cache, resume)
+    share = _share(part, blocks)
+    resume = resume or part is not None or blocks is not None
+    write_stores(networks.to(device), names, stores, training_set, images, config.views, config.cache, resume, share)
 
 
 def dump(
@@ -91,12 +102,14 @@ def dump(
     device: str | torch.device = "cpu",
     workers: int = 2,
     resume: bool = False,
+    blocks: Blocks | None = None,
 ) -> None:
     """Writes the answers of any network to all `views` of a training set into the store `out`.
 
     network: an nn.Module, or any callable, from uint8 images [B, 3, S, S] to logits [B, C]; it normalises them itself.
     data: an experiment, whose training part is meant, or a part of a data set.  encoding: as in `cache.encoding`; None: the
-    default.  teacher: says whose answers they are, where a digest of a module's weights cannot.
+    default.  teacher: says whose answers they are, where a digest of a module's weights cannot.  blocks: only these
+    (view, block), while other processes write others; none of them creates the store (see `dump_logits`).
 
     Raises UserError where the network cannot be told from another, CacheError where the store cannot be written.
     """
@@ -109,7 +122,8 @@ def dump(
     store = Store(out, {"digest": digest, **({"name": teacher} if teacher else {})}, {}, [0])
     images = open_images(training_set, views, device, workers)
     networks = Teachers([module], features=False).eval().to(device)
-    write_stores(networks, ["network"], [store], training_set, images, views, CacheSection(**settings), resume)
+    section, share = CacheSection(**settings), _share(None, blocks)
+    write_stores(networks, ["network"], [store], training_set, images, views, section, resume or blocks is not None, share)
 
 
 class _Called(torch.nn.Module):
@@ -121,6 +135,35 @@ class _Called(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.function(images)
+
+
+class Share(NamedTuple):
+    """What one of several processes writes of a store: what `choose` says."""
+
+    choose: Callable[[Cache], Blocks]
+    name: str
+    part: int = 1
+    rank: int = 0  # of the processes that torchrun started for the part
+
+    def waits(self, path: str) -> bool:
+        """Whether another process is to create the store at `path`. Where nothing is locked, part 1 is."""
+        return self.rank > 0 or (self.part > 1 and isinstance(open_storage(path), RemoteStorage))
+
+
+def _share(part: tuple[int, int] | None, blocks: Blocks | None) -> Share | None:
+    """None: everything. Each part is shared by torchrun's processes, if there are several."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if blocks is not None:
+        if part or world > 1:
+            raise UserError("blocks are for this process alone; give no part, and start it without torchrun")
+        return Share(lambda cache: blocks, f"{len(blocks)} blocks")
+    if part is None and world == 1:
+        return None
+    number, count = part or (1, 1)
+    if not 1 <= number <= count:
+        raise UserError(f"part {number}/{count}: parts are 1/{count} to {count}/{count}")
+    place, places = (number - 1) * world + rank, count * world
+    return Share(lambda cache: cache.parts(places)[place], f"part {place + 1}/{places}", number, rank)
 
 
 class Store(NamedTuple):
@@ -141,8 +184,12 @@ def write_stores(
     views: CropFlip | RandomResizedCrop,
     section: CacheSection,
     resume: bool,
+    share: Share | None = None,
 ) -> None:
-    """Writes all `views` of `training_set` into `stores`, as far as they lack them: the answers of `networks`, by `names`."""
+    """Writes `views` of `training_set` into `stores`, as far as they lack them: the answers of `networks`, by `names`.
+
+    All of it, or this process's `share`.
+    """
 
     def answers(rows: np.ndarray, views: list[int]) -> list[Answers]:
         """For each store, of `rows` [M] under each of `views`. A sample's views come together, to share its decoding."""
@@ -163,15 +210,15 @@ def write_stores(
     def fitting(*views: int) -> list[Answers]:
         return answers(chosen, list(views))
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with ExitStack() as stack:
         writers = []
         for number, store in enumerate(stores):
-            if rank:
+            if share and share.waits(store.path):
                 _wait_for(store.path)
             writer = create_cache(
                 store.path,
-                resume=resume or rank > 0,
+                resume=resume or (share is not None and share.rank > 0),
+                joint=share is not None,
                 identity=identity(training_set, section.temperature, views, store.teacher, computed(section, images.device)),
                 sample_id=training_set.sample_id,
                 label=training_set.label,
@@ -179,9 +226,9 @@ def write_stores(
                 encoding=section.encoding.model_dump(),
                 fit=lambda views, number=number: fitting(*views)[number].probability,
                 features=store.features,
-                rank=rank,
-                world=world,
             )
+            if share:
+                writer.take(share.choose(writer.cache))
             for note in writer.notes:
                 print(f"note: {store.path} was begun otherwise, {note}; answers may differ in their last bits", flush=True)
             writers.append(stack.enter_context(writer))
@@ -192,7 +239,8 @@ def write_stores(
                 fact = f"{writer.exact} blocks, which its codebook does not fit, are stored as they are"
                 print(f"note: {store.path}: {fact}; if they are many, cache.encoding={{name: logit}} is smaller", flush=True)
     paths = ", ".join(store.path for store in stores)
-    print(f"{paths}: {views.count} views of {len(training_set):,} samples", flush=True)
+    what = f", {share.name}" if share else ""
+    print(f"{paths}: {views.count} views of {len(training_set):,} samples{what}", flush=True)
 
 
 class Answers(NamedTuple):
@@ -212,16 +260,19 @@ def write_pending(
     """
     left = [dict.fromkeys(writer.pending()) for writer in writers]
     pending = dict.fromkeys(item for items in left for item in items)
-    samples, classes, blocks = len(writers[0].cache), len(writers[0].cache.classes), writers[0].blocks
+    samples, classes = len(writers[0].cache), len(writers[0].cache.classes)
+    owned = set().union(*(writer.owned for writer in writers))
     start, done = time.perf_counter(), 0
-    with Progress("dumping", views * blocks, views * blocks - len(pending), "blocks", plain=True) as progress:
+    with Progress("dumping", len(owned), len(owned) - len(pending), "blocks", plain=True) as progress:
         # The teacher runs on all cores meanwhile; threads of the encoder's own would take them from it.
         with one_blas_thread(), ThreadPoolExecutor(1) as writing:
             last = None
             while pending:
                 view, block = next(iter(pending))
                 rows = np.arange(samples)[writers[0].rows(block)]
-                size = max(1, GROUP_BYTES // (len(writers) * len(rows) * classes * 4)) if decodes else 1
+                size = VIEWS_TOGETHER if decodes else 1
+                while size > 1 and size * len(writers) * len(rows) * classes * 4 > GROUP_BYTES:
+                    size //= 2  # so that groups lie within the parts of a dump
                 first = view // size * size
                 group = range(first, min(first + size, views))
                 answered = answers(rows, list(group))
@@ -259,7 +310,7 @@ def _wait_for(path: str, seconds: float = 600) -> None:
             return
         except CacheError:
             time.sleep(0.5)
-    raise RuntimeError(f"the first process has not created {path} in {seconds:.0f} s")
+    raise RuntimeError(f"the first process, or part, has not created {path} in {seconds:.0f} s; start it")
 
 
 def computed(section, device: torch.device) -> dict:

@@ -186,10 +186,12 @@ def test_without_a_signature_where_the_environment_says_so(bucket, monkeypatch):
 
 def test_an_object_store_has_one_writer_a_block(bucket, two_blocks):
     url = remote(bucket, "s3")
-    with create_cache(url, rank=0, world=2, **arguments(**TWO_VIEWS)) as first:
+    with create_cache(url, joint=True, **arguments(**TWO_VIEWS)) as first:
+        first.take([(0, 0), (1, 0)])
         with pytest.raises(CacheError, match=f"^another process is writing {url}; wait for it, or end it and wait 60 s$"):
             create_cache(url, resume=True, **arguments(**TWO_VIEWS))
-        with create_cache(url, resume=True, rank=1, world=2, **arguments(**TWO_VIEWS)) as second:
+        with create_cache(url, resume=True, joint=True, **arguments(**TWO_VIEWS)) as second:
+            second.take([(0, 1), (1, 1)])
             fill(second)
         fill(first)
     cache = open_cache(url)
@@ -203,7 +205,7 @@ def test_of_writers_that_begin_at_once_no_two_go_on(bucket):
 
     def begin(_):
         try:
-            return storage.open_storage(place).lock("done/lock", [0, 1])
+            return storage.open_storage(place).lock("done/lock", [range(2)])
         except BlockingIOError:
             return None
 
@@ -233,7 +235,7 @@ def test_a_lease_that_is_not_renewed_is_taken_over_and_its_writer_refused(bucket
 def test_a_lease_is_renewed_while_its_writer_lives_and_given_back_with_it(bucket, monkeypatch):
     monkeypatch.setattr(object_storage, "LEASE", 0.1)
     place = storage.open_storage(remote(bucket, "s3"))
-    lease = place.lock("done/lock", range(3))
+    lease = place.lock("done/lock", [range(3)])
     (name,) = place.names("done/locks")
     first = bytes(place.read(f"done/locks/{name}"))
     deadline = time.monotonic() + 10
@@ -247,7 +249,7 @@ def test_a_lease_is_renewed_while_its_writer_lives_and_given_back_with_it(bucket
 def test_a_renewal_that_was_carried_out_though_it_seemed_to_fail_loses_nothing(bucket, monkeypatch):
     with proxied(monkeypatch) as proxy:
         place = storage.open_storage(remote(bucket, "s3"))
-        lease = place.lock("done/lock", [0])
+        lease = place.lock("done/lock", [range(1)])
         proxy.break_next("500", 1)
         lease._held.renew()
         assert proxy.broke == 1

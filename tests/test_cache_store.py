@@ -140,19 +140,6 @@ def test_resuming_where_nothing_is_creates(tmp_path):
         assert len(writer.pending()) == 18
 
 
-def test_processes_share_the_blocks_by_rank(tmp_path, monkeypatch):
-    small_blocks(monkeypatch)
-    first = create_cache(tmp_path / "s", **arguments(), rank=0, world=3)
-    others = [create_cache(tmp_path / "s", resume=True, **arguments(), rank=rank, world=3) for rank in (1, 2)]
-    owned = [writer.pending() for writer in (first, *others)]
-    assert {block for _, block in owned[0]} == {0, 3} and {block for _, block in owned[2]} == {2}
-    assert len(set(sum(owned, []))) == sum(map(len, owned)) == 72
-    with pytest.raises(ValueError, match="view 0, block 1 is not this process's to write"):
-        first.write(0, 1, answers(0)[90:180])
-    with pytest.raises(ValueError, match="rank must be in .0, world., found rank 3 of 3"):
-        create_cache(tmp_path / "s", resume=True, **arguments(), rank=3, world=3)
-
-
 # refusals
 
 

@@ -192,7 +192,8 @@ def test_what_a_killed_dump_left_of_its_own_blocks_is_taken_away(tmp_path, two_b
     others = ["probability/c.1.1.0.0123456789abcdef.partial", "done/0.1.fedcba9876543210.partial"]
     for name in (*mine, *others):
         (url / name).write_text("half")
-    create_cache(url, resume=True, **given, rank=0, world=2).close()
+    with create_cache(url, resume=True, joint=True, **given) as writer:
+        writer.take([(0, 0), (1, 0)])
     assert sorted(str(path.relative_to(url)) for path in url.rglob("*.partial")) == sorted(others)
     assert finish(url) == 4 and not list(url.rglob("*.partial"))
 
@@ -428,7 +429,8 @@ sys.path[:0] = {paths!r}
 from cache_store import arguments, fill
 from offline_bkd.cache import create_cache, format
 format._CHUNK_BYTES = 60 * 5 * 4
-with create_cache(sys.argv[1], resume=True, **arguments(), rank=int(sys.argv[2]), world=int(sys.argv[3])) as writer:
+with create_cache(sys.argv[1], resume=True, joint=True, **arguments()) as writer:
+    writer.take(writer.cache.parts(int(sys.argv[3]))[int(sys.argv[2])])
     fill(writer, writer.pending()[: int(sys.argv[4])])
 """
 
@@ -437,7 +439,6 @@ def test_processes_come_and_go_in_any_number_and_the_bytes_are_the_same(tmp_path
     monkeypatch.setattr(format, "_CHUNK_BYTES", 60 * 5 * 4)
     dump(tmp_path / "whole")
     url = tmp_path / "s"
-    create_cache(url, **arguments()).close()
     script = SHARE.format(paths=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     for world, share in (3, 10), (2, 1000):
         running = [
