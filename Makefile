@@ -10,12 +10,11 @@ DIGITS := --config configs/digits.yaml --resume
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(RUN) train-teacher $(DIGITS) --out $(RUNS)/teacher
-	$(RUN) dump-logits $(DIGITS) --teacher $(RUNS)/teacher --out $(RUNS)/cache.zarr
-	$(RUN) train-student $(DIGITS) --cache $(RUNS)/cache.zarr --out $(RUNS)/kd -o student.method.name=kd
-	$(RUN) train-student $(DIGITS) --cache $(RUNS)/cache.zarr --out $(RUNS)/bkd
-	$(RUN) report $(RUNS)/teacher $(RUNS)/kd $(RUNS)/bkd --out $(RUNS)/report
-	@echo "Pictures and tables: $(RUNS)/report; runs: $(RUNS)/teacher, kd, bkd; cache: $(RUNS)/cache.zarr"
+	$(RUN) train-teacher $(DIGITS) --seeds 0,1,2 --out $(RUNS)/teacher
+	$(RUN) dump-logits $(DIGITS) --teacher $(RUNS)/teacher-0 --out $(RUNS)/cache.zarr
+	$(RUN) train-student $(DIGITS) --seeds 0,1,2 --cache $(RUNS)/cache.zarr --out $(RUNS)/kd -o student.method.name=kd
+	$(RUN) train-student $(DIGITS) --seeds 0,1,2 --cache $(RUNS)/cache.zarr --out $(RUNS)/bkd
+	$(RUN) report $(RUNS)/teacher-? $(RUNS)/kd-? $(RUNS)/bkd-? --out $(RUNS)/report
 
 test: .venv/installed
 	.venv/bin/python -m pytest

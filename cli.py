@@ -49,6 +49,22 @@ def experiment(command):
     return configured(resume(dry_run(command)))
 
 
+def training(command):
+    """The options of a command that trains a network, or one of each of several seeds."""
+
+    @click.option("--backbone", type=PLACE, metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
+    @click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+    @click.option("--seeds", metavar="0,1,2", help="A run of each, one after the other, in the folders OUT-0, OUT-1, OUT-2.")
+    @experiment
+    @functools.wraps(command)
+    def run(config, device, seeds, dry_run, **kwargs):
+        if seeds is not None and (dry_run or click.get_current_context().params["seed"] is not None):
+            raise UserError("--seeds stands for several runs, --seed and --dry-run for one; leave out the one or the other")
+        return command(config, device, seeds=parse_seeds(seeds), dry_run=dry_run, **kwargs)
+
+    return run
+
+
 def parse_seeds(text: str | None) -> tuple[int, ...]:
     """Of "0,1,2": each once."""
     try:
@@ -96,12 +112,8 @@ def main():
 
 
 @main.command("train-teacher", short_help="Train the teacher (stage one, first half).")
-@click.option(
-    "--backbone", type=PLACE, metavar="RUN", help="A complete run whose backbone is taken, for methods crt and oltr."
-)
-@click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
-@experiment
-def train_teacher(config, device, backbone, out, resume, dry_run):
+@training
+def train_teacher(config, device, backbone, out, seeds, resume, dry_run):
     """Example: python cli.py train-teacher --config configs/digits.yaml --out runs/teacher
 
     Stage one, first half: train the teacher on the long-tailed training set, by cross-entropy or another teacher.method.
@@ -111,7 +123,7 @@ def train_teacher(config, device, backbone, out, resume, dry_run):
 
     if dry_run:
         return show_training_plan(config, device, "teacher", out, resume, backbone=backbone)
-    train.train_teacher(config, out, device, resume, backbone)
+    train.train_teacher(config, out, device, resume, backbone, seeds)
 
 
 @main.command("import-model", short_help="Make a run of a network that was trained elsewhere.")
@@ -165,10 +177,7 @@ def dump_logits(config, device, teachers, out, apart, part, resume, dry_run):
 @click.option(
     "--cache", type=PLACE, metavar="STORE.zarr", help="A complete cache of this experiment, for methods that learn from one."
 )
-@click.option("--backbone", type=PLACE, metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
-@click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
-@click.option("--seeds", metavar="0,1,2", help="A student of each, one after the other, in the folders OUT-0, OUT-1, OUT-2.")
-@experiment
+@training
 def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
     """Example: python cli.py train-student --config configs/digits.yaml --cache runs/cache.zarr --out runs/student
 
@@ -177,11 +186,9 @@ def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
     from offline_bkd.pipeline import train
     from offline_bkd.pipeline.dry_run import show_training_plan
 
-    if seeds is not None and (dry_run or click.get_current_context().params["seed"] is not None):
-        raise UserError("--seeds stands for several runs, --seed and --dry-run for one; leave out the one or the other")
     if dry_run:
         return show_training_plan(config, device, "student", out, resume, cache, backbone)
-    train.train_student(config, cache, out, device, resume, backbone, parse_seeds(seeds))
+    train.train_student(config, cache, out, device, resume, backbone, seeds)
 
 
 @main.command(short_help="Score a run's checkpoint again.")
@@ -351,9 +358,9 @@ def report(run, out):
     from offline_bkd.pipeline.show import report, terminal
 
     answer, table = report.write_report(run, out)
-    terminal.line(answer)
     terminal.table(table, "test accuracy of the last epoch, %")
-    terminal.line(f"the whole report: {Path(out) / 'report.html'}")
+    terminal.line(f"pictures and the whole report: {Path(out) / 'report.html'}")
+    terminal.line(answer)
 
 
 @main.command(short_help="Run a published table's experiments and compare.")

@@ -55,17 +55,18 @@ class Inputs:
 
 
 def train_teacher(
-    config: Experiment, out: str, device: torch.device, resume: bool = False, backbone: str | None = None
+    config: Experiment,
+    out: str,
+    device: torch.device,
+    resume: bool = False,
+    backbone: str | None = None,
+    seeds: Sequence[int] = (),
 ) -> None:
-    """Trains the teacher of `config` into the folder `out`, by a method that needs no cache.
+    """Trains the teacher of `config` into the folder `out`, or one of each of `seeds`, by a method that needs no cache.
 
     An expert (LFME) sees, and is judged on, the images of its own classes alone, among which it answers.
     """
-    ranks = join(device)
-    if ranks.first:
-        runs.refuse_taken(out, resume)
-    inputs = read_inputs(config, "teacher", device, None, backbone)
-    train_network(config, "teacher", inputs, out, device, ranks, resume)
+    _train(config, "teacher", None, out, device, resume, backbone, seeds)
 
 
 def train_student(
@@ -84,23 +85,36 @@ def train_student(
 
     Raises CacheError before anything is written if the cache is for other data, views or classes, or is not complete.
     """
+    _train(config, "student", cache, out, device, resume, backbone, seeds)
+
+
+def _train(
+    config: Experiment,
+    role: Role,
+    cache: str | None,
+    out: str,
+    device: torch.device,
+    resume: bool,
+    backbone: str | None,
+    seeds: Sequence[int],
+) -> None:
     if seeds and not Path(out).name:
         raise UserError(f"--out {out!r} is no name that seeds can be added to; name a folder")
     ranks = join(device)
-    students = {f"{Path(out)}-{seed}": config.model_copy(update={"seed": seed}) for seed in seeds}
-    for folder in (students or (out,)) if ranks.first else ():
+    several = {f"{Path(out)}-{seed}": config.model_copy(update={"seed": seed}) for seed in seeds}
+    for folder in (several or (out,)) if ranks.first else ():
         runs.refuse_taken(folder, resume)
-    inputs = read_inputs(config, "student", device, cache, backbone)
+    inputs = read_inputs(config, role, device, cache, backbone)
     if not seeds:
-        return train_network(config, "student", inputs, out, device, ranks, resume)
-    for folder, student in students.items():
+        return train_network(config, role, inputs, out, device, ranks, resume)
+    for folder, seeded in several.items():
         if ranks.first and runs.begun(Path(folder)):  # what cannot go on is refused before others begin
-            with runs.start_run(folder, student, "student", device, resume, inputs.learns_from):
+            with runs.start_run(folder, seeded, role, device, resume, inputs.learns_from):
                 pass
     diverged = None
-    for folder, student in students.items():
+    for folder, seeded in several.items():
         try:
-            train_network(student, "student", inputs, folder, device, ranks, resume, f"seed {student.seed}: ")
+            train_network(seeded, role, inputs, folder, device, ranks, resume, f"seed {seeded.seed}: ")
         except NotFinite as error:
             print(error, flush=True)  # the others may take long
             diverged = diverged or error

@@ -344,6 +344,11 @@ def test_students_of_several_seeds_are_those_trained_alone_even_after_an_interru
     assert all(equal_runs(tmp_path / f"alone-{seed}", tmp_path / f"at-once-{seed}") for seed in (0, 1, 2))
 
 
+def test_teachers_of_several_seeds_are_those_trained_alone(tmp_path, teacher_run):
+    train_teacher(tiny.experiment(), str(tmp_path / "t"), tiny.CPU, seeds=(0,))
+    assert equal_runs(teacher_run, tmp_path / "t-0")
+
+
 def test_of_several_students_none_begins_where_one_is_refused(tmp_path, cache):
     train_student(tiny.experiment("student.training.epochs=1"), str(cache), str(tmp_path / "s"), tiny.CPU, seeds=(1,))
     with pytest.raises(UserError, match="s-1: student.training.epochs was 1 and is now 2"):

@@ -88,7 +88,7 @@ def test_a_report_says_first_which_method_is_best_and_by_how_much(report, compar
     all_, few = (np.mean([last[1][key], last[2][key]]) for key in ("top1", "few"))
     assert report[0].answer == (
         f"BKD student: {all_:.1f} % of the test images are right, {few:.1f} % in few-shot classes; "
-        f"{all_ - last[0]['top1']:+.1f} and {few - last[0]['few']:+.1f} points over teacher"
+        f"{all_ - last[0]['top1']:+.1f} points over teacher, {few - last[0]['few']:+.1f} in few-shot classes"
     )
 
 

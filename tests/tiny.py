@@ -10,7 +10,7 @@ from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.schema import Experiment
 
-CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
+CONFIG = Path(__file__).parent / "digits.yaml"
 CPU = torch.device("cpu")
 EXACT = "cache.encoding={name: probability, dtype: float32}"
 SMALL = (

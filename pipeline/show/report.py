@@ -74,8 +74,7 @@ def answer(lines: Sequence[Seeds]) -> str:
         sentence += f", {few:.1f} % in few-shot classes"
     if others:
         other = next((line for line in others if line.summaries[0]["method"] == "teacher"), others[0])
-        sentence += f"; {mean(best, 'top1') - mean(other, 'top1'):+.1f}"
+        sentence += f"; {mean(best, 'top1') - mean(other, 'top1'):+.1f} points over {other.name}"
         if few is not None and mean(other, "few") is not None:
-            sentence += f" and {few - mean(other, 'few'):+.1f}"
-        sentence += f" points over {other.name}"
+            sentence += f", {few - mean(other, 'few'):+.1f} in few-shot classes"
     return sentence
