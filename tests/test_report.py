@@ -225,7 +225,7 @@ def test_an_evaluation_goes_where_it_belongs_or_where_it_is_told_to(tmp_path, te
 def test_an_evaluation_is_told_in_a_sentence_first(answered, capsys):
     evaluation.print_evaluation(answered)
     said = capsys.readouterr().out
-    assert re.match(rf".*\(last epoch\): {answered.scores['top1']:.1f} % of [0-9,]+ test images are right; ", said)
+    assert re.match(rf".*\(last epoch\): {answered.scores['top1']:.1f} % of [0-9,]+ test images are right .many-shot ", said)
     assert "top-5" in said and "ECE" in said and "are taken for" in said
 
 
@@ -233,6 +233,14 @@ def test_lines_differ_in_colour_and_dashes():
     looks = [pictures.style(index) for index in range(28)]
     assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 28
     assert len({str(look["linestyle"]) for look in looks[:4]}) == 4
+
+
+def test_a_method_looks_alike_in_all_pictures_also_where_another_was_not_evaluated():
+    bins = [{"images": 3, "confidence": 50.0, "accuracy": 40.0}]
+    axes = Figure().subplots()
+    pictures.plot_calibration(axes, "all classes", {"first": [], "second": bins})
+    (line,) = [line for line in axes.lines if line.get_label() == "second"]
+    assert line.get_color() == pictures.style(1)["color"] and not [line for line in axes.lines if line.get_label() == "first"]
 
 
 @pytest.mark.parametrize("counts", [[500, 400, 90, 10], [500] * 3 + [50] + [5] * 60, [500] * 90 + [30] + [2]])

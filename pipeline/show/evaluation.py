@@ -123,9 +123,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     """A sentence, the scores by shot group, and the worst confusions."""
     scores = evaluation.scores
     images = len(evaluation.answers.label)
-    groups = ", ".join(
-        f"{scores[group]:.1f} % of {group}-shot classes" for group in metrics.SHOTS if scores[group] is not None
-    )
+    groups = ", ".join(f"{group}-shot {scores[group]:.1f}" for group in metrics.SHOTS if scores[group] is not None)
     where = f"{evaluation.run.folder} ({evaluation.checkpoint} epoch)"
     columns = ["all", *metrics.SHOTS]
     rows = [
@@ -134,7 +132,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         ["top-5", *(tables.percent(scores["top5"][group]) for group in columns)],
         ["calibration error (ECE)", *(tables.percent(scores["ece"][group]) for group in columns)],
     ]
-    terminal.table(rows, f"{where}: {scores['top1']:.1f} % of {images:,} test images are right; {groups}")
+    terminal.table(rows, f"{where}: {scores['top1']:.1f} % of {images:,} test images are right ({groups})")
     worst = worst_pairs(evaluation, metrics.confusion(evaluation.answers, len(evaluation.classes)))[:SAID]
     for pair in worst:
         terminal.line(

@@ -33,7 +33,7 @@ def write_page(path: Path, answer: str, lines: Sequence[Seeds]) -> None:
         _results(lines),
         _section("Accuracy over class size", _picture(_classes_plot(lines, counts), "accuracy over class size", WIDE)),
         _section("Curves", _pictures(pictures.curve_plots({line.name: line.epochs for line in lines}))),
-        _calibration(kept),
+        _calibration([line.name for line in lines], kept),
         _confusion(kept),
         _every_class(lines, summary["classes"], counts),
         _differences(lines),
@@ -78,15 +78,18 @@ def _first_evaluation(line: Seeds) -> KeptEvaluation | None:
     return next((kept for kept in map(kept_evaluation, line.runs) if kept), None)
 
 
-def _calibration(kept: dict[str, KeptEvaluation]) -> str:
+def _calibration(names: Sequence[str], kept: dict[str, KeptEvaluation]) -> str:
     if not kept:
         return _section("Calibration and confusions", '<p class="note">The command evaluate finds them; none was run.</p>')
+
+    def bins(group: str) -> dict[str, list[dict]]:
+        found = {name: kept[name].calibration.get(group, ()) if name in kept else () for name in names}
+        return {name: [part.model_dump() for part in parts if part.images] for name, parts in found.items()}
+
     plots = {
-        title: lambda axes, title=title, group=group: pictures.plot_calibration(
-            axes, title, {name: [part.model_dump() for part in found.calibration[group]] for name, found in kept.items()}
-        )
+        title: lambda axes, title=title, group=group: pictures.plot_calibration(axes, title, bins(group))
         for title, group in pictures.GROUPS.items()
-        if any(part.images for found in kept.values() for part in found.calibration.get(group, ()))
+        if any(bins(group).values())
     }
     return _section("Calibration", _pictures(plots))
 

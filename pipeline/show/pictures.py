@@ -186,10 +186,15 @@ def _mark_shot_groups(axes, sorted_counts: np.ndarray) -> None:
 
 
 def plot_calibration(axes, title: str, bins_by_name: dict[str, list[dict]]) -> None:
-    """Accuracy over confidence, a line a name; on the diagonal they agree. `bins`: of `metrics.calibration`."""
+    """Accuracy over confidence, a line a name; on the diagonal they agree. `bins_by_name`: parts of `metrics.calibration`.
+
+    A name without bins keeps its place, so that a method looks alike in all pictures.
+    """
     axes.plot([0, 100], [0, 100], color="grey", linewidth=1)
     for index, (name, bins) in enumerate(bins_by_name.items()):
         held = [part for part in bins if part["images"]]
+        if not held:
+            continue
         look = style(index) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 4}
         axes.plot([part["confidence"] for part in held], [part["accuracy"] for part in held], label=name, **look)
     axes.set(title=title, xlabel="confidence (%)", ylabel="test accuracy (%)", xlim=(0, 100), ylim=(0, 100))
