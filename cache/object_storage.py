@@ -215,7 +215,8 @@ class _Held:
 
     def __init__(self, client: Client, key: str, ranges: list[list[int]]):
         self.client, self.key, self.ranges = client, key, ranges
-        self._lost, self._ended, self._renewing = False, threading.Event(), threading.Lock()
+        self._lost, self._ended = False, threading.Event()
+        self._renewing = threading.RLock()  # a lease may end while this very thread renews: wherever it is collected
         self._renewed, self._object = time.time(), client.ask(lambda store: store.put(key, self._data(), mode="create"))
 
     def _data(self) -> bytes:
@@ -253,6 +254,8 @@ class _Held:
             raise OSError(errno.ESTALE, "another process took over, since this one was not heard of for long", self.client.url)
 
     def end(self) -> None:
+        if _process != os.getpid():
+            return  # a forked process has a copy; what it holds is its parent's
         self._ended.set()
         with self._renewing, suppress(OSError):  # else it ends by itself
             if not self._lost:

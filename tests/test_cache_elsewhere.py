@@ -246,6 +246,18 @@ def test_a_lease_is_renewed_while_its_writer_lives_and_given_back_with_it(bucket
     assert place.names("done/locks") == []
 
 
+def test_of_a_renewal_and_a_takeover_only_one_happens(bucket):
+    client = object_storage.Client(remote(bucket, "s3"))
+    seen = client.ask(lambda store: store.put("lease", b"1"))
+    renewed = client.replace("lease", b"2", seen)
+    with pytest.raises(FileNotFoundError):
+        client.replace("lease", b"3", seen)
+    assert object_at(client.url, "lease").get()["Body"].read() == b"2"
+    object_at(client.url, "lease").delete()
+    with pytest.raises(FileNotFoundError):
+        client.replace("lease", b"3", renewed)
+
+
 def test_a_renewal_that_was_carried_out_though_it_seemed_to_fail_loses_nothing(bucket, monkeypatch):
     with proxied(monkeypatch) as proxy:
         place = storage.open_storage(remote(bucket, "s3"))
@@ -405,6 +417,9 @@ def test_a_bucket_that_is_not_there_is_refused_in_one_line(bucket):
         create_cache("s3://none/x", **arguments())
     with pytest.raises(CacheError, match="^s3://none/x cannot be listed: The specified bucket does not exist; choose another"):
         create_cache("s3://none/x", resume=True, **arguments())
+    for ask in storage.open_storage("s3://none/x").read, lambda key: storage.open_storage("s3://none/x").write(key, b""):
+        with pytest.raises(OSError, match=r"^\[Errno 5\] The specified bucket does not exist: 's3://none/x'$"):
+            ask("a")  # which is not that there is no such object
     with pytest.raises(CacheError, match="^s3:///x cannot be opened: it names no bucket; write it as s3://bucket/cache.zarr"):
         open_cache("s3:///x")
 
