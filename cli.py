@@ -259,23 +259,29 @@ def export_model(run, form, out, checkpoint, overrides):
 
 @main.command(short_help="Tell what a cache is.")
 @click.argument("store", type=PLACE)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--all", "everything", is_flag=True, help="Print everything that the cache says of itself.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 @click.option("--parts", type=click.IntRange(1, 10**6), metavar="64", help="Print only which of so many parts are not dumped.")
 @guarded
-def inspect(store, as_json, parts):
+def inspect(store, everything, as_json, parts):
     """Example: python cli.py inspect runs/cache.zarr
 
     Tell what a cache is: whose answers to what, its size, whether it is complete, how good the teacher is. With --parts 64,
     which parts to give dump-logits again, as `sbatch --array` takes them: 3,17.
     """
     from offline_bkd.cache import open_cache
-    from offline_bkd.pipeline.show import terminal
+    from offline_bkd.pipeline.show import inspection, terminal
 
     if parts:
         left = [number for number, missing in enumerate(open_cache(store).parts(parts), 1) if missing]
         return click.echo(json.dumps(left) if as_json else ",".join(map(str, left)))
     summary = open_cache(store).summary()
-    click.echo(json.dumps(summary)) if as_json else terminal.facts(summary, store)
+    if as_json:
+        click.echo(json.dumps(summary))
+    elif everything:
+        terminal.facts(summary, store)
+    else:
+        inspection.print_store(summary, store)
 
 
 @main.command(short_help="Compare a cache with its teacher's answers.")
@@ -301,7 +307,7 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
     Compare a cache with its teacher's answers, computed again. Exits 1 if they are further apart than the tolerance.
     """
     from offline_bkd.cache import open_cache
-    from offline_bkd.pipeline.show import terminal
+    from offline_bkd.pipeline.show import inspection, terminal
 
     if checksums:
         if teachers or overrides or tolerance is not None:
@@ -315,14 +321,14 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
         for problem in problems:
             click.echo(terminal.printable(problem))
         whole = "every stored byte is as it was written"
-        click.echo(f"{store}: {len(problems)} problems" if problems else f"{store}: {whole}, {there:,} blocks")
+        click.echo(f"{store}: FAILED, {len(problems)} problems" if problems else f"{store}: PASSED, {whole}, {there:,} blocks")
         return 1 if problems else 0
     if not teachers:
         raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")
     from offline_bkd.pipeline.verify import verify_cache
 
     report = verify_cache(store, teachers, views, tolerance, overrides, choose_device(device))
-    terminal.facts(report, store)
+    inspection.print_comparison(report, store)
     return 0 if report["passed"] else 1
 
 

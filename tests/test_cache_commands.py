@@ -25,7 +25,7 @@ def test_checksums_of_a_whole_store_are_well(tmp_path):
     dump(tmp_path / "s", **TWO_VIEWS)
     assert run("verify", tmp_path / "s", "--checksums") == (
         0,
-        f"{tmp_path}/s: every stored byte is as it was written, 2 blocks\n",
+        f"{tmp_path}/s: PASSED, every stored byte is as it was written, 2 blocks\n",
     )
 
 
@@ -33,10 +33,11 @@ def test_checksums_of_a_whole_store_are_well(tmp_path):
 def test_checksums_of_an_unfinished_store_are_not_well(tmp_path, done):
     with create_cache(tmp_path / "s", **arguments(**TWO_VIEWS)) as writer:
         fill(writer, writer.pending()[:done])
+    assert f"\nnot whole: {2 - done} of 2 blocks are missing; " in run("inspect", tmp_path / "s")[1]
     code, said = run("verify", tmp_path / "s", "--checksums")
     assert code == 1 and said.splitlines() == [
         f"{2 - done} of 2 blocks are not dumped; finish it with dump-logits --resume",
-        f"{tmp_path}/s: 1 problems",
+        f"{tmp_path}/s: FAILED, 1 problems",
     ]
 
 
@@ -45,14 +46,14 @@ def test_damage_is_listed_and_exits_with_1(tmp_path):
     path = tmp_path / "s/probability/c.1.0.0"
     path.write_bytes(path.read_bytes()[:-9])
     code, said = run("verify", tmp_path / "s", "--checksums")
-    assert code == 1 and "view 1, rows 0 to 359 is damaged" in said and said.endswith("s: 1 problems\n")
+    assert code == 1 and "view 1, rows 0 to 359 is damaged" in said and said.endswith("s: FAILED, 1 problems\n")
 
 
 def test_a_names_control_characters_do_not_reach_the_terminal(tmp_path):
     names = "apple\x1b]0;owned\x07", "fish\x9b31m", "baby\n", "bear\u202e", "beaver"
     teacher = {"digest": "cc", "note": "\x1b[2J"}
     dump(tmp_path / "s", identity=identity(classes=names, views=CropFlip(pad=0), teacher=teacher))
-    code, said = run("inspect", tmp_path / "s")
+    code, said = run("inspect", tmp_path / "s", "--all")
     assert code == 0 and "\\x1b]0;owned\\x07" in said and "\\x1b[2J" in said
     assert not {character for character in said if not character.isprintable()} - {"\n"}
     assert json.loads(run("inspect", tmp_path / "s", "--json")[1])["identity"]["classes"] == list(names)
@@ -60,7 +61,8 @@ def test_a_names_control_characters_do_not_reach_the_terminal(tmp_path):
 
 def test_inspect_says_which_temperatures_a_store_serves(tmp_path):
     dump(tmp_path / "s", **TWO_VIEWS, encoding={"name": "logit"})
-    code, said = run("inspect", tmp_path / "s")
+    assert "serves 0.01 to 1000" in run("inspect", tmp_path / "s")[1]
+    code, said = run("inspect", tmp_path / "s", "--all")
     assert code == 0 and "temperatures" in said and "[0.01, 1000.0]" in said
 
 

@@ -69,9 +69,11 @@ def test_the_three_commands_make_a_student(tmp_path):
 
 def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run):
     shown = run("inspect", cache)
-    assert shown.returncode == 0 and "digits" in shown.stdout and "bytes" in shown.stdout
+    assert shown.returncode == 0 and "464 samples of 10 classes" in shown.stdout
+    assert shown.stdout.endswith("whole: all 9 blocks are there\n")
     assert json.loads(run("inspect", cache, "--json").stdout)["complete"] is True
-    assert "passed" in run("verify", cache, "--teacher", teacher_run, "--device", "cpu").stdout
+    compared = run("verify", cache, "--teacher", teacher_run, "--device", "cpu").stdout
+    assert compared.endswith("\nPASSED\n") and compared.splitlines()[-2].count(",") == 4, "the five worst classes"
     assert run("verify", cache, "--checksums").returncode == 0
     assert "name the teacher's run with --teacher" in refused("verify", cache)
     assert run("verify", cache, "--teacher", teacher_run, "--device", "cpu", "--tolerance", "-1").returncode == 1

@@ -1,0 +1,64 @@
+"""What `inspect` and `verify` print first: a few lines for a person, the verdict last."""
+
+from offline_bkd.pipeline.show import terminal
+
+GROUPS = "all", "many", "medium", "few"
+WORST = 5  # classes that are named
+
+
+def print_store(summary: dict, store: str) -> None:
+    """Whose answers to what, how large, how good the teacher is, and whether the store is whole. `summary`: of a cache."""
+    identity, blocks, quality = summary["identity"], summary["blocks"], summary["teacher"]
+    counts, size = [count for count in summary["class_counts"] if count], summary["bytes"]
+    views = ", ".join(f"{key} {value}" for key, value in identity["views"].items() if key != "name")
+    a_view = f", {size['a_view_of_a_sample']:,} bytes a view of a sample" if size["a_view_of_a_sample"] else ""
+    served = summary["temperatures"]
+    of_each = f"{max(counts):,} to {min(counts):,} of each"
+    rows = [
+        ["answers of", _teachers(identity["teacher"])],
+        [
+            "to",
+            f"{summary['samples']:,} samples of {summary['classes']:,} classes, {of_each}",
+        ],
+        ["views", f"{summary['views']:,} of each sample: {identity['views']['name']} ({views})"],
+        ["temperature", f"{identity['temperature']:g}" + (f"; serves {served[0]:g} to {served[1]:g}" if served else "")],
+        ["stored as", f"{summary['encoding']['name']}, {_bytes(size['all'])}{a_view}"],
+    ]
+    terminal.table(rows, store, heading=False)
+    if quality:
+        shown = [group for group in GROUPS if group in quality]
+        table = [["on its training views, %", *shown]]
+        for name, key in ("accuracy", "accuracy"), ("confidence", "confidence"), ("calibration error", "calibration_error"):
+            table.append([name, *(f"{100 * quality[group][key]:.1f}" for group in shown)])
+        terminal.table(table, "how good the teacher is")
+    missing = blocks["all"] - blocks["done"]
+    left = f"not whole: {missing:,} of {blocks['all']:,} blocks are missing; finish it with dump-logits --resume"
+    terminal.line(left if missing else f"whole: all {blocks['all']:,} blocks are there")
+
+
+def print_comparison(report: dict, store: str) -> None:
+    """What verify found: the errors, the worst classes by name, and whether the store passed."""
+    terminal.facts({key: value for key, value in report.items() if key != "classes"}, store)
+    worst = sorted(report["classes"].items(), key=lambda item: -item[1])[:WORST]
+    terminal.line("largest mean error by class: " + ", ".join(f"{name} {error:.2g}" for name, error in worst))
+    terminal.line("PASSED" if report["passed"] else "FAILED")
+
+
+def _teachers(teacher: dict) -> str:
+    members = teacher.get("experts") or teacher.get("average_of")
+    if members:
+        return f"{len(members)} {'experts' if 'experts' in teacher else 'teachers, their average'}, {_short(teacher)}"
+    said = [part for part in (teacher.get("method"), (teacher.get("model") or {}).get("name")) if part]
+    if (teacher.get("test") or {}).get("top1") is not None:
+        said.append(f"{teacher['test']['top1']:.1f} % of test images right")
+    return ", ".join([_short(teacher), *map(str, said)])
+
+
+def _short(teacher: dict) -> str:
+    return f"teacher {str(teacher.get('digest', ''))[:8]}"
+
+
+def _bytes(count: int) -> str:
+    """In the unit that leaves one to three digits before the point."""
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**power:,.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
