@@ -18,7 +18,8 @@ from .storage import new_file
 MANY, FEW = 100, 20  # training samples: many-shot has more than MANY, few-shot fewer than FEW
 SHOTS = "many", "medium", "few"
 _BINS = 15  # of the expected calibration error
-_BATCH_CELLS = 1 << 22  # probabilities decoded at a time
+_BATCH_CELLS = 1 << 22  # probabilities decoded at a time, and cells of a row group, which is of at most so many batches:
+_BATCHES = 1000
 
 
 def shot(class_counts) -> np.ndarray:
@@ -48,7 +49,7 @@ def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False)
 
 
 def export_parquet(cache, path, *, view=None, sample=None, label=None, probabilities=False) -> int:
-    """Write the rows of `to_pandas` to the Parquet file `path`, holding one block at a time; returns their number.
+    """Write the rows of `to_pandas` to the Parquet file `path`, holding a few blocks at a time; returns their number.
 
     The file appears whole or not at all. Raises CacheError where `path` exists or cannot be written.
     """
@@ -63,14 +64,29 @@ def export_parquet(cache, path, *, view=None, sample=None, label=None, probabili
     first = next(batches)
     try:
         with new_file(path) as file, parquet.ParquetWriter(file, first.schema) as writer:
-            for batch in itertools.chain([first], batches):
-                writer.write_batch(batch)
-                rows += len(batch)
+            for group in _row_groups(itertools.chain([first], batches)):
+                writer.write_table(group)
+                rows += len(group)
     except FileExistsError as error:
         raise CacheError(f"{path} exists, which it did not before; choose another file") from error
     except OSError as error:
         raise CacheError(f"{path} cannot be written: {reason(error, path)}; make room, or name another file") from error
     return rows
+
+
+def _row_groups(batches):
+    """The rows of `batches` as tables, each of many: what a file says of each of its row groups is kept in memory."""
+    import pyarrow as pa
+
+    waiting, cells = [], 0
+    for batch in batches:
+        waiting.append(batch)
+        cells += len(batch) * batch.num_columns
+        if cells >= _BATCH_CELLS or len(waiting) == _BATCHES:
+            yield pa.Table.from_batches(waiting)
+            waiting, cells = [], 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
 
 
 def _batches(cache, view, sample, label, probabilities):

@@ -26,6 +26,7 @@ from offline_bkd.cache import (
     object_storage,
     open_cache,
     storage,
+    writer,
 )
 from offline_bkd.pipeline import guard
 
@@ -198,6 +199,22 @@ def test_an_object_store_has_one_writer_a_block(bucket, two_blocks):
     assert cache.complete and cache.verify_checksums() == []
     create_cache(url, resume=True, **arguments(**TWO_VIEWS)).close()
     assert storage.open_storage(url).names("done/locks") == [], "what a writer held is given back"
+
+
+def test_parts_that_begin_at_once_on_an_object_store_create_it_once(bucket, two_blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_WAIT", 0.01)
+    url, create, created = remote(bucket, "s3"), writer._create, []
+    monkeypatch.setattr(writer, "_create", lambda *given: [created.append(given), create(*given)])
+
+    def write(part):
+        with create_cache(url, resume=True, joint=True, **arguments()) as mine:
+            mine.take(mine.cache.parts(3)[part])
+            fill(mine)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(write, range(3)))
+    assert len(created) == 1 and open_cache(url).complete
+    assert storage.open_storage(url).names("done/locks") == []
 
 
 def test_of_writers_that_begin_at_once_no_two_go_on(bucket):

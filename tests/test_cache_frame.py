@@ -264,3 +264,12 @@ def test_calibration_error_is_zero_for_a_calibrated_teacher_and_the_gap_for_an_o
 def test_entropy_of_certainty_is_zero_and_of_nothing_known_is_log_c():
     assert frame.entropy(np.eye(4, dtype=np.float32)).tolist() == [0, 0, 0, 0]
     assert frame.entropy(np.full((1, 4), 0.25, np.float32))[0] == pytest.approx(np.log(4))
+
+
+def test_small_blocks_share_row_groups_whose_number_takes_memory(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(frame, "_BATCHES", 5)
+    assert cache.export_parquet(tmp_path / "few.parquet") == 18 * 360
+    from pyarrow import parquet
+
+    assert parquet.ParquetFile(tmp_path / "few.parquet").num_row_groups == 4, "18 blocks, five together"
+    pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "few.parquet"), cache.to_pandas(), check_dtype=False)
