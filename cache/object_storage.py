@@ -30,6 +30,7 @@ RETRIES = {  # of requests that are dropped, or answered with 5xx; some ten seco
 CLIENT = {"allow_http": True, "timeout": "2m"}  # plain HTTP only where the endpoint in the environment says so
 LEASE = 60  # seconds that a lease lasts after its last renewal
 _REQUESTS = 32  # at once
+_PATIENCE = 5  # seconds that a writer waits for others that asked at the same time
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|bucket does not exist")
 _NOT_ALLOWED = "PermissionDeniedError", "UnauthenticatedError"
 _process = None  # the one that uses obstore, whose threads end where a process is forked
@@ -172,8 +173,9 @@ class ObjectStorage:
 class Lease:
     """An object that says what its writer holds. A thread renews it; one that is not renewed may be taken away.
 
-    Each writer first puts its own and then looks for others', so of two that overlap at least one sees the other. Times
-    are the server's. Renewing and taking away are conditional on the object being as it was seen, so that only one happens.
+    Each writer first asks, by putting its own, and then looks for others': of two that overlap at least one sees the other.
+    Of those that ask at once the first by name waits for the rest to give way; then it holds. Times are the server's.
+    Renewing and taking away are conditional on the object being as it was seen, so that only one happens.
     """
 
     def __init__(self, client: Client, folder: str, ranges):
@@ -189,17 +191,38 @@ class Lease:
 
     def _refuse_others(self, client, folder):
         leases = {entry["path"]: entry for entry in client.ask(lambda store: store.list(folder).collect())}
-        now = leases.pop(self._held.key)["last_modified"]
+        now, rivals = leases.pop(self._held.key)["last_modified"], []
         for key, entry in leases.items():
             if (now - entry["last_modified"]).total_seconds() > LEASE:
                 with suppress(FileNotFoundError):  # it was renewed or given back meanwhile
                     client.replace(key, b"", entry)
                     client.ask(lambda store, key=key: store.delete(key))
                     continue
-            with suppress(FileNotFoundError):
-                theirs = json.loads(bytes(client.ask(lambda store, key=key: store.get(key).bytes())) or b"[[]]")[0]
-                if any(max(a, c) < min(b, d) for a, b in theirs for c, d in self._held.ranges):
-                    raise BlockingIOError(f"wait for it, or end it and wait {LEASE} s")
+            if self._contested(client, key):
+                if key < self._held.key:
+                    self._refuse()
+                rivals.append(key)
+        deadline = time.monotonic() + _PATIENCE
+        while rivals := [key for key in rivals if self._contested(client, key)]:  # who comes later sees this one
+            if time.monotonic() > deadline:
+                self._refuse()
+            time.sleep(0.02)
+        self._held.hold()
+
+    def _contested(self, client, key) -> bool:
+        """Whether the writer of the lease `key` asks for some of the same. Raises BlockingIOError where it holds them."""
+        try:
+            data = bytes(client.ask(lambda store: store.get(key).bytes())) or b"[[], false]"
+        except FileNotFoundError:
+            return False
+        theirs, holds = json.loads(data)[:2]
+        overlap = any(max(a, c) < min(b, d) for a, b in theirs for c, d in self._held.ranges)
+        if overlap and holds:
+            self._refuse()
+        return overlap
+
+    def _refuse(self):
+        raise BlockingIOError(f"wait for it, or end it and wait {LEASE} s")
 
     def keep(self) -> None:
         """Raises OSError unless the numbers are held still."""
@@ -215,12 +238,19 @@ class _Held:
 
     def __init__(self, client: Client, key: str, ranges: list[list[int]]):
         self.client, self.key, self.ranges = client, key, ranges
-        self._lost, self._ended = False, threading.Event()
+        self._holds, self._lost, self._ended = False, False, threading.Event()
         self._renewing = threading.RLock()  # a lease may end while this very thread renews: wherever it is collected
         self._renewed, self._object = time.time(), client.ask(lambda store: store.put(key, self._data(), mode="create"))
 
     def _data(self) -> bytes:
-        return json.dumps([self.ranges, secrets.token_hex(8)]).encode()  # no two alike, as an etag may be of the bytes alone
+        # No two are alike, as an etag may be of the bytes alone.
+        return json.dumps([self.ranges, self._holds, secrets.token_hex(8)]).encode()
+
+    def hold(self) -> None:
+        """From asking to holding."""
+        self._holds = True
+        self.renew()
+        self.keep()
 
     def renew(self) -> None:
         with self._renewing:

@@ -229,7 +229,8 @@ class CacheWriter:
     """
 
     def __init__(self, cache: Cache, notes: list[str]):
-        self.cache, self._owned, self._lock, self.notes = cache, set(), None, notes
+        self.cache, self._lock, self.notes = cache, None, notes
+        self._owned: set[tuple[int, int]] = set()
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
         self._store, self.exact = ZarrStorage(self._storage), 0
         self._array = functools.cache(lambda name: zarr.open_array(self._store, path=name, mode="r+", zarr_format=3))
