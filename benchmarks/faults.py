@@ -1,0 +1,178 @@
+"""What becomes of stores under flipped bits, kills and failing disks; counts, which should say that nothing was missed.
+
+    python benchmarks/faults.py --flips 600 --kills 100 --failures 200 --out results
+
+Flips: one random bit of a store of each encoding, of any file as likely as of any other, is found on opening it or by its
+checksums, or missed. Kills: dumps of the digits, in processes of their own, are killed (SIGKILL) at random moments and
+resumed until they end; the bytes are those of a dump that nothing disturbed, or not. Failures: an operation of the disk
+fails, at random; the dump stops with that error, and is resumed to the same bytes, or not.
+"""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+
+from offline_bkd.cache import CacheError, open_cache, storage
+from offline_bkd.pipeline import config, dump, runs, train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "teacher.model={name: cifar_resnet, depth: 8, width: 4}",
+    "teacher.training.epochs=1",
+    "views={name: crop_flip, pad: 2, flip: true}",
+)
+ENCODINGS = {
+    "logit": "{name: logit}",
+    "float32": "{name: probability, dtype: float32}",
+    "klt": "{name: klt, max_error: 0.02}",
+}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a store but its lock, by key."""
+    keys = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {key: path.read_bytes() for key, path in keys.items() if key != "done/lock"}
+
+
+def dumped(teacher: Path, store: Path, encoding: str) -> Path:
+    """The store of `teacher`, finished in the encoding, with features; what is printed is not shown."""
+    experiment = config.load_config(
+        ROOT / "configs/digits.yaml", (*SMALL, f"cache.encoding={ENCODINGS[encoding]}", "cache.features=true"), 0
+    )
+    with open(os.devnull, "w") as nowhere:
+        stdout, sys.stdout = sys.stdout, nowhere
+        try:
+            dump.dump_logits(experiment, [str(teacher)], str(store), torch.device("cpu"), resume=True)
+        finally:
+            sys.stdout = stdout
+    return store
+
+
+def flips(store: Path, count: int) -> dict[str, int]:
+    counts = {"on opening": 0, "by checksums": 0, "missed": 0}
+    keys, chance = sorted(files(store)), random.Random(0)
+    for _ in range(count):
+        path = store / chance.choice(keys)
+        whole = path.read_bytes()
+        data, at = bytearray(whole), chance.randrange(len(whole))
+        data[at] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        try:
+            cache = open_cache(store)
+            counts["by checksums" if cache.verify_checksums() or not cache.complete else "missed"] += 1
+        except CacheError:
+            counts["on opening"] += 1
+        path.write_bytes(whole)
+    return counts
+
+
+def kills(teacher: Path, whole: dict[str, bytes], folder: Path, encoding: str, count: int, seconds: float) -> dict[str, int]:
+    """`seconds`: what a dump takes, about."""
+    counts, chance = {"kills": 0, "dumps": 0, "same bytes": 0, "left files": 0}, random.Random(0)
+    while counts["kills"] < count:
+        store, ended = folder / f"killed-{counts['dumps']}", False
+        while not ended:
+            child = os.fork()
+            if not child:
+                code = 1
+                try:
+                    dumped(teacher, store, encoding)
+                    code = 0
+                finally:
+                    os._exit(code)
+            deadline = time.monotonic() + chance.uniform(0, seconds) * (1 if counts["kills"] < count else 1000)
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.002)
+                ended = os.waitpid(child, os.WNOHANG)[0] == child
+            if not ended:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                counts["kills"] += 1
+        counts["dumps"] += 1
+        left = files(store)
+        counts["same bytes"] += left == whole
+        counts["left files"] += len(left.keys() - whole.keys())
+        shutil.rmtree(store)
+    return counts
+
+
+def failing(operation: Callable, left: list[int], code: int) -> Callable:
+    """`operation`, which fails by the error `code` when all of those that share `left` have run so many times."""
+
+    def operate(*given, **named):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(code, os.strerror(code))
+        return operation(*given, **named)
+
+    return operate
+
+
+def failures(teacher: Path, whole: dict[str, bytes], folder: Path, encoding: str, count: int) -> dict[str, int]:
+    counts, chance = {"failures": 0, "one line": 0, "same bytes": 0}, random.Random(0)
+    real = {name: getattr(os, name) for name in ("fsync", "replace", "mkdir", "link")}
+    while counts["failures"] < count:
+        store, left = folder / f"failed-{counts['failures']}", [chance.randrange(1, 600)]
+        code = chance.choice([errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+        for name, operation in real.items():
+            setattr(storage.os, name, failing(operation, left, code))
+        try:
+            dumped(teacher, store, encoding)
+        except (OSError, CacheError) as error:
+            counts["failures"] += 1
+            counts["one line"] += "\n" not in str(error) and os.strerror(code) in str(error)
+        finally:
+            for name, operation in real.items():
+                setattr(storage.os, name, operation)
+        if left[0] <= 0:
+            counts["same bytes"] += files(dumped(teacher, store, encoding)) == whole
+        shutil.rmtree(store, ignore_errors=True)
+    return counts
+
+
+@click.command()
+@click.option("--flips", "flip_count", default=600, show_default=True, help="Of each encoding.")
+@click.option("--kills", "kill_count", default=100, show_default=True, help="Of each encoding.")
+@click.option("--failures", "failure_count", default=200, show_default=True, help="Of each encoding.")
+@click.option("--out", help="Folder for faults.json.")
+@click.option("--scratch", help="A folder to write the stores in.")
+def main(flip_count, kill_count, failure_count, out, scratch):
+    torch.set_num_threads(1)  # whose processes may be forked
+    table = {}
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        experiment = config.load_config(ROOT / "configs/digits.yaml", SMALL, 0)
+        train.train_teacher(experiment, str(folder / "teacher"), torch.device("cpu"))
+        for encoding in ENCODINGS:
+            start = time.perf_counter()
+            store = dumped(folder / "teacher", folder / encoding, encoding)
+            seconds, whole = time.perf_counter() - start, files(store)
+            table[encoding] = {
+                "files": len(whole),
+                "flips": flips(store, flip_count),
+                "kills": kills(folder / "teacher", whole, folder, encoding, kill_count, seconds),
+                "failures": failures(folder / "teacher", whole, folder, encoding, failure_count),
+            }
+            click.echo(f"{encoding}: {json.dumps(table[encoding])}")
+    if out:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        command = "python benchmarks/faults.py " + " ".join(sys.argv[1:])
+        result = {"command": command, "commit": commit.stdout.strip(), "stores": table}
+        Path(out).mkdir(parents=True, exist_ok=True)
+        runs.write_whole(Path(out) / "faults.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
