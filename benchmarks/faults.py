@@ -26,6 +26,7 @@ import torch
 
 from offline_bkd.cache import CacheError, open_cache, storage
 from offline_bkd.pipeline import config, dump, runs, train
+from offline_bkd.pipeline.schema import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -46,15 +47,17 @@ def files(folder: Path) -> dict[str, bytes]:
     return {key: path.read_bytes() for key, path in keys.items() if key != "done/lock"}
 
 
-def dumped(teacher: Path, store: Path, encoding: str) -> Path:
-    """The store of `teacher`, finished in the encoding, with features; what is printed is not shown."""
-    experiment = config.load_config(
-        ROOT / "configs/digits.yaml", (*SMALL, f"cache.encoding={ENCODINGS[encoding]}", "cache.features=true"), 0
-    )
+def experiment(encoding: str = "logit") -> Experiment:
+    overrides = *SMALL, f"cache.encoding={ENCODINGS[encoding]}", "cache.features=true"
+    return config.load_config(ROOT / "configs/digits.yaml", overrides, 0)
+
+
+def dumped(teacher: Path, store: Path, asked: Experiment) -> Path:
+    """The store of `teacher`, finished as it is asked for; what is printed is not shown."""
     with open(os.devnull, "w") as nowhere:
         stdout, sys.stdout = sys.stdout, nowhere
         try:
-            dump.dump_logits(experiment, [str(teacher)], str(store), torch.device("cpu"), resume=True)
+            dump.dump_logits(asked, [str(teacher)], str(store), torch.device("cpu"), resume=True)
         finally:
             sys.stdout = stdout
     return store
@@ -78,7 +81,9 @@ def flips(store: Path, count: int) -> dict[str, int]:
     return counts
 
 
-def kills(teacher: Path, whole: dict[str, bytes], folder: Path, encoding: str, count: int, seconds: float) -> dict[str, int]:
+def kills(
+    teacher: Path, whole: dict[str, bytes], folder: Path, asked: Experiment, count: int, seconds: float
+) -> dict[str, int]:
     """`seconds`: what a dump takes, about."""
     counts, chance = {"kills": 0, "dumps": 0, "same bytes": 0, "left files": 0}, random.Random(0)
     while counts["kills"] < count:
@@ -88,7 +93,7 @@ def kills(teacher: Path, whole: dict[str, bytes], folder: Path, encoding: str, c
             if not child:
                 code = 1
                 try:
-                    dumped(teacher, store, encoding)
+                    dumped(teacher, store, asked)
                     code = 0
                 finally:
                     os._exit(code)
@@ -120,7 +125,7 @@ def failing(operation: Callable, left: list[int], code: int) -> Callable:
     return operate
 
 
-def failures(teacher: Path, whole: dict[str, bytes], folder: Path, encoding: str, count: int) -> dict[str, int]:
+def failures(teacher: Path, whole: dict[str, bytes], folder: Path, asked: Experiment, count: int) -> dict[str, int]:
     counts, chance = {"failures": 0, "one line": 0, "same bytes": 0}, random.Random(0)
     real = {name: getattr(os, name) for name in ("fsync", "replace", "mkdir", "link")}
     while counts["failures"] < count:
@@ -129,7 +134,7 @@ def failures(teacher: Path, whole: dict[str, bytes], folder: Path, encoding: str
         for name, operation in real.items():
             setattr(storage.os, name, failing(operation, left, code))
         try:
-            dumped(teacher, store, encoding)
+            dumped(teacher, store, asked)
         except (OSError, CacheError) as error:
             counts["failures"] += 1
             counts["one line"] += "\n" not in str(error) and os.strerror(code) in str(error)
@@ -137,7 +142,7 @@ def failures(teacher: Path, whole: dict[str, bytes], folder: Path, encoding: str
             for name, operation in real.items():
                 setattr(storage.os, name, operation)
         if left[0] <= 0:
-            counts["same bytes"] += files(dumped(teacher, store, encoding)) == whole
+            counts["same bytes"] += files(dumped(teacher, store, asked)) == whole
         shutil.rmtree(store, ignore_errors=True)
     return counts
 
@@ -153,17 +158,16 @@ def main(flip_count, kill_count, failure_count, out, scratch):
     table = {}
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
-        experiment = config.load_config(ROOT / "configs/digits.yaml", SMALL, 0)
-        train.train_teacher(experiment, str(folder / "teacher"), torch.device("cpu"))
+        train.train_teacher(experiment(), str(folder / "teacher"), torch.device("cpu"))
         for encoding in ENCODINGS:
-            start = time.perf_counter()
-            store = dumped(folder / "teacher", folder / encoding, encoding)
+            start, asked = time.perf_counter(), experiment(encoding)
+            store = dumped(folder / "teacher", folder / encoding, asked)
             seconds, whole = time.perf_counter() - start, files(store)
             table[encoding] = {
                 "files": len(whole),
                 "flips": flips(store, flip_count),
-                "kills": kills(folder / "teacher", whole, folder, encoding, kill_count, seconds),
-                "failures": failures(folder / "teacher", whole, folder, encoding, failure_count),
+                "kills": kills(folder / "teacher", whole, folder, asked, kill_count, seconds),
+                "failures": failures(folder / "teacher", whole, folder, asked, failure_count),
             }
             click.echo(f"{encoding}: {json.dumps(table[encoding])}")
     if out:

@@ -167,7 +167,7 @@ def test_markers_that_make_no_sense_are_refused(url, files):
 
 
 def test_what_a_store_claims_to_be_costs_nothing_only_what_is_there(tmp_path):
-    classes, samples = 100_000, 200
+    classes, samples = 5000, 100
     given = arguments(
         identity=identity(classes=tuple(map(str, range(classes))), views=RandomResizedCrop(size=8, count=10**6)),
         **{name: np.arange(samples) for name in ("sample_id", "label")},
@@ -180,9 +180,9 @@ def test_what_a_store_claims_to_be_costs_nothing_only_what_is_there(tmp_path):
     try:
         cache = open_cache(tmp_path / "s")
         summary = cache.summary(planes=1)
-        assert summary["blocks"] == {"done": 1, "all": 5 * 10**6, "of_a_view": 5} and not cache.complete
+        assert summary["blocks"] == {"done": 1, "all": 10**6, "of_a_view": 1} and not cache.complete
         assert cache.verify_checksums() == [] and cache.committed() == [(5, 0)]
-        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+        assert tracemalloc.get_traced_memory()[1] < 30 << 20
     finally:
         tracemalloc.stop()
 
