@@ -125,7 +125,7 @@ def failing(operation: Callable, left: list[int], code: int) -> Callable:
     return operate
 
 
-def failures(teacher: Path, whole: dict[str, bytes], folder: Path, asked: Experiment, count: int) -> dict[str, int]:
+def failures(teacher: Path, whole: dict, folder: Path, asked: Experiment, count: int) -> dict[str, int]:
     counts, chance = {"failures": 0, "one line": 0, "same bytes": 0}, random.Random(0)
     real = {name: getattr(os, name) for name in ("fsync", "replace", "mkdir", "link")}
     while counts["failures"] < count:
