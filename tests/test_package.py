@@ -44,7 +44,7 @@ def test_a_wheel_has_every_module_and_every_configuration(wheel):
         packed = {name.removeprefix("offline_bkd/") for name in file.namelist() if name.startswith("offline_bkd/")}
     modules = {str(path.relative_to(ROOT)) for part in ("cache", "pipeline") for path in (ROOT / part).rglob("*.py")}
     configurations = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
-    assert packed == modules | configurations | {"__init__.py", "cli.py", "py.typed"}
+    assert packed == modules | configurations | {"__init__.py", "cli.py", "py.typed", "pipeline/show/page.html"}
 
 
 def test_a_wheel_works_from_another_folder(wheel, tmp_path):
