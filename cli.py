@@ -18,7 +18,7 @@ if not __package__:  # `python cli.py`: the package is the checkout that this fi
     SPEC.loader.exec_module(sys.modules["offline_bkd"])
 
 from offline_bkd.pipeline import UserError, __version__
-from offline_bkd.pipeline.guard import PLACE, Commands, guarded
+from offline_bkd.pipeline.guard import PLACE, Commands, Number, guarded
 
 
 def configured(command):
@@ -131,7 +131,9 @@ def train_teacher(config, device, backbone, out, seeds, resume, dry_run):
 @click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
 @click.option("--prefix", metavar="NAME", help="Which part of the file, if it holds the network twice: state_dict_ema.")
 @click.option("--classes", type=PLACE, metavar="FILE", help="The order of its outputs: a class name of the data on each line.")
-@click.option("--expect", type=float, metavar="PERCENT", help="Its accuracy on the test set; refused if it is another.")
+@click.option(
+    "--expect", type=Number(0, 100), metavar="PERCENT", help="Its accuracy on the test set; refused if it is another."
+)
 @configured
 def import_model(config, device, weights, out, prefix, classes, expect):
     """Example: python cli.py import-model --config birds.yaml --weights birds.ckpt --expect 71.3 --out runs/teacher
@@ -290,7 +292,9 @@ def inspect(store, everything, as_json, parts):
     "--teacher", "teachers", multiple=True, type=PLACE, metavar="RUN", help="The run, or runs, whose answers the cache holds."
 )
 @click.option("--views", type=click.IntRange(min=1), default=2, show_default=True, help="How many views to compute again.")
-@click.option("--tolerance", type=float, help="Largest mean total variation to accept; default: what the encoding promises.")
+@click.option(
+    "--tolerance", type=Number(0, 1), help="Largest mean total variation to accept; default: what the encoding promises."
+)
 @click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
 @click.option(
     "-o",
@@ -346,6 +350,8 @@ def export(store, out, views, labels, probabilities):
     """
     from offline_bkd.cache import open_cache
 
+    if not out.endswith(".parquet"):
+        raise UserError(f"--out {out}: the table is Parquet; name a file that ends in .parquet")
     rows = open_cache(store).export_parquet(
         out, view=list(dict.fromkeys(views)) or None, label=list(labels) or None, probabilities=probabilities
     )

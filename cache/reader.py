@@ -19,7 +19,6 @@ from .format import CacheError, CorruptCacheError, LostCacheError, read_marker, 
 from .metadata import DOCUMENT_BYTES, FOREIGN, check_chunk, load_metadata, read_document
 from .storage import open_storage
 
-_REDO = "delete its marker in done/ and resume the dump"
 _MARKER = re.compile(r"(0|[1-9]\d{0,6})\.(0|[1-9]\d{0,6})")
 _EXACT = Dense(name="probability", dtype="float32")  # of blocks that a codebook does not fit
 _PIECE = 64 << 10  # of a chunk, bytes; it stays in the CPU's cache
@@ -259,7 +258,7 @@ class Cache:
         try:
             return self.encoding.unpack(columns, marker, self.reference_codes(view, block), out)
         except ValueError as error:
-            raise CorruptCacheError(f"{self._where(view, block)} is damaged: {error}; {_REDO}") from error
+            raise CorruptCacheError(f"{self._where(view, block)} is damaged: {error}; {_redo(view, block)}") from error
 
     def reference_codes(self, view: int, block: int) -> np.ndarray | None:
         """The codes that those of (view, block) are stored as differences from, [rows, R]; None where there are none.
@@ -280,11 +279,11 @@ class Cache:
         rows, key = self.layout.rows(block), self.layout.chunk(self.encoding.array, view, block)
         where = self._where(view, block)
         data = self._storage.read(key)
-        check_chunk(marker["files"].get(key, {}), data, where, _REDO)
+        check_chunk(marker["files"].get(key, {}), data, where, _redo(view, block))
         try:
             return self.encoding.decompress(data[:-4], self.layout.block_rows)[: _length(rows)]
         except (ValueError, RuntimeError) as error:
-            raise CorruptCacheError(f"{where} is damaged: {error}; {_REDO}") from error
+            raise CorruptCacheError(f"{where} is damaged: {error}; {_redo(view, block)}") from error
 
     def _read_plain(self, array, view, block, out):
         """A chunk of plain numbers and their crc32c into `out`.
@@ -296,11 +295,11 @@ class Cache:
         size = self.layout.block_rows * out.shape[1] * out.itemsize + 4
         file = self._storage.open(key)
         if file is None:
-            raise CorruptCacheError(f"{where} is missing, though it was written; {_REDO}")
+            raise CorruptCacheError(f"{where} is missing, though it was written; {_redo(view, block)}")
         with file:
             found = file.seek(0, os.SEEK_END)
             if found != size or found != expected.get("size"):
-                raise CorruptCacheError(f"{where} is damaged: it has {found} bytes of {size}; {_REDO}")
+                raise CorruptCacheError(f"{where} is damaged: it has {found} bytes of {size}; {_redo(view, block)}")
             file.seek(0)
             target, checksum = out.reshape(-1).view(np.uint8), 0
             for start in range(0, size - 4, _PIECE):
@@ -315,9 +314,9 @@ class Cache:
                 checksum = google_crc32c.extend(checksum, piece)
             stored = file.read(4)
         if stored != checksum.to_bytes(4, "little"):
-            raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {_REDO}")
+            raise CorruptCacheError(f"{where} is damaged: its checksum does not match; {_redo(view, block)}")
         if stored.hex() != expected.get("checksum"):
-            raise CorruptCacheError(f"{where} is damaged: it is not the chunk that was written; {_REDO}")
+            raise CorruptCacheError(f"{where} is damaged: it is not the chunk that was written; {_redo(view, block)}")
 
     def _room(self, count, out):
         return _room((count, self.held.width(self.layout.classes)), self.held.dtype, out)
@@ -339,7 +338,7 @@ class Cache:
         rows, marker = self.layout.rows(block), read_marker(data, where, "delete it and resume the dump")
         owner = {"store": self.digest, "view": view, "rows": [rows.start, rows.stop]}
         if any(marker.get(key) != value for key, value in owner.items()):
-            raise CorruptCacheError(f"{where()} is another block's or store's; {_REDO}")
+            raise CorruptCacheError(f"{where()} is another block's or store's; {_redo(view, block)}")
         return marker
 
     def plane(self, view: int) -> np.ndarray:
@@ -403,6 +402,11 @@ class Cache:
         from . import frame
 
         return frame.summary(self, planes=planes)
+
+
+def _redo(view: int, block: int) -> str:
+    """What to do about a block that is damaged."""
+    return f"delete its marker done/{view}.{block} and resume the dump, which writes it again"
 
 
 def _length(rows):

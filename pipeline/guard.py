@@ -27,6 +27,9 @@ ADVICE = {
 }
 
 
+SHARED = "train-teacher", "train-student", "dump-logits"  # commands that several processes of torchrun share
+
+
 class Commands(click.Group):
     """Commands whose failures are one line: exit 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
 
@@ -52,7 +55,20 @@ class Commands(click.Group):
             near = difflib.get_close_matches(name, self.commands, 1, 0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.commands)}"
             raise click.UsageError(f"there is no command {name!r}; {hint}")
+        if os.environ.get("WORLD_SIZE", "1") != "1" and name not in SHARED:
+            raise click.UsageError(
+                f"{name} runs in one process, but torchrun started {os.environ['WORLD_SIZE']} of it (WORLD_SIZE); "
+                "start it without torchrun, or with --nproc-per-node 1"
+            )
         return command
+
+
+class Number(click.FloatRange):
+    """A number in a range; NaN is in none."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is no number", param, ctx) if number != number else number
 
 
 class Place(click.ParamType):

@@ -131,14 +131,20 @@ def read_inputs(
     refuse_sources(section.method, cache, backbone)
     training_set, test_set, validation_set = datasets.load(config.data, section.expert)
     store = cache and open_matching_cache(cache, config, training_set)
-    images, test_images = (open_images(part, config.views, device, config.data.workers) for part in (training_set, test_set))
+    parts = [training_set, test_set] + ([] if validation_set is None else [validation_set])
+    images, test_images, *others = (open_images(part, config.views, device, config.data.workers) for part in parts)
+    for part, source in zip(parts, (images, test_images, *others)):
+        if source.crop_size != images.crop_size:
+            trained, other = (" x ".join(map(str, size)) for size in (images.crop_size, source.crop_size))
+            raise UserError(f"{part.name} has images of {other} pixels, the training part of {trained}; make them one size")
+    validation_images = others[0] if others else None
     return Inputs(
         training_set=training_set,
         test_set=test_set,
         validation_set=validation_set,
         images=images,
         test_images=test_images,
-        validation_images=validation_set and open_images(validation_set, config.views, device, config.data.workers),
+        validation_images=validation_images,
         cache=store or None,
         targets=Targets(store, device, features=section.method.learns_from == "features") if store else None,
         backbone=runs.open_run(backbone) if backbone else None,
@@ -200,12 +206,17 @@ def train_network(
             views=config.views,
             targets=inputs.targets,
             evaluate=partial(judge, images=inputs.test_images),
-            validate=partial(judge, images=inputs.validation_images) if inputs.validation_images else None,
+            validate=partial(judge, images=inputs.validation_images) if inputs.validation_images is not None else None,
             training=section.training,
             seed=config.seed,
             ranks=ranks,
         )
-        train(task, run, describe(config, role, inputs))
+        try:
+            train(task, run, describe(config, role, inputs))
+        except RuntimeError as error:
+            if "gloo" not in str(error) and "NCCL" not in str(error):
+                raise
+            raise RuntimeError("another process of torchrun ended; see what it said, then go on by --resume")
         if ranks.first:
             draw_run(run)
 
@@ -221,7 +232,7 @@ def describe(config: Experiment, role: Role, inputs: Inputs) -> dict:
         "image_size": inputs.images.crop_size,
         "dataset": inputs.training_set.fingerprint,
         "test_dataset": inputs.test_set.fingerprint,
-        "validation_dataset": inputs.validation_set and inputs.validation_set.fingerprint,
+        "validation_dataset": inputs.validation_set.fingerprint if inputs.validation_set is not None else None,
         "teacher": inputs.cache and inputs.cache.identity.teacher,
         "backbone": inputs.backbone and runs.experiment_of(inputs.backbone),
     }

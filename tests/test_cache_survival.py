@@ -321,7 +321,7 @@ def test_a_flipped_bit_is_never_read_as_data_and_names_array_view_and_rows(tmp_p
     url = tmp_path / "s"
     dump(url, **TWO_VIEWS)
     flip(url / "probability/c.1.1.0", 100, 3)
-    message = "probability, view 1, rows 180 to 359 is damaged: .*; delete its marker in done/ and resume the dump"
+    message = "probability, view 1, rows 180 to 359 is damaged: .*; delete its marker done/1.1 and resume the dump"
     with pytest.raises(CorruptCacheError, match=message):
         open_cache(url).plane(1)
     assert (open_cache(url).plane(0) == answers(0)).all()

@@ -253,3 +253,11 @@ def test_the_fingerprint_tells_pixels_labels_and_choice_apart():
     assert {k for k in train.fingerprint if changed.fingerprint[k] != train.fingerprint[k]} == {"images"}
     fewer = train.take(np.arange(1, len(train)))
     assert {k for k in train.fingerprint if fewer.fingerprint[k] == train.fingerprint[k]} == set()
+
+
+def test_a_validation_part_that_would_be_empty_is_refused():
+    labels = np.arange(4)
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    alone = datasets.Dataset(name="few", classes=("a", "b", "c", "d"), sample_id=labels, label=labels, images=pixels)
+    with pytest.raises(UserError, match="few: data.validation 0.1 holds out nothing of classes this small; leave it out"):
+        datasets.hold_out(alone, 0.1, 0)

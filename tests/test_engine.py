@@ -548,3 +548,17 @@ def test_with_a_validation_part_the_best_epoch_is_its_best_and_nothing_else_choo
     train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
     assert runs.open_run(tmp_path / "cut").summary()["best"] == summary["best"]
+
+
+def test_test_images_of_another_size_are_refused_before_anything_is_written(tmp_path):
+    from PIL import Image
+
+    for part, side in (("train", 8), ("test", 16)):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (side, side), (number * 80, 0, 0)).save(tmp_path / part / name / f"{number}.png")
+    config = tiny.experiment(f"data={{name: imagefolder, root: {tmp_path}, workers: 0}}")
+    with pytest.raises(UserError, match="has images of 16 x 16 pixels, the training part of 8 x 8; make them one size"):
+        train_teacher(config, str(tmp_path / "run"), tiny.CPU)
+    assert not (tmp_path / "run").exists()

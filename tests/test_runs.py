@@ -190,12 +190,14 @@ def test_what_a_run_says_never_reaches_the_terminal_as_commands(tmp_path, capsys
     assert "\x1b" not in (tmp_path / "log.txt").read_text()
 
 
-def test_commands_of_one_process_are_refused_under_torchrun(monkeypatch):
+@pytest.mark.parametrize("command", ["reproduce", "predict", "evaluate", "import-model", "report", "inspect"])
+def test_commands_of_one_process_are_refused_under_torchrun(monkeypatch, capsys, command):
+    from offline_bkd import cli
+
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="this command runs in one process, but torchrun started 2 of it"):
-        runs.refuse_several_processes()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    runs.refuse_several_processes()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "x"])
+    assert stop.value.code == 2 and f"{command} runs in one process, but torchrun started 2 of it" in capsys.readouterr().err
 
 
 def test_what_a_killed_run_left_half_written_is_taken_away(tmp_path, cut_run):

@@ -56,6 +56,8 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
         training, others["validation"] = hold_out(training, section.validation, section.seed)
     for name, part in others.items():
         notes = notes_on_parts(training, part, name)
+        if name == "validation" and np.isin(part.image_key, others["test"].image_key).any():
+            notes = (*notes, f"{part.name}: validation images are test images too, by which the best epoch is then chosen")
         _print_notes(*notes)
         others[name] = part.take(np.arange(len(part)), notes)
     if shot is not None:
@@ -175,6 +177,8 @@ def hold_out(dataset: Dataset, held: float | int, seed: int) -> tuple[Dataset, D
     # the last of those that a larger imbalance ratio would leave out first
     rows = [rows[len(rows) - count :] for rows, count in zip(_ranked(dataset, seed), held_counts)]
     chosen = np.sort(np.concatenate(rows))
+    if not len(chosen):
+        raise UserError(f"{dataset.name}: data.validation {held:g} holds out nothing of classes this small; leave it out")
     return dataset.take(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.take(chosen)
 
 

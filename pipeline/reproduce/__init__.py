@@ -27,7 +27,6 @@ __all__ = ["Job", "Table", "load_table", "plan", "refuse_other", "reproduce", "s
 
 def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick: bool, at_once: int | None) -> list[Job]:
     """Runs what is missing of `table`, a part of `whole`, and writes the table into `out`. Returns the jobs that failed."""
-    runs.refuse_several_processes()
     folder = Path(out)
     jobs, cells = plan(whole, table, folder, device, quick)
     before = refuse_other(whole, folder, quick)

@@ -17,7 +17,7 @@ checksum (checksums.py).
 from offline_bkd.pipeline.runs.files import make_folder, read, read_json, reason, write_json, write_whole
 from offline_bkd.pipeline.runs.folder import Run, experiment_of, open_run
 from offline_bkd.pipeline.runs.record import device_name, difference, environment, peak_memory
-from offline_bkd.pipeline.runs.start import begun, refuse_several_processes, refuse_taken, start_run
+from offline_bkd.pipeline.runs.start import begun, refuse_taken, start_run
 from offline_bkd.pipeline.runs.weights import digest
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "read",
     "read_json",
     "reason",
-    "refuse_several_processes",
     "refuse_taken",
     "start_run",
     "write_json",

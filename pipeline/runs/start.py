@@ -30,15 +30,6 @@ def refuse_taken(folder: str | Path, resume: bool) -> None:
             raise UserError(f"--out {folder} holds no run to resume; name another folder")
 
 
-def refuse_several_processes() -> None:
-    """Raises UserError where torchrun, or what sets the same variables, started this command more than once."""
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(
-            f"this command runs in one process, but torchrun started {world} of it (WORLD_SIZE); "
-            "start the command without torchrun, or with --nproc-per-node 1"
-        )
-
-
 @contextmanager
 def start_run(
     folder: str | Path,

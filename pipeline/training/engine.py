@@ -92,7 +92,7 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
                 continue
             run.append_metrics(record)
             run.save_tensors("last", answering.state_dict(), epoch=epoch + 1)
-            run.save_tensors("state", optimisation.state(), epoch=epoch + 1, best=best)
+            run.save_tensors("state", optimisation.state(), epoch=epoch + 1, best=best, processes=ranks.world)
             progress.advance(record["images_per_second"], "images/s")
             run.log(_line(record, training.epochs))
     if not ranks.first:
@@ -201,6 +201,11 @@ def _resume(run: runs.Run, task: Task, optimisation: Optimisation) -> tuple[int,
         optimisation.load_state(tensors)
         first, best = metadata["epoch"], metadata["best"]
         run.log(f"resumed after epoch {first} of {task.training.epochs}")
+        if (before := metadata.get("processes", 1)) != task.ranks.world:
+            run.log(
+                f"note: {before} processes trained until here and {task.ranks.world} go on: results differ in last bits, "
+                "and on CPUs by batch statistics"
+            )
     elif run.has("last.safetensors") and len(run.metrics()) > 1:  # one: it ended before its state was written
         raise UserError(f"{run.folder} has lost state.safetensors, which --resume needs; restore it, or name another folder")
     if task.ranks.first:
