@@ -81,11 +81,12 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
             ranks.agree(answering)
             if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
                 start = time.perf_counter()
-                judged = {"validation": task.validate(answering)} if task.validate else {}
-                judged["test"] = task.evaluate(answering)
-                record |= judged | {"evaluation_seconds": time.perf_counter() - start}
-                if judged.get("validation", judged["test"])["top1"] > best.get("validation", best)["top1"]:
-                    best = {"epoch": epoch + 1, **judged.pop("test"), **judged}  # chosen by what was held out, if anything
+                held_out = {"validation": task.validate(answering)} if task.validate else {}
+                test = task.evaluate(answering)
+                record |= {**held_out, "test": test, "evaluation_seconds": time.perf_counter() - start}
+                # the best epoch is chosen by what was held out, if anything was; its test scores stand beside
+                if held_out.get("validation", test)["top1"] > best.get("validation", best)["top1"]:
+                    best = {"epoch": epoch + 1, **test, **held_out}
                     if ranks.first:
                         run.save_tensors("best", answering.state_dict(), epoch=epoch + 1)
             if not ranks.first:
@@ -122,7 +123,7 @@ def train_epoch(
     The host waits for the device only every CHECK_EVERY steps.
     """
     training, device, ranks, start = task.training, task.images.device, task.ranks, time.perf_counter()
-    # what a network draws itself (dropout, stochastic depth) follows from seed and epoch too
+    # what a network draws itself (dropout, stochastic depth) follows from seed and epoch too; of two words of 32 bits one seed
     torch.manual_seed(int(philox.draw(task.seed, philox.DROPOUT, epoch, ranks.rank)[:2].astype(np.int64) @ [1 << 31, 1]))
     rows, views = _draw(task, epoch)
     share = ranks.share(rows, views, training.batch_size)

@@ -34,7 +34,7 @@ class Method(Protocol):
     network: nn.Module  # images, uint8 [B, 3, H, W], to what `loss` takes; has the model's parameters, perhaps some frozen
 
     def rows(self, epoch: int) -> np.ndarray:
-        """The positions in the training set that an epoch visits, in order: int64 [M]."""
+        """The positions in the training set that an epoch visits, in order: int64 [M]. Pure: asked for ahead of its turn."""
 
     def loss(self, output: Any, batch: Batch, epoch: int) -> StepLoss:
         """Of what `network` answered to `batch`."""
