@@ -6,7 +6,7 @@
     metrics.jsonl          one object an epoch
     summary.json           scores of the last and the best epoch; its presence says that the run is complete
     last.safetensors       weights after the last epoch that ended
-    best.safetensors       weights of the best evaluated epoch: by the validation part, or, where there is none, by the test part
+    best.safetensors       weights of the best evaluated epoch: by the validation part, or where there is none the test part
     state.safetensors      what resuming needs beside: optimiser, epoch; removed when the run is complete
     *.png                  curves, accuracy by class
 
