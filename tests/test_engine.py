@@ -131,7 +131,8 @@ def test_interrupted_and_resumed_is_uninterrupted_wherever_it_stopped(tmp_path, 
         write(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(runs.folder, "write_whole", stop_before)
+        for module in (runs.folder, runs.files):
+            patch.setattr(module, "write_whole", stop_before)
         train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU)
     train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU, resume=True)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")

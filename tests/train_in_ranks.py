@@ -83,4 +83,4 @@ if __name__ == "__main__":
     result = trained(ranks)
     if ranks.first:
         torch.save(result, sys.argv[1])
-    torch.distributed.destroy_process_group()
+    ranks.wait()

@@ -118,8 +118,14 @@ def join(device: torch.device) -> Ranks:
         return ALONE
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(distributed.destroy_process_group)  # or its threads may abort the process when it ends
+        atexit.register(leave)
     return Ranks(distributed.get_rank(), world)
+
+
+def leave() -> None:
+    """Ends what `join` began: its threads may abort a process that ends with them."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def refuse_shares(method: str, batch_size: int, world: int) -> None:
