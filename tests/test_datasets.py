@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import tiny
-from test_parquet import parquet, png, section
+from pictures import png
+from test_parquet import parquet, section
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data import datasets

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import png
 from PIL import Image, ImageOps, PngImagePlugin
 from test_folders import folder_of_images
-from test_parquet import png
 
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.data import datasets, decoding

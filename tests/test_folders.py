@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import png
 from PIL import Image
-from test_parquet import png
 from torchvision.datasets import ImageFolder
 
 from offline_bkd.pipeline import UserError, schema

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from test_parquet import parquet, png, section
+from pictures import png
+from test_parquet import parquet, section
 
 from offline_bkd.cache.views import RandomResizedCrop
 from offline_bkd.pipeline import UserError

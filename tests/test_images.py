@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from pictures import png
 from PIL import Image
 from test_folders import folder_of_images
-from test_parquet import parquet, png, section
 from torchvision.transforms.v2 import functional as transforms
 
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
@@ -74,6 +74,8 @@ def test_consecutive_views_of_a_sample_decode_it_once(folder, monkeypatch):
 
 
 def test_images_that_stay_on_the_device_are_opened_once(tmp_path, monkeypatch):
+    from test_parquet import parquet, section
+
     parquet(tmp_path, [0, 1, 1])
     parquet(tmp_path, [0, 1], "test-0.parquet")
     train, _, _ = datasets.load(section(tmp_path))
@@ -86,6 +88,8 @@ def test_images_that_stay_on_the_device_are_opened_once(tmp_path, monkeypatch):
 
 
 def test_broken_images_are_all_named_before_any_stays_on_the_device(tmp_path):
+    from test_parquet import parquet, section
+
     parquet(tmp_path, [0, 1, 1, 0, 1, 0], images=[b"", png(1), b"no", b"image", png(4), b"here"])
     parquet(tmp_path, [0, 1], "test-0.parquet")
     train, _, _ = datasets.load(section(tmp_path))

@@ -1,6 +1,5 @@
 """Parquet as data: what layouts are read, and what is wrong with a file, named before training."""
 
-import io
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from pictures import png
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data import datasets
@@ -32,14 +31,6 @@ def parquet(folder, labels, name="train-0.parquet", names=("cat", "dog"), images
     features = {"image": {"_type": "Image"}, column: {"names": list(names), "_type": "ClassLabel"}} if names else {}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(metadata), folder / name)
-
-
-def png(first: int, size=(6, 5), format="PNG", mode="RGB") -> bytes:
-    pixels = np.full((size[1], size[0], 3), 9, np.uint8)
-    pixels[0, 0] = first
-    stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, format)
-    return stream.getvalue()
 
 
 def section(folder, **values):

@@ -1,6 +1,8 @@
 """Imports point one way: cli, then the recipes, then what they are made of, then the cache."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,14 @@ def test_the_cache_knows_neither_torch_nor_the_pipeline(path):
 
 def test_every_module_has_its_layer():
     assert {name(path) for path in FILES if layer(name(path)) is None} == NAMES_ALONE
+
+
+def test_training_and_dumping_from_image_files_need_none_of_the_larger_libraries():
+    """So that they run on a machine that has little more than torch."""
+    script = (
+        "import sys\n"
+        "for name in 'pyarrow', 'duckdb', 'moto', 'fsspec', 'obstore', 'timm', 'onnx', 'lightning': sys.modules[name] = None\n"
+        "from offline_bkd.pipeline import cached_targets, dry_run, dump, evaluate, import_model, train\n"
+        "from offline_bkd.pipeline.show import report\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

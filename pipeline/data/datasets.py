@@ -18,7 +18,6 @@ from offline_bkd.pipeline import UserError, config, metrics, schema
 from offline_bkd.pipeline.data.dataset import MOST_CLASSES, Dataset
 from offline_bkd.pipeline.data.folders import load_folders
 from offline_bkd.pipeline.data.lists import load_image_list, load_inaturalist
-from offline_bkd.pipeline.data.parquet import load_parquet
 
 
 class Parts(NamedTuple):
@@ -38,7 +37,7 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
     without training samples and a group without classes.
     """
     loader = LOADERS[section.name]
-    options = {"download": download} if loader in (_cifar, load_parquet) else {}
+    options = {"download": download} if loader in (_cifar, _parquet) else {}
     training, *others = loader(section, config.expand(section.root), **options)
     others = dict(zip(("test", "validation"), others))
     _print_notes(*training.notes, *(note for part in others.values() for note in part.notes))
@@ -189,6 +188,12 @@ def _ranked(dataset: Dataset, seed: int) -> list[np.ndarray]:
     return np.split(by_class, np.cumsum(dataset.class_counts)[:-1])
 
 
+def _parquet(section: schema.Parquet, root: Path, download: bool) -> tuple[Dataset, ...]:
+    from offline_bkd.pipeline.data.parquet import load_parquet  # PyArrow is large, and other sets need none
+
+    return load_parquet(section, root, download)
+
+
 def _digits(section: schema.Digits, root: Path) -> tuple[Dataset, Dataset]:
     from sklearn.datasets import load_digits
 
@@ -229,7 +234,7 @@ def _cifar(section: schema.Cifar, root: Path, download: bool) -> tuple[Dataset, 
 
 LOADERS = {
     "digits": _digits,
-    "parquet": load_parquet,
+    "parquet": _parquet,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "imagefolder": load_folders,
