@@ -344,7 +344,10 @@ def identity(
 def refuse_other(cache: Cache, path: str, training_set: datasets.Dataset, temperature: float, views, teacher: dict) -> None:
     """Raises CacheError with every difference if the cache at `path` is not the one that these arguments describe."""
     if differences := cache.identity.differences(identity(training_set, temperature, views, teacher)):
-        raise CacheError(f"{path} is not for this run: " + "; ".join(differences))
+        raise CacheError(
+            f"{path} is not for this run: {'; '.join(differences)}; give data (data.validation and data.seed too), views and "
+            "cache.temperature as they were when it was dumped, or dump again"
+        )
 
 
 def cache_paths(teachers: Sequence[str], out: str, apart: bool) -> list[str]:
