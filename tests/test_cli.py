@@ -67,7 +67,7 @@ def test_the_three_commands_make_a_student(tmp_path):
     assert complete.returncode == 0 and "is complete" in complete.stdout
 
 
-def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run):
+def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run, tmp_path):
     shown = run("inspect", cache)
     assert shown.returncode == 0 and "464 samples of 10 classes" in shown.stdout
     assert shown.stdout.endswith("whole: all 9 blocks are there\n")
@@ -76,7 +76,11 @@ def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run):
     assert compared.endswith("\nPASSED\n") and compared.splitlines()[-2].count(",") == 4, "the five worst classes"
     assert run("verify", cache, "--checksums").returncode == 0
     assert "name the teacher's run with --teacher" in refused("verify", cache)
-    assert run("verify", cache, "--teacher", teacher_run, "--device", "cpu", "--tolerance", "-1").returncode == 1
+    dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "rounded.zarr"), tiny.CPU)
+    failed = run("verify", tmp_path / "rounded.zarr", "--teacher", teacher_run, "--device", "cpu", "--tolerance", "0")
+    assert failed.returncode == 1 and "FAILED" in failed.stdout.splitlines()[-1]
+    for tolerance in "-1", "nan":
+        assert "'--tolerance'" in refused("verify", cache, "--teacher", teacher_run, "--tolerance", tolerance)
 
 
 def test_export_writes_what_pandas_shows(tmp_path, cache):
