@@ -79,7 +79,7 @@ def show_training_plan(
         views = config.views.count if isinstance(config.views, CropFlip) else 2
         held += len(plan.training_set) * (row or 0) * views
     facts["memory"] = f"about {(runs.peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
-    facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.found}"
+    facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}"
     _show(config, facts, notes_on_training(section, store), role)
 
 
@@ -102,7 +102,7 @@ def show_dump_plan(
         facts["store"] += f", each of {len(teachers)}"
     memory = runs.peak_memory(device) + forward.more_memory + plan.held
     facts["memory"] = f"about {memory / 1e6:,.0f} MB on {device.type}"
-    facts["time"] = f"about {answers / batch_size * forward.seconds:,.0f} s on {device.type}, {forward.found}"
+    facts["time"] = f"about {answers / batch_size * forward.seconds:,.0f} s on {device.type}, {forward.basis}"
     _show(config, facts, notes, "dump")
 
 
@@ -110,7 +110,7 @@ def show_dump_plan(
 class _Cost:
     seconds: float  # of a step of the whole batch
     more_memory: float  # bytes that it takes beyond what was taken so far
-    found: str  # how it was found
+    basis: str  # what it was extrapolated from
 
 
 class _Plan:
@@ -151,7 +151,7 @@ class _Plan:
             whole = _median_time(work, size, self.device, 3) * batch_size / size
         grown = runs.peak_memory(self.device) - before  # by three quarters of what the last size takes
         more = 0 if size == batch_size else grown * 4 / 3 * (batch_size / size - 1)
-        return _Cost(seconds=whole, more_memory=more, found=f"from steps of {size} images")
+        return _Cost(seconds=whole, more_memory=more, basis=f"from steps of {size} images")
 
     def sizes(self, model: torch.nn.Module) -> dict[str, str]:
         counts = self.training_set.class_counts
