@@ -1,13 +1,15 @@
 """What a distilled step costs: cached BKD against cross-entropy alone, and against training with a live teacher.
 
-    python benchmarks/train.py --out results
+    python benchmarks/train.py --store STORE.zarr --out results
 
 ResNet-20 on CIFAR-100-LT in whole epochs with the student's evaluation after each; ResNet-32 on CIFAR-10-LT and ResNet-50
 on JPEG files, which worker processes decode, in steps. All is measured in one run, in turns; figures are medians and ratios
 of medians. CIFAR comes from $OFFLINE_BKD_DATA where that is set; otherwise it is random pixels, which take as long. The
-files are made, of noise.
+files are made, of noise. STORE.zarr, a complete cache of configs/cifar100-lt-quick.yaml, adds a plain PyTorch loop over
+CachedTargets.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -24,8 +26,10 @@ from PIL import Image
 from torch.nn import functional
 from torchvision import transforms
 
+from offline_bkd.cache import open_cache
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
 from offline_bkd.pipeline import config, runs, schema
+from offline_bkd.pipeline.cached_targets import CachedTargets, bkd_loss
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import DecodedImages, ResidentImages
 from offline_bkd.pipeline.evaluate import evaluate
@@ -188,6 +192,35 @@ def live(experiment, train, test, device):
     return epoch
 
 
+def plain_loop(store, network, data, train, test_images, device):
+    """The loop of examples/plain_loop.py over `store`, in float32: a function that trains and evaluates for an epoch, and
+    returns the seconds. Persistent workers; network and evaluation are the engine's, the optimiser is torch's fused one.
+    """
+    cache = open_cache(store)
+    cached = CachedTargets(cache, [(train.images[row], int(train.label[row])) for row in range(len(train))])
+    loader = torch.utils.data.DataLoader(
+        cached, BATCH, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=device.type == "cuda"
+    )
+    model = build_model(network, len(train.classes), data, 0).to(device, memory_format=torch.channels_last)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4, fused=True)
+    turns = itertools.count()
+
+    def epoch() -> float:
+        start = time.perf_counter()
+        model.train()
+        cached.set_epoch(next(turns))
+        for batch in loader:
+            logits = model(batch.image.to(device).contiguous(memory_format=torch.channels_last))
+            loss = bkd_loss(logits, batch.target.to(device), batch.label.to(device), cache.class_counts, temperature=T)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        evaluate(model, test_images, train.class_counts, "float32")
+        return time.perf_counter() - start
+
+    return epoch
+
+
 def in_turns(work: dict, repeats: int) -> dict[str, float]:
     """Median seconds of each function, called in turns; the first turn warms up and does not count."""
     seconds = {name: [] for name in work}
@@ -244,9 +277,10 @@ def growth(experiment, device, repeats) -> list[dict]:
 
 @click.command()
 @click.option("--out", default="results", show_default=True, help="Folder for train-<device>.json.")
+@click.option("--store", help="A complete cache of configs/cifar100-lt-quick.yaml, for a loop over CachedTargets.")
 @click.option("--epochs", default=5, show_default=True, help="Turns of whole epochs that count.")
 @click.option("--steps", default=20, show_default=True, help="Steps a turn, of the other networks.")
-def main(out, epochs, steps):
+def main(out, store, epochs, steps):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     root = os.environ.get("OFFLINE_BKD_DATA")
     train, test, experiment = load("cifar100-lt", root)
@@ -259,15 +293,22 @@ def main(out, epochs, steps):
         for name, settings, width in ("ce", ce, None), ("bkd probability", bkd, None), ("bkd klt", bkd, 40):
             common = training, train, images, targets[width], every, test_images
             whole[f"{name} {precision}"] = ours(network, settings, *common)
+    if store:
+        whole["CachedTargets float32"] = plain_loop(store, network, experiment.data, train, test_images, device)
     medians = in_turns(whole, epochs)
-    ratios = {"live / bkd probability, float32": medians["live float32"] / medians["bkd probability float32"]}
+    engines = medians["bkd probability float32"]
+    ratios = {
+        f"{name} / bkd probability, float32": medians[f"{name} float32"] / engines
+        for name in ("live", "CachedTargets")
+        if f"{name} float32" in medians
+    }
     for precision in ("float32", "bfloat16"):
         for encoding in ("probability", "klt"):
             ratios[f"bkd {encoding} / ce, {precision}"] = medians[f"bkd {encoding} {precision}"] / medians[f"ce {precision}"]
     single, more = steps_of_others(experiment, train, images, targets[None], root, device, steps, epochs)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": f"python benchmarks/train.py --epochs {epochs} --steps {steps}",
+        "command": f"python benchmarks/train.py{' --store STORE.zarr' if store else ''} --epochs {epochs} --steps {steps}",
         "commit": commit,
         "device": runs.device_name(device),
         "machine": platform.machine(),
