@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -131,8 +131,8 @@ class CachedTargets(torch.utils.data.Dataset):
         crop = self.crop(image, sample_id, view)
         return CachedSample(self.transform(crop) if self.transform else crop, int(label), sample_id, view, target)
 
-    def _open(self, mode: str) -> None:
-        self._epoch = np.memmap(self._files[0], np.int64, mode, shape=2)  # its number, and the view that is held
+    def _open(self, mode: Literal["w+", "r+"]) -> None:
+        self._epoch = np.memmap(self._files[0], np.int64, mode, shape=(2,))  # its number, and the view that is held
         self._planes = np.memmap(self._files[1], self._dtype, mode, shape=self._shape)
 
     def __getstate__(self) -> dict:

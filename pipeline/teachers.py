@@ -19,8 +19,8 @@ class Teachers(torch.nn.Module):
 
     def __init__(self, members: list[torch.nn.Module], features: bool):
         super().__init__()
-        self.members, self.seen = torch.nn.ModuleList(members), []
-        self.widths = [classifier(member).weight.shape[1] for member in members] if features else []
+        self.members, self.seen = torch.nn.ModuleList(members), list[torch.Tensor]()
+        self.widths = [int(classifier(member).get_parameter("weight").shape[1]) for member in members] if features else []
         if features:
             for member in members:
                 classifier(member).register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0].float()))
@@ -88,7 +88,7 @@ def average(identities: list[dict]) -> dict:
 
 def _refuse_unfit(members: Sequence[torch.nn.Module], identities: Sequence[dict], training_set: datasets.Dataset) -> None:
     """Raises UserError for experts that do not have every class once between them, or that stand beside other teachers."""
-    experts = [member.members.numpy() for member in members if member.members is not None]
+    experts = [member.get_buffer("members").numpy() for member in members if member.members is not None]
     if not experts:
         return
     if len(experts) < len(members):
@@ -100,8 +100,8 @@ def _refuse_unfit(members: Sequence[torch.nn.Module], identities: Sequence[dict]
                 f"every {shot}-shot class of {training_set.name} needs one expert that was trained on it; found experts of "
                 f"{named}; name one of each shot group (teacher.expert), trained on these data"
             )
-    for members, one in zip(experts, identities):
-        if one["dataset"] != training_set.take(np.flatnonzero(members[training_set.label])).fingerprint:
+    for own, one in zip(experts, identities):
+        if one["dataset"] != training_set.take(np.flatnonzero(own[training_set.label])).fingerprint:
             raise UserError(
                 f"the {one['expert']}-shot expert was trained on other images than {training_set.name} has; train it on these"
             )

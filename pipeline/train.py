@@ -51,7 +51,9 @@ class Inputs:
     @property
     def learns_from(self) -> str | None:
         """The digest of the cache, or of the other run's network."""
-        return self.cache.digest if self.cache else self.backbone and self.backbone.summary()["digest"]
+        if self.cache:
+            return self.cache.digest
+        return self.backbone.summary()["digest"] if self.backbone else None
 
 
 def train_teacher(
@@ -179,7 +181,7 @@ def train_network(
         seed=config.seed,
         device=device,
         images=images,
-        backbone=inputs.backbone and take_backbone(model, section.model, inputs.backbone, training_set).to(device),
+        backbone=take_backbone(model, section.model, inputs.backbone, training_set).to(device) if inputs.backbone else None,
     )
     method = build_method(section.method, context)
     network = ColorJitter(method.network, section.color_jitter) if section.color_jitter else method.network

@@ -74,7 +74,7 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
     with Progress(f"{run.label}training", training.epochs, first, "epochs", shown=ranks.first) as progress:
         for epoch in range(first, training.epochs):
             try:
-                record = {"epoch": epoch + 1, **train_epoch(task, forward, optimisation, epoch)}
+                record: dict = {"epoch": epoch + 1, **train_epoch(task, forward, optimisation, epoch)}
             except NotFinite as error:
                 raise NotFinite(f"{run.label}{error}") from None
             answering = optimisation.averaged or model
@@ -83,7 +83,7 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
                 start = time.perf_counter()
                 held_out = {"validation": task.validate(answering)} if task.validate else {}
                 test = task.evaluate(answering)
-                record |= {**held_out, "test": test, "evaluation_seconds": time.perf_counter() - start}
+                record |= held_out | {"test": test, "evaluation_seconds": time.perf_counter() - start}
                 # the best epoch is chosen by what was held out, if anything was; its test scores stand beside
                 if held_out.get("validation", test)["top1"] > best.get("validation", best)["top1"]:
                     best = {"epoch": epoch + 1, **test, **held_out}
