@@ -325,7 +325,11 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
         for problem in problems:
             click.echo(terminal.printable(problem))
         whole = "every stored byte is as it was written"
-        click.echo(f"{store}: FAILED, {len(problems)} problems" if problems else f"{store}: PASSED, {whole}, {there:,} blocks")
+        click.echo(
+            f"{store}: FAILED, {terminal.counted(len(problems), 'problem')}"
+            if problems
+            else f"{store}: PASSED, {whole}, {terminal.counted(there, 'block')}"
+        )
         return 1 if problems else 0
     if not teachers:
         raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")
@@ -349,13 +353,14 @@ def export(store, out, views, labels, probabilities):
     Write the cached predictions as Parquet, one row a sample and view, without holding the store in memory.
     """
     from offline_bkd.cache import open_cache
+    from offline_bkd.pipeline.show import terminal
 
     if not out.endswith(".parquet"):
         raise UserError(f"--out {out}: the table is Parquet; name a file that ends in .parquet")
     rows = open_cache(store).export_parquet(
         out, view=list(dict.fromkeys(views)) or None, label=list(labels) or None, probabilities=probabilities
     )
-    click.echo(f"{out}: {rows:,} rows")
+    click.echo(f"{out}: {terminal.counted(rows, 'row')}")
 
 
 @main.command(short_help="Compare runs: a table and pictures.")
@@ -407,7 +412,7 @@ def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
         commands, _ = reproduce.plan(whole, part, Path(out), device, quick)
         for job in commands:
             terminal.line(f"{'done ' if job.done else 'to do'}  {shlex.join([*job.arguments, '--out', str(job.out)])}")
-        return terminal.line(f"{part.title}: {len(commands)} commands; nothing written")
+        return terminal.line(f"{part.title}: {terminal.counted(len(commands), 'command')}; nothing written")
     failed = reproduce.reproduce(whole, part, out, device, quick, jobs)
     return 1 if failed else 0
 

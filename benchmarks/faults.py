@@ -1,11 +1,13 @@
 """What becomes of stores under flipped bits, kills and failing disks; counts, which should say that nothing was missed.
 
-    python benchmarks/faults.py --flips 600 --kills 100 --failures 200 --out results
+    python benchmarks/faults.py --flips 600 --kills 100 --failures 200 --training-kills 100 --out results
 
 Flips: one random bit of a store of each encoding, of any file as likely as of any other, is found on opening it or by its
 checksums, or missed. Kills: dumps of the digits, in processes of their own, are killed (SIGKILL) at random moments and
 resumed until they end; the bytes are those of a dump that nothing disturbed, or not. Failures: an operation of the disk
-fails, at random; the dump stops with that error, and is resumed to the same bytes, or not.
+fails, at random; the dump stops with that error, and is resumed to the same bytes, or not. Training kills: students that
+learn from the float32 store are killed and resumed likewise; they end as one that nothing disturbed, in every weight and every
+recorded figure but times, or not.
 """
 
 import errno
@@ -18,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import click
@@ -32,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "teacher.model={name: cifar_resnet, depth: 8, width: 4}",
     "teacher.training.epochs=1",
+    "student.model={name: cifar_resnet, depth: 8, width: 4}",
+    "student.training.epochs=6",
     "views={name: crop_flip, pad: 2, flip: true}",
 )
 ENCODINGS = {
@@ -54,13 +60,15 @@ def experiment(encoding: str = "logit") -> Experiment:
 
 def dumped(teacher: Path, store: Path, asked: Experiment) -> Path:
     """The store of `teacher`, finished as it is asked for; what is printed is not shown."""
-    with open(os.devnull, "w") as nowhere:
-        stdout, sys.stdout = sys.stdout, nowhere
-        try:
-            dump.dump_logits(asked, [str(teacher)], str(store), torch.device("cpu"), resume=True)
-        finally:
-            sys.stdout = stdout
+    with silent():
+        dump.dump_logits(asked, [str(teacher)], str(store), torch.device("cpu"), resume=True)
     return store
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def flips(store: Path, count: int) -> dict[str, int]:
@@ -81,35 +89,80 @@ def flips(store: Path, count: int) -> dict[str, int]:
     return counts
 
 
+def killed_until_ended(work: Callable, left: int, seconds: float, chance: random.Random) -> int:
+    """Does `work` in processes that are killed at random moments, at most `left` of them; the next goes on until one ends.
+
+    Returns how many were killed. `seconds`: what the work takes, about.
+    """
+    killed, ended = 0, False
+    while not ended:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+        deadline = time.monotonic() + (chance.uniform(0, seconds) if killed < left else 1000 * seconds)
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.002)
+            ended = os.waitpid(child, os.WNOHANG)[0] == child
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            killed += 1
+    return killed
+
+
 def kills(
     teacher: Path, whole: dict[str, bytes], folder: Path, asked: Experiment, count: int, seconds: float
 ) -> dict[str, int]:
     """`seconds`: what a dump takes, about."""
     counts, chance = {"kills": 0, "dumps": 0, "same bytes": 0, "left files": 0}, random.Random(0)
     while counts["kills"] < count:
-        store, ended = folder / f"killed-{counts['dumps']}", False
-        while not ended:
-            child = os.fork()
-            if not child:
-                code = 1
-                try:
-                    dumped(teacher, store, asked)
-                    code = 0
-                finally:
-                    os._exit(code)
-            deadline = time.monotonic() + chance.uniform(0, seconds) * (1 if counts["kills"] < count else 1000)
-            while not ended and time.monotonic() < deadline:
-                time.sleep(0.002)
-                ended = os.waitpid(child, os.WNOHANG)[0] == child
-            if not ended:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                counts["kills"] += 1
+        store = folder / f"killed-{counts['dumps']}"
+        work = partial(dumped, teacher, store, asked)
+        counts["kills"] += killed_until_ended(work, count - counts["kills"], seconds, chance)
         counts["dumps"] += 1
         left = files(store)
         counts["same bytes"] += left == whole
         counts["left files"] += len(left.keys() - whole.keys())
         shutil.rmtree(store)
+    return counts
+
+
+def trained(store: Path, out: Path, asked: Experiment) -> Path:
+    """A student's complete run; what is printed is not shown."""
+    with silent():
+        train.train_student(asked, str(store), str(out), torch.device("cpu"), resume=True)
+    return out
+
+
+def learnt(folder: Path) -> tuple:
+    """All that a run has come to, but for how long it took."""
+    run = runs.open_run(folder)
+    times = {"seconds", "evaluation_seconds", "data_share", "images_per_second", "peak_memory"}
+    figures = [
+        {name: value for name, value in record.items() if name not in times} for record in (*run.metrics(), run.summary())
+    ]
+    tensors = (run.load_tensors(name) for name in ("last", "best"))  # digests, as a header's order is by chance
+    return figures, [(runs.digest(values), about) for values, about in tensors]
+
+
+def training_kills(store: Path, folder: Path, asked: Experiment, count: int) -> dict[str, int]:
+    start = time.perf_counter()
+    whole, names = trained(store, folder / "undisturbed", asked), {path.name for path in (folder / "undisturbed").iterdir()}
+    seconds, chance = time.perf_counter() - start, random.Random(0)
+    counts = {"kills": 0, "runs": 0, "same": 0, "left files": 0}
+    while counts["kills"] < count:
+        out = folder / f"trained-{counts['runs']}"
+        work = partial(trained, store, out, asked)
+        counts["kills"] += killed_until_ended(work, count - counts["kills"], seconds, chance)
+        counts["runs"] += 1
+        counts["same"] += learnt(out) == learnt(whole)
+        counts["left files"] += len({path.name for path in out.iterdir()} - names)
+        shutil.rmtree(out)
     return counts
 
 
@@ -151,15 +204,17 @@ def failures(teacher: Path, whole: dict, folder: Path, asked: Experiment, count:
 @click.option("--flips", "flip_count", default=600, show_default=True, help="Of each encoding.")
 @click.option("--kills", "kill_count", default=100, show_default=True, help="Of each encoding.")
 @click.option("--failures", "failure_count", default=200, show_default=True, help="Of each encoding.")
+@click.option("--training-kills", "training_kill_count", default=100, show_default=True)
+@click.option("--encoding", "encodings", multiple=True, type=click.Choice([*ENCODINGS]), help="Only this; repeatable.")
 @click.option("--out", help="Folder for faults.json.")
 @click.option("--scratch", help="A folder to write the stores in.")
-def main(flip_count, kill_count, failure_count, out, scratch):
+def main(flip_count, kill_count, failure_count, training_kill_count, encodings, out, scratch):
     torch.set_num_threads(1)  # whose processes may be forked
-    table = {}
+    table, trainings = {}, {}
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         train.train_teacher(experiment(), str(folder / "teacher"), torch.device("cpu"))
-        for encoding in ENCODINGS:
+        for encoding in encodings or ENCODINGS:
             start, asked = time.perf_counter(), experiment(encoding)
             store = dumped(folder / "teacher", folder / encoding, asked)
             seconds, whole = time.perf_counter() - start, files(store)
@@ -170,10 +225,15 @@ def main(flip_count, kill_count, failure_count, out, scratch):
                 "failures": failures(folder / "teacher", whole, folder, asked, failure_count),
             }
             click.echo(f"{encoding}: {json.dumps(table[encoding])}")
+        if training_kill_count:
+            asked = experiment("float32")
+            store = dumped(folder / "teacher", folder / "float32", asked)
+            trainings = training_kills(store, folder, asked, training_kill_count)
+            click.echo(f"training: {json.dumps(trainings)}")
     if out:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         command = "python benchmarks/faults.py " + " ".join(sys.argv[1:])
-        result = {"command": command, "commit": commit.stdout.strip(), "stores": table}
+        result = {"command": command, "commit": commit.stdout.strip(), "stores": table, "training": trainings}
         Path(out).mkdir(parents=True, exist_ok=True)
         runs.write_whole(Path(out) / "faults.json", (json.dumps(result, indent=1) + "\n").encode())
 

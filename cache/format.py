@@ -231,6 +231,10 @@ class Layout:
         """The key of the one chunk of `block` of `view` in one of `arrays`."""
         return f"{array}/c.{view}.{block}.0"
 
+    def plain_bytes(self, width: int, dtype: str) -> int:
+        """The size of a chunk of `width` plain numbers a row, and their crc32c."""
+        return self.block_rows * width * np.dtype(dtype).itemsize + 4
+
 
 PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 

@@ -145,6 +145,11 @@ class ObjectStorage:
         paths = [*listed["common_prefixes"], *(entry["path"] for entry in listed["objects"])]
         return sorted(path.rsplit("/", 1)[-1] for path in paths)
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The number of bytes of each object in `folder`, by name; none if it does not exist."""
+        listed = self._client.ask(lambda store: store.list_with_delimiter(folder))
+        return {entry["path"].rsplit("/", 1)[-1]: entry["size"] for entry in listed["objects"]}
+
     def write(self, key: str, data) -> None:
         """Put `data` (any buffer) at `key`, whole or not at all. Raises OSError where another has taken over the lease."""
         if lease := self._lease():

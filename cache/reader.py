@@ -108,7 +108,28 @@ class Cache:
         """
         if count < 1:
             raise ValueError(f"there must be at least one part, found {count}")
-        return parts.share(self.layout, set(self.missing()), count)
+        return parts.share(self.layout, {*self.missing(), *self.lost()}, count)
+
+    def lost(self) -> list[tuple[int, int]]:
+        """The (view, block) that were dumped, but of which a chunk is missing by now or cut short. No chunk is read."""
+        if not (committed := self.committed()):
+            return []
+        with self._reading(self):
+            arrays = {*self.layout.arrays, *self.encoding.names()}
+            there = {f"{array}/{name}": size for array in arrays for name, size in self._storage.sizes(array).items()}
+        return [pair for pair, written in self._written(committed) if not written.items() <= there.items()]
+
+    def _written(self, blocks):
+        """Each (view, block) of `blocks`, and the bytes of its chunks when they were written, by key."""
+        layout = self.layout
+        if not self.encoding.plain:  # what compresses to any size is in the markers
+            for pair, marker, _ in self._markers(blocks):
+                yield pair, {key: entry["size"] for key, entry in marker["files"].items()}
+            return
+        sizes = {f"feature/{name}": layout.plain_bytes(width, "int8") for name, width in self.features.items()}
+        sizes[self.encoding.array] = layout.plain_bytes(self.encoding.columns(layout.classes), self.encoding.dtype)
+        for pair in blocks:
+            yield pair, {layout.chunk(array, *pair): size for array, size in sizes.items()}
 
     def committed(self) -> list[tuple[int, int]]:
         """The (view, block) that are dumped, in order."""
@@ -151,7 +172,7 @@ class Cache:
         blocks, nbytes, exact = self.committed(), self._metadata.nbytes, 0
         error = _Error(self.encoding.max_error)
         feature_error = {name: _Error(features.MAX_ERROR) for name in self.features}
-        for block, marker, size in self._markers(blocks):
+        for (_, block), marker, size in self._markers(blocks):
             nbytes += size + sum(entry["size"] for entry in marker["files"].values())
             exact += not self.encoding.plain and any(key.startswith(f"{_EXACT.name}/") for key in marker["files"])
             rows = _length(self.layout.rows(block))
@@ -172,14 +193,14 @@ class Cache:
         )
 
     def _markers(self, blocks):
-        """(block, marker, its size in bytes) of each (view, block) of `blocks`."""
+        """((view, block), marker, its size in bytes) of each of `blocks`."""
         for start in range(0, len(blocks), _AT_ONCE):
             pairs = blocks[start : start + _AT_ONCE]
             with self._reading(self):
                 found = self._storage.read_several([f"done/{view}.{block}" for view, block in pairs], DOCUMENT_BYTES)
             for (view, block), data in zip(pairs, found, strict=True):
                 if data is not None:  # else it was taken away since, to be written anew
-                    yield block, self._parse_marker(view, block, data), len(data)
+                    yield (view, block), self._parse_marker(view, block, data), len(data)
 
     @contextmanager
     def _reading(self, what):
@@ -292,7 +313,7 @@ class Cache:
         """
         where, key = self._where(view, block, array), self.layout.chunk(array, view, block)
         expected = self._marker(view, block)["files"].get(key, {})
-        size = self.layout.block_rows * out.shape[1] * out.itemsize + 4
+        size = self.layout.plain_bytes(out.shape[1], out.dtype)
         file = self._storage.open(key)
         if file is None:
             raise CorruptCacheError(f"{where} is missing, though it was written; {_redo(view, block)}")

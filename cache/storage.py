@@ -109,6 +109,11 @@ class LocalStorage:
         """The names in `folder`, sorted; none if it does not exist. Partial files are no part of a store."""
         return [name for name in self._names(folder) if not name.endswith(".partial")]
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The number of bytes of each file in `folder`, by name; none if it does not exist."""
+        sizes = {name: self.size(f"{folder}/{name}") for name in self.names(folder)}
+        return {name: size for name, size in sizes.items() if size is not None}
+
     def keys(self, folder: str = "") -> list[str]:
         """The keys of all files in `folder` and the folders in it."""
         files = (path for path in (self.root / folder).rglob("*") if path.is_file() and path.suffix != ".partial")
@@ -233,6 +238,13 @@ class RemoteStorage:
         except FileNotFoundError:
             return []
         return sorted(name for name in (entry.rstrip("/").rsplit("/", 1)[-1] for entry in found) if name)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The number of bytes of each object in `folder`, by name; none if it does not exist."""
+        with suppress(FileNotFoundError):
+            entries = self._ask(self.fs.ls, self._path(folder), detail=True)
+            return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries if entry["type"] == "file"}
+        return {}
 
     def keys(self, folder: str = "") -> list[str]:
         """The keys of all objects in `folder` and the folders in it."""

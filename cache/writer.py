@@ -1,6 +1,7 @@
 """Writing a store block by block, so that a crash at any moment loses no more than the block in hand.
 
-A block's chunks are written and synced, then its marker. Only markers are trusted: resuming redoes what has none.
+A block's chunks are written and synced, then its marker. Only markers are trusted: resuming redoes what has none, and what
+has lost a chunk since.
 """
 
 import functools
@@ -94,14 +95,14 @@ def _open_writer(url, contents, fit, resume, joint):
     differences = cache.identity.differences(contents.identity) + others + contents.differences(cache)
     if differences:
         raise CacheError(f"{url} is another store: {'; '.join(differences)}; choose another folder")
-    writer = CacheWriter(cache, [] if cache.complete else notes)
+    writer = CacheWriter(cache, notes)
     if not joint:
         try:
             writer.own(
                 itertools.product(range(cache.layout.views), range(cache.layout.blocks)), lock or _lock(storage, [_ALL])
             )
         except OSError:
-            if not cache.complete:  # what is complete may lie where nothing can be written
+            if cache.missing_blocks or cache.lost():  # what is complete may lie where nothing can be written
                 raise
     return writer
 
@@ -224,15 +225,15 @@ class CacheWriter:
 
     Also a context manager.
 
-    notes: how the answers to come may differ in their last bits from those that the store has.
+    lost: how many of its blocks were dumped before, but have lost a chunk since, or the end of one; they are written again.
     exact: how many blocks `klt` has stored as they are so far, since its codebook does not fit them.
     """
 
     def __init__(self, cache: Cache, notes: list[str]):
-        self.cache, self._lock, self.notes = cache, None, notes
+        self.cache, self._lock, self._notes = cache, None, notes
         self._owned: set[tuple[int, int]] = set()
         self._storage, self._layout, self._encoding = cache._storage, cache.layout, cache.encoding
-        self._store, self.exact = ZarrStorage(self._storage), 0
+        self._store, self.exact, self.lost = ZarrStorage(self._storage), 0, 0
         self._array = functools.cache(lambda name: zarr.open_array(self._store, path=name, mode="r+", zarr_format=3))
 
     def take(self, pairs) -> None:
@@ -267,6 +268,10 @@ class CacheWriter:
         """Own `pairs`, which `lock` keeps from others: what killed processes left of them is taken away."""
         self._owned, self._lock = set(pairs), lock
         _sweep(self._storage, {"done", *self._layout.arrays, *self._encoding.names()}, self._owned)
+        lost = self._owned.intersection(self.cache.lost())
+        for view, block in lost:
+            self._storage.remove(f"done/{view}.{block}")
+        self.lost = len(lost)
         self._withdraw_differences()
 
     def _withdraw_differences(self):
@@ -291,6 +296,11 @@ class CacheWriter:
         """Let other processes write what this one owns. Everything written is already safe."""
         if self._lock is not None:
             self._lock.close()
+
+    @property
+    def notes(self) -> list[str]:
+        """How the answers to come may differ in their last bits from those that the store has."""
+        return [] if self.cache.complete else self._notes
 
     @property
     def blocks(self) -> int:

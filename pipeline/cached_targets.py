@@ -16,6 +16,7 @@ from PIL import Image
 
 from offline_bkd.cache import Cache, CacheError, CropFlip, RandomResizedCrop, open_cache
 from offline_bkd.cache.planes import row_format
+from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.targets import soften
 
@@ -74,15 +75,17 @@ class CachedTargets(torch.utils.data.Dataset):
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(str(cache))
         if self.cache.missing_blocks:
-            raise CacheError(f"{self.cache} lacks {self.cache.missing_blocks} blocks; finish it with dump-logits --resume")
+            raise CacheError(
+                f"{self.cache} lacks {counted(self.cache.missing_blocks, 'block')}; finish it with dump-logits --resume"
+            )
         self.cache.refuse_temperature(temperature or self.cache.temperature)
         self.dataset, self.seed, self.transform, self.crop = dataset, seed, transform, ViewCrop(self.cache.views)
         self.ratio = self.cache.temperature / (temperature or self.cache.temperature)
         self.sample_id = np.asarray(self.cache.sample_id if sample_id is None else sample_id, np.int64)
         if len(self.sample_id) != len(dataset):
             raise CacheError(
-                f"{self.cache} has {len(self.sample_id):,} samples and the data set {len(dataset):,}; give the cache's sample "
-                "of each item as sample_id"
+                f"{self.cache} has {counted(len(self.sample_id), 'sample')} and the data set {len(dataset):,}; "
+                "give the cache's sample of each item as sample_id"
             )
         order = np.argsort(self.cache.sample_id)
         place = np.searchsorted(self.cache.sample_id, self.sample_id, sorter=order).clip(max=len(order) - 1)

@@ -36,6 +36,7 @@ from offline_bkd.pipeline.data.decoding import DECODER
 from offline_bkd.pipeline.data.images import ImageSource, open_images
 from offline_bkd.pipeline.schema import CacheSection, Experiment
 from offline_bkd.pipeline.show.progress import Progress
+from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.teachers import Teachers, average, load_teachers, notes_on_teachers, tempered
 
 FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a covariance of a hundred directions
@@ -156,7 +157,7 @@ def _share(part: tuple[int, int] | None, blocks: Blocks | None) -> Share | None:
     if blocks is not None:
         if part or world > 1:
             raise UserError("blocks are for this process alone; give no part, and start it without torchrun")
-        return Share(lambda cache: blocks, f"{len(blocks)} blocks")
+        return Share(lambda cache: blocks, counted(len(blocks), "block"))
     if part is None and world == 1:
         return None
     number, count = part or (1, 1)
@@ -231,16 +232,19 @@ def write_stores(
                 writer.take(share.choose(writer.cache))
             for note in writer.notes:
                 print(f"note: {store.path} was begun otherwise, {note}; answers may differ in their last bits", flush=True)
+            if writer.lost:
+                blocks = counted(writer.lost, "block")
+                print(f"note: {store.path}: {blocks} had lost files, or parts of them, and will be dumped again", flush=True)
             writers.append(stack.enter_context(writer))
         fitting.cache_clear()
         write_pending(writers, answers, views.count, images.decodes)
         for store, writer in zip(stores, writers):
             if writer.exact:
-                fact = f"{writer.exact} blocks, which its codebook does not fit, are stored as they are"
+                fact = f"its codebook does not fit {counted(writer.exact, 'block')}, stored without it"
                 print(f"note: {store.path}: {fact}; if they are many, cache.encoding={{name: logit}} is smaller", flush=True)
     paths = ", ".join(store.path for store in stores)
     what = f", {share.name}" if share else ""
-    print(f"{paths}: {views.count} views of {len(training_set):,} samples{what}", flush=True)
+    print(f"{paths}: {counted(views.count, 'view')} of {counted(len(training_set), 'sample')}{what}", flush=True)
 
 
 class Answers(NamedTuple):

@@ -14,6 +14,7 @@ from offline_bkd.pipeline.evaluate import answer
 from offline_bkd.pipeline.models import ImageClassifier, build_model, classifier
 from offline_bkd.pipeline.models.weights import find_network, nearest_part, part_under, read_tensors, required_names
 from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.yaml_files import read_text
 
 TOLERANCE = 1.0  # points of test accuracy: less is within what another decoder or precision changes
@@ -71,7 +72,7 @@ def import_model(
         run.log(f"pixels are normalised by mean {mean} and standard deviation {std}")
         run.log(f"outputs are in the order of {Path(classes).name if classes else 'the classes of ' + training_set.name}")
         if left := [name for name in tensors if not name.startswith(prefix)]:
-            run.log(f"note: {len(left)} tensors of the file are not of this network and were left out: {_some(left)}")
+            run.log(f"note: left out of the file, as not of this network: {counted(len(left), 'tensor')}, {_some(left)}")
         run.log(f"test {scores['top1']:.2f}%; expected {'nothing' if expected is None else f'{expected:g}%'}")
         run.rewind_metrics(0)
         for checkpoint in ("last", "best"):

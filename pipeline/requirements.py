@@ -11,6 +11,7 @@ from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ImageSource
 from offline_bkd.pipeline.dump import refuse_other
 from offline_bkd.pipeline.schema import Experiment, Method, TrainedNetwork, Training
+from offline_bkd.pipeline.show.terminal import counted
 
 
 def refuse_device(training: Training, role: str, device: torch.device) -> None:
@@ -36,7 +37,7 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     cache = open_cache(path)
     refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
     if missing := cache.missing_blocks:
-        raise CacheError(f"{path} lacks {missing} blocks; finish it with dump-logits --resume")
+        raise CacheError(f"{path} lacks {counted(missing, 'block')}; finish it with dump-logits --resume")
     method = config.student.method
     if (method.learns_from == "experts") != ("experts" in cache.identity.teacher):
         what, remedy = (
@@ -67,7 +68,7 @@ def refuse_unfit(network: torch.nn.Module, images: ImageSource, samples: int, ba
                 output = tried(batch.images)
         except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
             raise UserError(
-                f"the network cannot train on {size} images of {tuple(batch.images.shape[2:])} pixels "
+                f"the network cannot train on {counted(size, 'image')} of {tuple(batch.images.shape[2:])} pixels "
                 f"({str(error).splitlines()[0]}); choose another model, views or batch_size"
             )
         shape = tuple((output[0] if isinstance(output, tuple) else output).shape)
@@ -79,9 +80,11 @@ def notes_on_training(section: TrainedNetwork, cache: Cache | None) -> list[str]
     """What is allowed, but perhaps not meant."""
     notes, training, schedule = [], section.training, section.training.schedule
     if beyond := [str(epoch) for epoch in getattr(schedule, "milestones", ()) if epoch >= training.epochs]:
-        notes.append(f"training.schedule.milestones {', '.join(beyond)} do not come in {training.epochs} epochs")
+        notes.append(f"training.schedule.milestones {', '.join(beyond)} do not come in {counted(training.epochs, 'epoch')}")
     if getattr(schedule, "warmup_epochs", 0) >= training.epochs:
-        notes.append(f"training.schedule.warmup_epochs {schedule.warmup_epochs} do not end in {training.epochs} epochs")
+        notes.append(
+            f"training.schedule.warmup_epochs {schedule.warmup_epochs} do not end in {counted(training.epochs, 'epoch')}"
+        )
     if section.method.name == "cbd" and cache and (linear := _linear_teachers(cache)):
         notes.append(f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}")
     return notes

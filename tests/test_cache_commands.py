@@ -37,7 +37,7 @@ def test_checksums_of_an_unfinished_store_are_not_well(tmp_path, done):
     code, said = run("verify", tmp_path / "s", "--checksums")
     assert code == 1 and said.splitlines() == [
         f"{2 - done} of 2 blocks are not dumped; finish it with dump-logits --resume",
-        f"{tmp_path}/s: FAILED, 1 problems",
+        f"{tmp_path}/s: FAILED, 1 problem",
     ]
 
 
@@ -46,7 +46,7 @@ def test_damage_is_listed_and_exits_with_1(tmp_path):
     path = tmp_path / "s/probability/c.1.0.0"
     path.write_bytes(path.read_bytes()[:-9])
     code, said = run("verify", tmp_path / "s", "--checksums")
-    assert code == 1 and "view 1, rows 0 to 359 is damaged" in said and said.endswith("s: FAILED, 1 problems\n")
+    assert code == 1 and "view 1, rows 0 to 359 is damaged" in said and said.endswith("s: FAILED, 1 problem\n")
 
 
 def test_a_names_control_characters_do_not_reach_the_terminal(tmp_path):
@@ -82,6 +82,17 @@ def test_a_dump_goes_on_only_as_it_was_begun(tmp_path, cache, teacher_run, capsy
     shown = capsys.readouterr().out
     assert shown.count("note: ") == 1 and said in shown and open_cache(path).complete
     assert files(path).keys() == before.keys() | {"done/4.0"}
+
+
+def test_a_resumed_dump_says_and_writes_again_what_has_lost_files(tmp_path, cache, teacher_run, capsys):
+    path = tmp_path / "cache.zarr"
+    shutil.copytree(cache, path)
+    before = files(path)
+    (path / "probability/c.4.0.0").unlink(), (path / "probability/c.7.0.0").write_bytes(b"")
+    capsys.readouterr()
+    for note in f"note: {path}: 2 blocks had lost files, or parts of them, and will be dumped again\n", "":
+        dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(path), tiny.CPU, resume=True)
+        assert capsys.readouterr().out == f"{note}{path}: 9 views of 464 samples\n" and files(path) == before
 
 
 def test_verify_computes_as_the_store_says_it_was_computed(tmp_path, teacher_run, monkeypatch):

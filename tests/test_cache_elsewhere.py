@@ -164,6 +164,7 @@ def test_damage_on_an_object_store_is_found(bucket, two_blocks):
     chunk.delete()
     with pytest.raises(CorruptCacheError, match="view 0, rows 180 to 359 is missing, though it was written"):
         open_cache(url).plane(0)
+    assert open_cache(url).lost() == [(0, 1)], "which --resume writes again"
 
 
 def test_an_address_is_taken_literally(bucket):

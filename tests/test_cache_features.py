@@ -46,6 +46,29 @@ def three_blocks(monkeypatch):
     monkeypatch.setattr(format, "_CHUNK_BYTES", 120 * 64)
 
 
+@pytest.mark.parametrize("encoding", ["probability", "logit", "klt"])
+@pytest.mark.parametrize("place", ["folder", "memory"])
+def test_resuming_writes_again_what_has_lost_a_file_or_the_end_of_one(tmp_path, three_blocks, encoding, place):
+    fit = {"fit": lambda views: np.stack([answers(view) for view in views])}
+    url = tmp_path / "s" if place == "folder" else f"memory://{tmp_path.name}"
+    array = {"klt": "code"}.get(encoding, encoding)
+    place = dump(url, encoding={"name": encoding}, **fit)._storage
+    whole = {key: bytes(place.read(key)) for key in place.keys() if key != "done/lock"}
+    for name in array, "feature/resnet8", "feature/vit-tiny_2":
+        for view, left in (1, None), (1, 0), (1, -1), (0, -1):
+            key = f"{name}/c.{view}.1.0"
+            place.remove(key)
+            if left is not None:
+                place.write(key, whole[key][:left])
+            again = [(0, 1), (1, 1)] if encoding == "klt" and view == 0 else [(view, 1)]  # views are differences from view 0
+            assert open_cache(url).lost() == [(view, 1)] and sorted(sum(open_cache(url).parts(2), [])) == again
+            with create_cache(url, **GIVEN | {"encoding": {"name": encoding}}, **fit, resume=True) as writer:
+                assert writer.lost == 1 and sorted(writer.pending()) == again
+                fill(writer)
+            assert {key: bytes(place.read(key)) for key in place.keys() if key != "done/lock"} == whole
+    assert open_cache(url).lost() == []
+
+
 @pytest.mark.parametrize("encoding", ["probability", "klt"])
 def test_directions_come_back_and_their_error_is_stated(tmp_path, three_blocks, encoding):
     fit = {"fit": lambda views: np.stack([answers(view) for view in views])}

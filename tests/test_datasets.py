@@ -78,9 +78,9 @@ def test_no_class_is_held_out_whole(tmp_path, capsys):
     parquet(tmp_path, [0, 1, 2], "test-0.parquet", names, [png(row) for row in (97, 98, 99)])
     training, _, validation = datasets.load(section(tmp_path, validation=0.9))
     assert training.class_counts.tolist() == [1, 1, 1] and validation.class_counts.tolist() == [8, 0, 1]
-    assert "1 classes have no validation image, and no accuracy: 'dog'" in capsys.readouterr().err
+    assert "1 class without a validation image, and so without an accuracy: 'dog'" in capsys.readouterr().err
     with pytest.raises(
-        UserError, match="holds out 2 samples a class, and 2 classes have not more: 'dog', 'eel'; lower it, or"
+        UserError, match="holds out 2 samples of each class, but there are no more of 2 classes: 'dog', 'eel'; lower it, or"
     ):
         datasets.load(section(tmp_path, validation=2))
 
@@ -92,7 +92,7 @@ def test_a_validation_part_may_have_files_of_its_own(tmp_path, capsys):
     training, test, validation = datasets.load(section(tmp_path, validation="val-*.parquet"))
     assert [len(part) for part in (training, test, validation)] == [3, 2, 2] and validation.label.tolist() == [1, 0]
     said = capsys.readouterr().err
-    assert said.count("note: ") == 1 and "1 validation images are training images too" in said
+    assert said.count("note: ") == 1 and "1 validation image among the training images too" in said
     parquet(tmp_path, [1, 2], "val-0.parquet", names=("cat", "dog"))
     with pytest.raises(UserError, match="label 2 is outside 0 … 1 .* in the validation part"):
         datasets.load(section(tmp_path, validation="val-*.parquet"))
@@ -130,7 +130,7 @@ def test_a_class_without_test_images_is_noted_whether_or_not_classes_are_named(t
     parquet(tmp_path, [0, 1, 2], names=names)
     parquet(tmp_path, [0, 1], "test-0.parquet", names=names)
     train, test, _ = datasets.load(section(tmp_path))
-    note = f"1 classes have no test image, and no accuracy: {(names or '012')[2]!r}"
+    note = f"1 class without a test image, and so without an accuracy: {(names or '012')[2]!r}"
     assert train.classes == test.classes and test.class_counts.tolist() == [1, 1, 0]
     assert any(note in line for line in test.notes) and note in capsys.readouterr().err
 
@@ -144,7 +144,7 @@ def test_names_that_one_part_gives_are_those_of_both(tmp_path):
 @pytest.mark.parametrize(
     ("train", "test", "names", "message"),
     [
-        ([1, 2], [1, 2], None, "1 classes have no training sample: '0'; its labels begin at 1: number them from 0"),
+        ([1, 2], [1, 2], None, "1 class without a training sample: '0'; its labels begin at 1: number them from 0"),
         (
             [1, 2],
             [1, 2],
@@ -159,7 +159,7 @@ def test_names_that_one_part_gives_are_those_of_both(tmp_path):
         ),
         ([0, 1], [-1, -1], None, "every label of the test part is negative"),
         ([-1, -1], [-1, -1], None, "every label of the training part is negative"),
-        ([0, 1], [0, 1, 2], None, "1 classes have no training sample: '2'; leave them out"),
+        ([0, 1], [0, 1, 2], None, "1 class without a training sample: '2'; leave them out"),
     ],
 )
 def test_labels_that_do_not_fit_the_classes_are_one_line_that_says_both(tmp_path, train, test, names, message):
@@ -173,8 +173,8 @@ def test_an_image_under_two_labels_or_in_both_parts_is_noted(tmp_path, capsys):
     parquet(tmp_path, [0, 1, 1, 0], images=[png(5), png(6), png(5), png(7)])
     parquet(tmp_path, [0, 1], "test-0.parquet", images=[png(7), png(8)])
     _, test, _ = datasets.load(section(tmp_path))
-    assert "1 images have two labels, such as " in test.notes[0] and "sample 0: 'cat' and 'dog'" in test.notes[0]
-    assert "1 test images are training images too, such as " in test.notes[1] and "sample 0;" in test.notes[1]
+    assert "1 image of two labels, such as " in test.notes[0] and "sample 0: 'cat' and 'dog'" in test.notes[0]
+    assert "1 test image among the training images too, such as " in test.notes[1] and "sample 0;" in test.notes[1]
     assert [line.removeprefix("note: ") for line in capsys.readouterr().err.splitlines()] == list(test.notes)
     assert not datasets.load(schema.Digits(name="digits"))[1].notes
 
@@ -204,7 +204,7 @@ def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path):
         datasets.load(section(tmp_path))
     parquet(tmp_path, [0, 0], "test-0.parquet", names=("cat",))
     parquet(tmp_path, [0, 0], "train-0.parquet", names=("cat",))
-    with pytest.raises(UserError, match="has 1 classes; there must be 2 to 100,000"):
+    with pytest.raises(UserError, match="has 1 class; there must be 2 to 100,000"):
         datasets.load(section(tmp_path))
 
 

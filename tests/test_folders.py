@@ -31,16 +31,14 @@ def test_an_image_folder_has_a_class_for_each_folder(tmp_path):
 def test_classes_are_the_training_folders_of_which_the_test_part_may_lack_some(tmp_path, capsys):
     section = folder_of_images(tmp_path)
     (tmp_path / "train" / "cow").mkdir()
-    with pytest.raises(UserError, match="1 classes have no training sample: 'cow'; leave them out of the set"):
+    with pytest.raises(UserError, match="1 class without a training sample: 'cow'; leave them out of the set"):
         datasets.load(section)
     (tmp_path / "train" / "cow" / "0.png").write_bytes(png(0))
     train, test, _ = datasets.load(section)
     assert train.classes == test.classes == ("ant", "bee", "cow") and test.class_counts.tolist() == [3, 3, 0]
-    assert "1 classes have no test image, and no accuracy: 'cow'" in capsys.readouterr().err
+    assert "1 class without a test image, and so without an accuracy: 'cow'" in capsys.readouterr().err
     (tmp_path / "test" / "dog").mkdir()
-    with pytest.raises(
-        UserError, match="test has folders of 1 classes that the training part lacks: 'dog'; add their training images"
-    ):
+    with pytest.raises(UserError, match="test has 1 class that the training part lacks: 'dog'; add training images"):
         datasets.load(section)
 
 
@@ -141,8 +139,8 @@ def test_one_file_under_two_classes_or_in_both_parts_is_noted_also_by_links(tmp_
     os.link(tmp_path / "train" / "ant" / "2.png", tmp_path / "test" / "ant" / "again.png")
     _, test, _ = datasets.load(section)
     twice, both = test.notes
-    assert "1 images have two labels, such as " in twice and "'ant' and 'bee'" in twice
-    assert "1 test images are training images too, such as " in both and "test/ant/again.png" in both
+    assert "1 image of two labels, such as " in twice and "'ant' and 'bee'" in twice
+    assert "1 test image among the training images too, such as " in both and "test/ant/again.png" in both
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -82,7 +82,7 @@ def test_a_list_may_come_from_windows_with_tabs_and_lie_elsewhere(tmp_path):
 
 
 def test_classes_of_a_list_are_as_many_as_the_larger_label_of_both_parts_or_a_file_names_them(tmp_path):
-    with pytest.raises(UserError, match="1 classes have no training sample: '3'"):
+    with pytest.raises(UserError, match="1 class without a training sample: '3'"):
         datasets.load(lists(tmp_path, test=[*TEST, "val/3.jpg 3"]))
     section = lists(tmp_path, classes="classes.txt")
     (tmp_path / "classes.txt").write_text("tench\nwild boar\ngoldfish\n")
@@ -116,8 +116,8 @@ def test_a_file_of_classes_that_is_not_utf8_or_lacks_a_name_is_refused(tmp_path)
 def test_one_file_listed_under_two_labels_or_in_both_lists_is_noted(tmp_path, capsys):
     _, test, _ = datasets.load(lists(tmp_path, train=[*TRAIN, f"{TRAIN[0][:-2]} 1"], test=[*TEST, f"train/../{TRAIN[1]}"]))
     twice, both = (note for note in test.notes if "test image," not in note)
-    assert "1 images have two labels, such as " in twice and "n01440764_190.JPEG (train.txt line 1): '0' and '1'" in twice
-    assert "1 test images are training images too, such as " in both and "0 a.jpg (test.txt line 3)" in both
+    assert "1 image of two labels, such as " in twice and "n01440764_190.JPEG (train.txt line 1): '0' and '1'" in twice
+    assert "1 test image among the training images too, such as " in both and "0 a.jpg (test.txt line 3)" in both
     assert capsys.readouterr().err.count("note: ") == len(test.notes)
 
 

@@ -18,6 +18,7 @@ from offline_bkd.pipeline import UserError, config, metrics, schema
 from offline_bkd.pipeline.data.dataset import MOST_CLASSES, Dataset
 from offline_bkd.pipeline.data.folders import load_folders
 from offline_bkd.pipeline.data.lists import load_image_list, load_inaturalist
+from offline_bkd.pipeline.show.terminal import counted
 
 
 class Parts(NamedTuple):
@@ -50,7 +51,7 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
     if empty := [name for name, count in zip(training.classes, training.class_counts) if not count]:
         lowest = training.label.min()
         remedy = f"its labels begin at {lowest}: number them from 0" if lowest else "leave them out of the set"
-        raise UserError(f"{training.name}: {len(empty)} classes have no training sample: {_some(empty)}; {remedy}")
+        raise UserError(f"{training.name}: {_classes(empty)} without a training sample: {_some(empty)}; {remedy}")
     if isinstance(section.validation, int | float):
         training, others["validation"] = hold_out(training, section.validation, section.seed)
     for name, part in others.items():
@@ -76,6 +77,10 @@ def _print_notes(*notes: str) -> None:
             print(f"note: {note}", file=sys.stderr, flush=True)
 
 
+def _classes(names: Sequence[str]) -> str:
+    return counted(len(names), "class", "classes")
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
 
@@ -93,7 +98,7 @@ def _refuse_classes(train: Dataset, other: Dataset, part: str) -> None:
     if odd := [name for name in train.classes if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)]:
         raise UserError(f"{train.name}: the class name {odd[0]!r} is not UTF-8 that can be printed; rename it")
     if not 2 <= len(train.classes) <= MOST_CLASSES:
-        raise UserError(f"{train.name} has {len(train.classes):,} classes; there must be 2 to {MOST_CLASSES:,}")
+        raise UserError(f"{train.name} has {_classes(train.classes)}; there must be 2 to {MOST_CLASSES:,}")
 
 
 def _refuse_labels(dataset: Dataset, part: str) -> None:
@@ -117,21 +122,21 @@ def notes_on_parts(train: Dataset, other: Dataset, part: str) -> tuple[str, ...]
     """What is allowed, but perhaps not meant, of two parts: classes that are not judged, images that are there twice."""
     notes = []
     if absent := [name for name, count in zip(other.classes, other.class_counts) if not count]:
-        notes.append(f"{other.name}: {len(absent)} classes have no {part} image, and no accuracy: {_some(absent)}")
+        notes.append(f"{other.name}: {_classes(absent)} without a {part} image, and so without an accuracy: {_some(absent)}")
     order = np.argsort(train.image_key, kind="stable")
     key, label = train.image_key[order], train.label[order]
     twice = np.flatnonzero((key[1:] == key[:-1]) & (label[1:] != label[:-1]))
     if len(twice) and part == "test":  # it is said once
         first, second = (train.classes[label[place]] for place in (twice[0], twice[0] + 1))
         notes.append(
-            f"{train.name}: {len(twice)} images have two labels, such as {train.describe(order[twice[0]])}: "
+            f"{train.name}: {counted(len(twice), 'image')} of two labels, such as {train.describe(order[twice[0]])}: "
             f"{first!r} and {second!r}"
         )
     both = np.flatnonzero(np.isin(other.image_key, key))
     if len(both):
         notes.append(
-            f"{other.name}: {len(both)} {part} images are training images too, such as {other.describe(both[0])}; "
-            "they are counted in its accuracy"
+            f"{other.name}: {counted(len(both), f'{part} image')} among the training images too, "
+            f"such as {other.describe(both[0])}; its accuracy counts what was trained on"
         )
     return tuple(notes)
 
@@ -150,8 +155,8 @@ def long_tailed(dataset: Dataset, ratio: float, largest: int | None, seed: int) 
     for name, wanted, found in zip(dataset.classes, counts, dataset.class_counts):
         if not 0 < wanted <= found:
             raise UserError(
-                f"{dataset.name}: imbalance ratio {ratio:g} asks for {wanted} samples of class {name!r}, which has {found}; "
-                f"{'raise' if wanted == 0 else 'lower'} data.max_per_class or change data.imbalance_ratio"
+                f"{dataset.name}: imbalance ratio {ratio:g} asks for {counted(wanted, 'sample')} of class {name!r}, "
+                f"which has {found}; {'raise' if wanted == 0 else 'lower'} data.max_per_class or change data.imbalance_ratio"
             )
     ranked = _ranked(dataset, seed)
     return dataset.take(np.sort(np.concatenate([rows[:count] for rows, count in zip(ranked, counts)])))
@@ -167,8 +172,8 @@ def hold_out(dataset: Dataset, held: float | int, seed: int) -> tuple[Dataset, D
     if isinstance(held, int):
         if short := [name for name, count in zip(dataset.classes, counts) if count <= held]:
             raise UserError(
-                f"{dataset.name}: data.validation holds out {held} samples a class, and {len(short)} classes have not more: "
-                f"{_some(short)}; lower it, or give a share or files"
+                f"{dataset.name}: data.validation holds out {counted(held, 'sample')} of each class, "
+                f"but there are no more of {_classes(short)}: {_some(short)}; lower it, or give a share or files"
             )
         held_counts = np.full(len(counts), held)
     else:

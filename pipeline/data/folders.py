@@ -9,6 +9,7 @@ import numpy as np
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data.dataset import Dataset, part_names, printable
 from offline_bkd.pipeline.data.decoding import SUFFIXES
+from offline_bkd.pipeline.show.terminal import counted
 
 
 def load_folders(section: schema.ImageFolder, root: Path) -> tuple[Dataset, ...]:
@@ -20,8 +21,8 @@ def load_folders(section: schema.ImageFolder, root: Path) -> tuple[Dataset, ...]
         if extra := sorted(files.keys() - parts[0][0].keys()):
             names = ", ".join(map(repr, extra[:5]))
             raise UserError(
-                f"{printable(str(place))} has folders of {len(extra)} classes that the training part lacks: {names}; "
-                "add their training images, or remove them"
+                f"{printable(str(place))} has {counted(len(extra), 'class', 'classes')} that the training part lacks: "
+                f"{names}; add training images, or take away the folders"
             )
     return tuple(_part(place, classes, *part) for place, part in zip(places, parts))
 

@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Of 1 and "block": "1 block"; of 1200: "1,200 blocks". `several`: the plural, if it is not formed by an s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
 def table(rows: list[list[str]], title: str, heading: bool = True) -> None:
     """A table of text, its heading first."""
     shown = Table(show_header=heading)

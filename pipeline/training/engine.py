@@ -17,6 +17,7 @@ from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data.images import Batch, ImageSource
 from offline_bkd.pipeline.schema import Training
 from offline_bkd.pipeline.show.progress import Progress
+from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.training import samplers
 from offline_bkd.pipeline.training.methods.contract import Method
 from offline_bkd.pipeline.training.optimisation import Optimisation, learning_rate
@@ -63,8 +64,8 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     classes = sum(count > 0 for count in about["class_counts"])
     run.log(
-        f"{about['method']}: {parameters:,} parameters, {len(task.sample_id):,} samples of {classes} classes, "
-        f"{runs.device_name(task.images.device)}"
+        f"{about['method']}: {parameters:,} parameters, {counted(len(task.sample_id), 'sample')} "
+        f"of {counted(classes, 'class', 'classes')}, {runs.device_name(task.images.device)}"
     )
     optimisation = Optimisation(task.network, model, training)
     first, best = _resume(run, task, optimisation)
@@ -204,7 +205,8 @@ def _resume(run: runs.Run, task: Task, optimisation: Optimisation) -> tuple[int,
         run.log(f"resumed after epoch {first} of {task.training.epochs}")
         if (before := metadata.get("processes", 1)) != task.ranks.world:
             run.log(
-                f"note: {before} processes trained until here and {task.ranks.world} go on: results differ in last bits, "
+                f"note: trained by {counted(before, 'process', 'processes')} until here and by {task.ranks.world} from here: "
+                "results differ in last bits, "
                 "and on CPUs by batch statistics"
             )
     elif run.has("last.safetensors") and len(run.metrics()) > 1:  # one: it ended before its state was written
