@@ -358,7 +358,7 @@ def export(store, out, views, labels, probabilities):
     if not out.endswith(".parquet"):
         raise UserError(f"--out {out}: the table is Parquet; name a file that ends in .parquet")
     rows = open_cache(store).export_parquet(
-        out, view=list(dict.fromkeys(views)) or None, label=list(labels) or None, probabilities=probabilities
+        out, view=list(views) or None, label=list(labels) or None, probabilities=probabilities
     )
     click.echo(f"{out}: {terminal.counted(rows, 'row')}")
 

@@ -151,7 +151,7 @@ def entropy(probability: np.ndarray) -> np.ndarray:
 
 def _views(cache, view):
     count = cache.views.count
-    return whole_numbers(range(count) if view is None else view, "view", count).tolist()
+    return list(dict.fromkeys(whole_numbers(range(count) if view is None else view, "view", count).tolist()))
 
 
 def _positions(cache, sample, label):

@@ -55,7 +55,7 @@ class Metadata:
 def load_metadata(storage) -> Metadata:
     """Raises CacheError where there is no store of this format, CorruptCacheError where one is damaged."""
     attributes = _attributes(storage)
-    identity = Identity.from_json(attributes["identity"])
+    identity = _identity(storage, attributes["identity"])
     data = read_document(storage, STORE_MARKER)
     files = read_marker(data, lambda: f"{storage}/{STORE_MARKER}", _RESTORE)["files"]
     encoding = _encoding(storage, attributes["encoding"], identity)
@@ -124,6 +124,13 @@ def _samples(storage):
     if rest or not 1 <= samples <= _MOST["samples"]:
         raise CorruptCacheError(f"{storage}: sample_id is damaged: it has {size} bytes; {_RESTORE}")
     return samples
+
+
+def _identity(storage, values):
+    try:
+        return Identity.from_json(values)
+    except CacheError as error:
+        raise CacheError(f"{storage} is not usable: {error}; {_RESTORE}") from error
 
 
 def _encoding(storage, values, identity):

@@ -40,8 +40,15 @@ def new_file(path: Path, replace: bool = False) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         _publish(partial, path, replace)
-    except (Exception, KeyboardInterrupt):
-        partial.unlink(missing_ok=True)  # a full disk gets its space back
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):
+            partial.unlink()  # a full disk gets its space back
+        if isinstance(error, OSError) and error.filename in (
+            None,
+            partial,
+            str(partial),
+        ):  # a full disk does not say which file
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     _sync_folder(path.parent)
 
@@ -134,11 +141,8 @@ class LocalStorage:
         """Put `data` (any buffer) at `key`: after a crash at any moment it is there whole, or not at all."""
         path = self.root / key
         self._make_folder(path.parent)
-        try:
-            with new_file(path, replace=True) as file:
-                file.write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
+        with new_file(path, replace=True) as file:
+            file.write(data)
 
     def remove(self, key: str) -> None:
         """Take away what is at `key`: after this it stays away."""

@@ -36,6 +36,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), seed: int | Non
     changes = [_parse_override(override) for override in overrides if override not in bases]
     if seed is not None:
         changes.append(Layer(f"--seed {seed}", {"seed": seed}))
+    if bases and _merge_all(files, changes) == _merge_all(files[-1:], changes):
+        raise UserError(
+            f"-o {bases[-1]} changes nothing: {path} says all of that itself; leave it out, or name another --config"
+        )
     try:
         return Experiment.model_validate(_merge_all(files, changes))
     except ValidationError:

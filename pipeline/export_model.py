@@ -148,7 +148,10 @@ def export_model(
     model, (height, width) = load_model(run, checkpoint, experiment, len(classes)), images.crop_size
     partial = Path(f"{out.rstrip('/')}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}; name another folder")
     try:
         example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):

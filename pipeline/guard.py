@@ -34,6 +34,7 @@ class Commands(click.Group):
     """Commands whose failures are one line: exit 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
 
     def main(self, *args, **kwargs):
+        open_closed()
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
         except (click.exceptions.Abort, KeyboardInterrupt):
@@ -61,6 +62,13 @@ class Commands(click.Group):
                 "start it without torchrun, or with --nproc-per-node 1"
             )
         return command
+
+
+def open_closed() -> None:
+    """Standard streams that the shell closed (`>&-`) lead nowhere; else the next file that is opened would stand for them."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 class Number(click.FloatRange):

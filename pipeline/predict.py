@@ -25,7 +25,7 @@ from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.data.parquet import read_images
 from offline_bkd.pipeline.evaluate import infer, load_model
-from offline_bkd.pipeline.show.terminal import printable
+from offline_bkd.pipeline.show.terminal import counted, printable
 
 BEST = 5  # classes that are named
 PIECE = 2000  # images that are looked at together
@@ -50,9 +50,9 @@ def predict(
     `probabilities` p_<class> of each. `out`: a .csv or .parquet file that must not exist; None: CSV to the standard output.
 
     Returns a line for every image that was left out because it cannot be read or is not of the network's size. Raises
-    UserError, before anything is written, for sources without images and for an `out` that cannot be written.
+    UserError, with nothing at `out`, for sources without images, for an `out` that cannot be written and where none is left.
     """
-    run = runs.open_run(folder)
+    run, answered = runs.open_run(folder), 0
     experiment, summary = run.config(), run.summary()
     classes, size = summary["classes"], tuple(summary.get("image_size", ()))
     model = load_model(run, checkpoint, experiment, len(classes)).to(device)
@@ -75,6 +75,9 @@ def predict(
             logits = infer(model, images, np.arange(len(rows)), precision=precision)
             names = [readable.describe(row) for row in range(len(rows))]
             writer.write(_table(names, torch.softmax(logits, 1).cpu(), classes, schema))
+            answered += len(rows)
+        if not answered:
+            raise UserError(f"no image is left to answer about, of {counted(len(skipped), 'image')}; name others")
     return skipped
 
 

@@ -34,8 +34,9 @@ def replace(url, key, data):
 def refused(url, message):
     tracemalloc.start()
     try:
-        with pytest.raises(CacheError, match=message):
+        with pytest.raises(CacheError, match=message) as caught:
             open_cache(url).plane(0)
+        assert str(url) in str(caught.value)
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
         tracemalloc.stop()

@@ -268,6 +268,12 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, key):
             open_cache(url).plane(1)
 
 
+def test_a_file_that_cannot_be_made_is_named_and_not_its_partial_one():
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '/proc/self/s'$"):
+        with storage.new_file(Path("/proc/self/s")):  # where not even root makes files
+            pass
+
+
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     if os.geteuid() == 0:
         target = Path("/proc/self/s")  # where not even root makes folders

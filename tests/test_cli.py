@@ -307,6 +307,16 @@ def test_an_empty_name_is_not_the_folder_one_stands_in(capsys, monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-", "2>&-"])
+def test_streams_that_the_shell_closed_are_no_failure_and_no_files(tmp_path, cache, closed):
+    command = [sys.executable, ROOT / "cli.py", "export", cache, "--out", tmp_path / "out.parquet"]
+    script = ["bash", "-c", f'"$@" {closed}', "bash", *map(str, command)]
+    process = subprocess.run(script, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "") and (tmp_path / "out.parquet").read_bytes()[:4] == b"PAR1"
+    script[-4:] = ["inspect", str(cache)]  # which asks whether it writes on a terminal
+    assert subprocess.run(script, capture_output=True, text=True).returncode == 0
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path):
     result = run("evaluate", tmp_path, "--debug")
     assert result.returncode == 2 and "Traceback" in result.stderr

@@ -266,3 +266,11 @@ def test_an_error_is_blamed_on_who_made_it(files):
     assert blamed("student.method.name=cbd", "student.training.epochs=3") == {"student": "-o student.method.name=cbd"}
     with pytest.raises(UserError, match="-o base=nowhere.yaml: cannot read the configuration nowhere.yaml"):
         load_config(path, ("base=nowhere.yaml",))
+
+
+def test_a_base_that_changes_nothing_is_refused(files):
+    path = files(own=dump_config(load_config(files(whole=WHOLE))), other=WHOLE.replace("pad: 1", "pad: 2"))
+    override = f"base={path.parent / 'other.yaml'}"
+    with pytest.raises(UserError, match="base=.*other.yaml changes nothing: .*own.yaml says all of that itself; leave it out"):
+        load_config(path, (override,))
+    assert load_config(files(own="base: missing.yaml"), (override,)).views.pad == 2

@@ -100,6 +100,7 @@ def test_the_command_exports_and_refuses(tmp_path, teacher_run, monkeypatch, cap
     for options, code, said in (
         (["--format", "torch", "--out", str(tmp_path / "out"), "--checkpoint", "best"], 0, "logits differ by"),
         (["--format", "torch", "--out", str(tmp_path / "taken")], 2, "is not empty"),
+        (["--format", "torch", "--out", "/proc/self/out"], 2, "--out /proc/self/out cannot be made: No such file"),
         (["--format", "pickle", "--out", str(tmp_path / "other")], 2, "'pickle' is not one of 'onnx', 'torch'"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -263,9 +263,10 @@ def test_nothing_in_a_checkpoint_runs(tmp_path, network):
 
 
 def test_the_command_imports_and_refuses(tmp_path, network, capsys):
-    torch.save(network, tmp_path / "weights.pth")
-    command = ["import-model", *tiny.options(), "--weights", str(tmp_path / "weights.pth"), "--out", str(tmp_path / "run")]
+    save_file(network, tmp_path / "weights")  # without a suffix
+    command = ["import-model", *tiny.options(), "--weights", str(tmp_path / "weights"), "--out", str(tmp_path / "run")]
     for options, code, said in (
+        (["--weights", str(tmp_path)], 2, f"error: cannot load weights {tmp_path} (it is a folder); give a .safetensors or"),
         (["--expect", "99"], 2, "expected 99%: look at the order of its classes"),
         ([], 0, "part '', sha256"),
         ([], 2, "is not empty"),

@@ -218,7 +218,7 @@ def test_an_unknown_architecture_and_weights_that_do_not_fit_are_refused(tmp_pat
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="do not fit resnet18: conv1.weight"):
         torchvision_model(weights=str(tmp_path / "weights.safetensors"))
-    with pytest.raises(UserError, match="cannot load weights .*nothing.pth"):
+    with pytest.raises(UserError, match=r"cannot load weights .*nothing.pth \(there is no such file\); give a .safetensors"):
         torchvision_model(weights=str(tmp_path / "nothing.pth"))
     for content, found in (b"", "EOFError"), (b"junk", "error"):
         (tmp_path / "bad.pth").write_bytes(content)

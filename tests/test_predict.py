@@ -103,6 +103,12 @@ def test_what_cannot_be_read_or_is_of_another_size_is_named_and_left_out(teacher
     assert f"skipped: {tmp_path}/wide.png is 8 x 9 pixels, the network takes 8 x 8" in said
     assert pandas.read_csv(out)["file"].tolist() == [f"{tmp_path}/fine.png"]
     assert not list(tmp_path.glob("*.partial"))
+    for place in ["--out", str(tmp_path / "none.csv")], []:
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command[:2], *(str(tmp_path / name) for name in ("torn.png", "wide.png")), *place, "--device", "cpu"])
+        said = capsys.readouterr()
+        assert end.value.code == 2 and said.out.count("\n") <= 1 and not (tmp_path / "none.csv").exists()
+        assert said.err.splitlines()[-1] == "error: no image is left to answer about, of 2 images; name others"
 
 
 def test_resized_crops_are_evaluations_centre(tmp_path, photos, digits):

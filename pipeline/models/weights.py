@@ -28,8 +28,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Nothing in the file runs: objects of other kinds than tensors and plain values are replaced by inert placeholders.
     Raises UserError for a file that cannot be read so.
     """
+    if not path.is_file():
+        found = "it is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"cannot load weights {path} ({found}); give a .safetensors or .pth state dict")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _is_safetensors(path):
             return load_file(path)
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_placeholders(path)):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -37,6 +40,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         found = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"cannot load weights {path} ({found}); give a .safetensors or .pth state dict")
     return dict(_flattened(checkpoint))
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file, of any name, begins as safetensors do: the length of a header, which is JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def given_weights(
