@@ -146,9 +146,7 @@ def test_export_reads_in_duckdb(cache, tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_refused(cache, tmp_path, monkeypatch):
-    with pytest.raises(
-        CacheError, match="x.parquet cannot be written: File name too long; make room, or name another file"
-    ):
+    with pytest.raises(CacheError, match="x.parquet cannot be written: File name too long; make room, or name another file"):
         cache.export_parquet(tmp_path / f"{'x' * 250}.parquet", view=0)
     with pytest.raises(CacheError, match="t.parquet cannot be written: there is no folder .*/no; make it, or name another"):
         cache.export_parquet(tmp_path / "no/t.parquet", view=0)
