@@ -1,8 +1,10 @@
 """A small store to test with: what it is made from, and the teacher's answers that go into it."""
 
+import random
+
 import numpy as np
 
-from offline_bkd.cache import CropFlip, Identity, create_cache, open_cache
+from offline_bkd.cache import CacheError, CropFlip, Identity, create_cache, open_cache
 
 CLASSES = "apple", "aquarium fish", "baby", "bear", "beaver"
 COUNTS = 120, 101, 100, 20, 19  # many, many, medium, medium, few
@@ -57,3 +59,31 @@ def files(folder) -> dict[str, bytes]:
     """Every file of a store but its lock, by key."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {key: path.read_bytes() for key, path in found.items() if key != "done/lock"}
+
+
+def flip(path, byte: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def flips(folder, count: int, beginning: str = ""):
+    """Flips `count` random bits of the files whose keys have this `beginning`, each file as likely as any other.
+
+    One after the other: yields which, and puts it back.
+    """
+    keys, chance = sorted(key for key in files(folder) if key.startswith(beginning)), random.Random(0)
+    for _ in range(count):
+        path = folder / chance.choice(keys)
+        place = path, chance.randrange(path.stat().st_size), chance.randrange(8)
+        flip(*place)
+        yield place
+        flip(*place)
+
+
+def problems(url) -> list[str]:
+    """What a reader finds wrong with a store: by opening it, or by its checksums."""
+    try:
+        return open_cache(url).verify_checksums()
+    except CacheError as error:
+        return [str(error)]

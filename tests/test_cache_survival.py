@@ -3,13 +3,12 @@
 import builtins
 import errno
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cache_store import answers, arguments, dump, files, fill, identity
+from cache_store import answers, arguments, dump, files, fill, flip, flips, identity, problems
 
 from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
 
@@ -290,36 +289,12 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
 # damage
 
 
-def places(url, count, seed=0):
-    """`count` random bits, every file as likely as any other, its lock aside."""
-    keys, rng = sorted(files(url)), random.Random(seed)
-    for _ in range(count):
-        path = url / rng.choice(keys)
-        yield path, rng.randrange(path.stat().st_size), rng.randrange(8)
-
-
-def flip(path, byte, bit):
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 1 << bit
-    path.write_bytes(data)
-
-
-def problems(url):
-    """What a reader finds wrong with a store: by opening it, or by its checksums."""
-    try:
-        return open_cache(url).verify_checksums()
-    except CacheError as error:
-        return [str(error)]
-
-
 def test_a_thousand_flipped_bits_are_all_found(tmp_path, two_blocks):
     url = tmp_path / "s"
     dump(url, **TWO_VIEWS)
     assert problems(url) == []
-    for path, byte, bit in places(url, 1000):
-        flip(path, byte, bit)
-        assert problems(url), f"bit {bit} of byte {byte} of {path} is not missed"
-        flip(path, byte, bit)
+    for place in flips(url, 1000):
+        assert problems(url), place
     assert problems(url) == []
 
 
