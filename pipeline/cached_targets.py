@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from offline_bkd.cache import Cache, CacheError, CropFlip, RandomResizedCrop, open_cache
+from offline_bkd.cache.format import whole_numbers
 from offline_bkd.cache.planes import row_format
+from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.targets import soften
@@ -36,15 +38,36 @@ class ViewCrop:
         self.views = views
 
     def __call__(self, image: Image.Image | np.ndarray, sample_id: int, view: int) -> torch.Tensor:
-        """Of a whole image, PIL or uint8 [H, W, 3], upright: uint8 [3, S, S], the pixels that the teacher answered to."""
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
-        boxes = self.views.boxes(np.array([sample_id]), np.array([view]), np.array([image.size[::-1]]))
+        """Of a whole image, PIL or uint8 [H, W, 3], upright: uint8 [3, S, S], the pixels that the teacher answered to.
+
+        Raises ValueError for anything else, and for a view that there is not.
+        """
+        image = whole_image(image)
+        boxes = self.views.boxes(
+            np.array([sample_id]), whole_numbers(view, "view", self.views.count), np.array([image.size[::-1]])
+        )
         top, left, height, width, flip = (int(values[0]) for values in boxes)
         crop = image.crop((left, top, left + width, top + height))  # black beyond the border
         if isinstance(self.views, RandomResizedCrop):
             crop = crop.resize((self.views.size, self.views.size), Image.Resampling.BILINEAR)
         pixels = np.asarray(crop)[:, :: -1 if flip else 1]
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def whole_image(image: Image.Image | np.ndarray) -> Image.Image:
+    """In RGB, as a teacher saw it. Raises ValueError for what is neither a PIL image nor uint8 [H, W, 3]."""
+    if isinstance(image, Image.Image):
+        return decoding.rgb(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+        return Image.fromarray(image)
+    found = " ".join(str(getattr(image, name)) for name in ("dtype", "shape") if hasattr(image, name))
+    raise ValueError(f"an image is PIL's or uint8 [H, W, 3], whole and not a tensor; found a {type(image).__name__} {found}")
+
+
+def _natural(value: int, what: str) -> int:
+    if isinstance(value, int | np.integer) and 0 <= value < 2**63:
+        return int(value)
+    raise ValueError(f"{what} is a whole number from 0 to 2^63 - 1; found {value!r}")
 
 
 class CachedTargets(torch.utils.data.Dataset):
@@ -71,20 +94,23 @@ class CachedTargets(torch.utils.data.Dataset):
         temperature: of the targets; None: the cache's.  sample_id: the cache's sample of each item; None: all of them, in
         the cache's order.  transform: of the crop.  scratch: a folder on a fast disk.
 
-        Raises CacheError for a cache that is not complete, does not serve the temperature, or has other samples.
+        Raises CacheError for a cache that is not complete, does not serve the temperature, or has other samples; items raise
+        it where label or size are not the sample's.
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(str(cache))
         if self.cache.missing_blocks:
             raise CacheError(
                 f"{self.cache} lacks {counted(self.cache.missing_blocks, 'block')}; finish it with dump-logits --resume"
             )
-        self.cache.refuse_temperature(temperature or self.cache.temperature)
-        self.dataset, self.seed, self.transform, self.crop = dataset, seed, transform, ViewCrop(self.cache.views)
-        self.ratio = self.cache.temperature / (temperature or self.cache.temperature)
-        self.sample_id = np.asarray(self.cache.sample_id if sample_id is None else sample_id, np.int64)
+        temperature = self.cache.temperature if temperature is None else temperature
+        self.cache.refuse_temperature(temperature)
+        self.dataset, self.transform, self.crop = dataset, transform, ViewCrop(self.cache.views)
+        self.seed, self.ratio = _natural(seed, "seed"), self.cache.temperature / temperature
+        self.sample_id = whole_numbers(self.cache.sample_id if sample_id is None else sample_id, "sample")
         if len(self.sample_id) != len(dataset):
+            what = f"{self.cache} has" if sample_id is None else "sample_id names"
             raise CacheError(
-                f"{self.cache} has {counted(len(self.sample_id), 'sample')} and the data set {len(dataset):,}; "
+                f"{what} {counted(len(self.sample_id), 'sample')} and the data set has {len(dataset):,}; "
                 "give the cache's sample of each item as sample_id"
             )
         order = np.argsort(self.cache.sample_id)
@@ -110,6 +136,7 @@ class CachedTargets(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch, from 0, the next items are of."""
+        epoch = _natural(epoch, "epoch")
         if not self.whole:
             (view,) = set(self.cache.views.draw(self.seed, epoch, self.cache.sample_id).tolist())
             if self._epoch[1] != view:
@@ -128,10 +155,17 @@ class CachedTargets(torch.utils.data.Dataset):
                 f"item {item} has the label {int(label)}, but sample {sample_id} of {self.cache} has {self.cache.label[row]}; "
                 "give the cache's sample of each item as sample_id"
             )
+        whole = whole_image(image)
+        if whole.size[::-1] != (size := tuple(self.cache.image_size[row].tolist())):
+            found, wanted = (" x ".join(map(str, side)) for side in (whole.size[::-1], size))
+            raise CacheError(
+                f"item {item} is {found} pixels, but sample {sample_id} of {self.cache} {wanted}; give whole images, upright, "
+                "as they were when it was dumped"
+            )
         view = int(self.cache.views.draw(self.seed, int(self._epoch[0]), np.array([sample_id]))[0])
         stored = torch.from_numpy(self._planes[view if self.whole else 0, row].astype(np.float32))
         target = soften(stored[None], self.cache.held.name, self.decoder, self.ratio)[0]
-        crop = self.crop(image, sample_id, view)
+        crop = self.crop(whole, sample_id, view)
         return CachedSample(self.transform(crop) if self.transform else crop, int(label), sample_id, view, target)
 
     def _open(self, mode: Literal["w+", "r+"]) -> None:
@@ -170,8 +204,23 @@ def bkd_loss(
 
     logits [B, C].  target [B, C]: the teacher's probabilities softened by `temperature`, unweighted, as a cache holds them.
     label int64 [B].  class_counts [C]: training samples of each class, which weigh the target; beta 0 makes it KD.
+
+    Raises ValueError for other shapes and for numbers outside their ranges.
     """
-    counts = torch.as_tensor(class_counts, device=logits.device)
-    weights = losses.effective_number_weights(counts, beta).to(target.dtype)
+    counts = torch.as_tensor(class_counts)
+    shapes = {"logits": logits, "target": target, "label": label, "class_counts": counts}
+    if logits.ndim != 2 or any(
+        values.shape != shape
+        for values, shape in ((target, logits.shape), (label, logits.shape[:1]), (counts, logits.shape[1:]))
+    ):
+        found = ", ".join(f"{name} {list(values.shape)}" for name, values in shapes.items())
+        raise ValueError(f"bkd_loss takes logits [B, C], target [B, C], label [B] and class_counts [C]; found {found}")
+    if not (temperature > 0 and 0 <= beta < 1 and alpha >= 0):
+        raise ValueError(f"temperature > 0, 0 <= beta < 1 and alpha >= 0; found {temperature}, {beta} and {alpha}")
+    if counts.device.type == "cpu" and not counts.min() >= 1:  # elsewhere looking would wait for the device
+        raise ValueError(f"class_counts are at least 1, found {counts.min()}; leave out classes without training samples")
+    if target.device.type == "cpu" and not ((target.detach().sum(1) - 1).abs() < 0.01).all():
+        raise ValueError("the target is probabilities, which sum to 1 in each row; give those of a cache, not logits")
+    weights = losses.effective_number_weights(counts.to(logits.device), beta).to(target.dtype)
     kd = losses.distillation(logits, losses.balanced_probability(target, weights), temperature)
     return (losses.cross_entropy(logits, label) + alpha * kd).mean()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from test_folders import folder_of_images
 from test_walk import losses_of
 
@@ -129,15 +130,71 @@ def test_another_temperature_is_the_engines(cache, digits):
 
 def test_data_that_are_not_the_caches_are_refused(cache, digits):
     pairs = pairs_of(digits)
-    with pytest.raises(CacheError, match="has 464 samples and the data set 463; give the cache's sample of each item"):
+    with pytest.raises(CacheError, match="has 464 samples and the data set has 463; give the cache's sample of each item"):
         CachedTargets(cache, pairs[1:])
     with pytest.raises(CacheError, match="has no sample 99999"):
         CachedTargets(cache, pairs[:1], sample_id=[99999])
     wrong = next(row for row in range(464) if pairs[row][1] != pairs[0][1])
     with pytest.raises(CacheError, match="item 0 has the label .*, but sample .* has .*; give the cache's sample"):
         CachedTargets(cache, pairs[:1], sample_id=digits.sample_id[[wrong]])[0]
+    with pytest.raises(CacheError, match="item 0 is 9 x 8 pixels, but sample 0 of .* 8 x 8; give whole images, upright, as"):
+        CachedTargets(cache, [(np.zeros((9, 8, 3), np.uint8), pairs[0][1]), *pairs[1:]])[0]
     part = CachedTargets(cache, pairs[7:9], sample_id=digits.sample_id[7:9])
     assert [part[item].sample_id for item in range(2)] == digits.sample_id[7:9].tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": 0}, "serves temperatures .*, not 0; dump at that temperature"),
+        ({"sample_id": np.arange(464.0) + 0.5}, "a sample is a whole number, found"),
+        ({"sample_id": [1, 2]}, "sample_id names 2 samples and the data set has 464"),
+        ({"seed": -1}, r"seed is a whole number from 0 to 2\^63 - 1; found -1"),
+        ({"seed": 1.5}, "seed is a whole number"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(cache, digits, given, message):
+    with pytest.raises(ValueError, match=message):
+        CachedTargets(cache, pairs_of(digits), **given)
+
+
+def test_an_epoch_is_a_whole_number(cache, digits):
+    data = CachedTargets(cache, pairs_of(digits))
+    for epoch in -1, 1.5, "3", 2**63:
+        with pytest.raises(ValueError, match="epoch is a whole number from 0 to"):
+            data.set_epoch(epoch)
+
+
+def test_what_is_no_whole_image_or_no_view_has_no_crop():
+    crop, image = ViewCrop(tiny.experiment().views), np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    planar, alone = image.transpose(2, 0, 1), image[..., 0]
+    for wrong in planar, alone, image / 255, torch.from_numpy(image), "a.png", np.dstack([image, alone]):
+        with pytest.raises(ValueError, match=r"an image is PIL's or uint8 \[H, W, 3\], whole and not a tensor; found a "):
+            crop(wrong, 0, 0)
+    for view in 9, -1, 1.5:
+        with pytest.raises(ValueError, match="there is no view|a view is a whole number"):
+            crop(image, 0, view)
+    grey = Image.fromarray(alone.astype(np.uint16) * 257)  # 16 bits, as the dump reads them: not clipped
+    assert torch.equal(crop(grey, 0, 4), torch.from_numpy(alone).expand(3, 8, 8))
+
+
+def test_bkd_loss_takes_nothing_that_would_be_silently_wrong():
+    logits, label, counts = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), [100, 10, 1]
+    target = torch.full((4, 3), 1 / 3)
+    assert torch.isfinite(bkd_loss(logits, target.half(), label, np.array(counts)))
+    for message, *given in (
+        (r"found logits \[4, 3\], target \[1, 3\], label \[4\], class_counts \[3\]", logits, target[:1], label, counts),
+        ("takes logits .B, C., target .B, C., label .B. and class_counts .C.", logits, target, label, counts[:1]),
+        ("takes logits", logits, target, target, counts),
+        ("takes logits", logits[0], target[0], label[0], counts),
+        ("class_counts are at least 1, found 0; leave out classes without", logits, target, label, [5, 5, 0]),
+        ("the target is probabilities, which sum to 1 in each row; give those of a cache", logits, logits, label, counts),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bkd_loss(*given)
+    for settings in {"temperature": 0}, {"beta": 1}, {"beta": -0.1}, {"alpha": -1}, {"temperature": float("nan")}:
+        with pytest.raises(ValueError, match="temperature > 0, 0 <= beta < 1 and alpha >= 0; found"):
+            bkd_loss(logits, target, label, counts, **settings)
 
 
 def example(name):

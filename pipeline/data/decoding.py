@@ -62,7 +62,7 @@ def _decode(file: BinaryIO, draft: bool) -> tuple[Image.Image, tuple[int, int]]:
         drafted = draft and image.draft("RGB", (1, 1)) is not None
         image.load()
         orientation = _orientation(image)
-        image = _rgb(image)
+        image = rgb(image)
         if orientation in TURNS:
             image = image.transpose(TURNS[orientation])
         if not drafted:
@@ -87,8 +87,8 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """A loaded image in 8 bits a channel. Raises ValueError where its numbers have no known black and white."""
+def rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, 8 bits a channel. Raises ValueError where its numbers have no known black and white."""
     white, inverted = 2**16 - 1, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]
