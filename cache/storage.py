@@ -281,6 +281,8 @@ class RemoteStorage:
 def open_storage(url) -> LocalStorage | ObjectStorage | RemoteStorage:
     """The storage at `url`: a path, an address on S3 (s3://), Google Cloud (gs://) or Azure (az://), or what fsspec knows."""
     url = os.fspath(url)
+    if not url:  # which would be the folder that the process stands in
+        raise CacheError("the store's address is empty; name a folder, or an address on an object store")
     if url.startswith("file://"):
         return LocalStorage(unquote(re.sub("^file://(localhost(?=/))?", "", url)))
     scheme, separator, _ = url.partition("://")

@@ -4,15 +4,16 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL.features
 import torch
+from pydantic import ValidationError
 
 from offline_bkd.cache import (
     Cache,
@@ -30,6 +31,7 @@ from offline_bkd.cache.parts import VIEWS_TOGETHER
 from offline_bkd.cache.pieces import one_blas_thread
 from offline_bkd.cache.storage import RemoteStorage, open_storage
 from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.config import explain
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.decoding import DECODER
@@ -83,7 +85,7 @@ def dump_logits(
         features = [{name: width} for name, width in widths.items()] or [{}] * len(names)
         stores = [Store(*parts, [number]) for number, parts in enumerate(zip(paths, identities, features))]
     else:
-        stores = [Store(out, average(identities), widths, list(range(len(names))))]
+        stores = [Store(*paths, average(identities), widths, list(range(len(names))))]
     images = open_images(training_set, config.views, device, config.data.workers)
     share = _share(part, blocks)
     resume = resume or part is not None or blocks is not None
@@ -100,7 +102,7 @@ def dump(
     encoding: dict | None = None,
     teacher: str | None = None,
     batch_size: int = 512,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     workers: int = 2,
     resume: bool = False,
     blocks: Blocks | None = None,
@@ -110,21 +112,62 @@ def dump(
     network: an nn.Module, or any callable, from uint8 images [B, 3, S, S] to logits [B, C]; it normalises them itself.
     data: an experiment, whose training part is meant, or a part of a data set.  encoding: as in `cache.encoding`; None: the
     default.  teacher: says whose answers they are, where a digest of a module's weights cannot.  blocks: only these
-    (view, block), while other processes write others; none of them creates the store (see `dump_logits`).
+    (view, block), while other processes write others; none of them creates the store (see `dump_logits`).  device: None:
+    where the network is. It is lent: in the end it is where it was, and in the mode, training or evaluation, that it was in.
 
-    Raises UserError where the network cannot be told from another, CacheError where the store cannot be written.
+    Raises UserError where the network cannot be told from another or does not answer logits, and for settings that make no
+    sense, CacheError where the store cannot be written.
     """
-    if teacher is None and not (isinstance(network, torch.nn.Module) and network.state_dict()):
+    if not teacher and not (isinstance(network, torch.nn.Module) and network.state_dict()):
         raise UserError('a network without weights of its own has no digest; say whose answers they are with teacher="…"')
-    training_set, device = datasets.load(data.data).training if isinstance(data, Experiment) else data, torch.device(device)
+    training_set = datasets.load(data.data).training if isinstance(data, Experiment) else data
+    if not (isinstance(training_set, Dataset) and isinstance(views, CropFlip | RandomResizedCrop)):
+        found = f"{type(training_set).__name__} and {type(views).__name__}"
+        raise UserError(f"dump takes the data and the views of an experiment, found {found}; see config.load_config")
     settings = {"temperature": temperature, "batch_size": batch_size} | ({"encoding": encoding} if encoding else {})
+    try:
+        section = CacheSection(**settings)
+    except ValidationError as error:
+        raise UserError("; ".join(f"{key}: {message}" for key, message in explain(error, CacheSection))) from None
     module = network if isinstance(network, torch.nn.Module) else _Called(network)
     digest = hashlib.sha256(teacher.encode()).hexdigest() if teacher else runs.digest(module.state_dict())
-    store = Store(out, {"digest": digest, **({"name": teacher} if teacher else {})}, {}, [0])
-    images = open_images(training_set, views, device, workers)
-    networks = Teachers([module], features=False).eval().to(device)
-    section, share = CacheSection(**settings), _share(None, blocks)
-    write_stores(networks, ["network"], [store], training_set, images, views, section, resume or blocks is not None, share)
+    store, share = (
+        Store(os.fspath(out), {"digest": digest, **({"name": teacher} if teacher else {})}, {}, [0]),
+        _share(None, blocks),
+    )
+    with _lent(module, device) as device:
+        images = open_images(training_set, views, device, workers)
+        _refuse_answers(module, images, len(training_set.classes))
+        networks, resume = Teachers([module], features=False), resume or blocks is not None
+        write_stores(networks, ["network"], [store], training_set, images, views, section, resume, share)
+
+
+@contextmanager
+def _lent(module: torch.nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
+    """The module in evaluation mode on `device`, or where it is, for as long as the context lasts; gives the device."""
+    training = {part: part.training for part in module.modules()}
+    home = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+    away = home if device is None else torch.device(device)
+    try:
+        module.eval().to(away)
+        yield away
+    finally:
+        module.to(home)
+        for part, mode in training.items():
+            part.training = mode
+
+
+def _refuse_answers(network: torch.nn.Module, images: ImageSource, classes: int) -> None:
+    """Raises UserError where the answers to a few images are not logits of `classes`."""
+    rows = np.arange(min(8, len(images.label)))
+    (batch,) = images.batches(rows, np.zeros_like(rows), len(rows))
+    with torch.no_grad():
+        logits = network(batch.images)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (len(rows), classes):
+        found = list(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise UserError(f"the network answers {len(rows)} images by {found}, not by logits [{len(rows)}, {classes}]; wrap it")
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise UserError("the network answers probabilities, not logits; leave out its softmax, or give their logarithms")
 
 
 class _Called(torch.nn.Module):
@@ -356,4 +399,5 @@ def refuse_other(cache: Cache, path: str, training_set: datasets.Dataset, temper
 
 def cache_paths(teachers: Sequence[str], out: str, apart: bool) -> list[str]:
     """Where the caches of a dump go. `out` may be a URL."""
+    out = os.fspath(out)
     return [f"{out.rstrip('/')}/{Path(folder).resolve().name}.zarr" for folder in teachers] if apart else [out]

@@ -237,6 +237,56 @@ def test_any_network_in_memory_may_answer(tmp_path, digits, teacher_run, cache):
         dump(network, digits, config.views, str(tmp_path / "called.zarr"), encoding=exact, resume=True)
 
 
+class Answering(torch.nn.Module):
+    """A network in training mode, but for its normalisation, whose answers go through `end`."""
+
+    def __init__(self, end=lambda logits: logits, classes: int = 10):
+        super().__init__()
+        self.norm, self.drop, self.fc, self.end = (
+            torch.nn.BatchNorm1d(192),
+            torch.nn.Dropout(),
+            torch.nn.Linear(192, classes),
+            end,
+        )
+        self.train().norm.eval()
+
+    def forward(self, images):
+        return self.end(self.fc(self.drop(self.norm(images.flatten(1) / 255))))
+
+
+def test_a_network_is_lent_and_its_answers_are_those_of_evaluation(tmp_path, digits):
+    network, views = Answering(), tiny.experiment().views
+    for name in "a.zarr", "b.zarr":
+        dump(network, digits, views, tmp_path / name)
+    assert network.training and network.drop.training and not network.norm.training
+    np.testing.assert_array_equal(open_cache(tmp_path / "a.zarr").plane(0), open_cache(tmp_path / "b.zarr").plane(0))
+
+
+@pytest.mark.parametrize(
+    ("network", "given", "message"),
+    [
+        (Answering(lambda z: z.softmax(1)), {}, "the network answers probabilities, not logits; leave out its softmax"),
+        (Answering(lambda z: (z, z)), {}, r"answers 8 images by a tuple, not by logits \[8, 10\]; wrap it"),
+        (Answering(lambda z: z[..., None]), {}, r"answers 8 images by \[8, 10, 1\], not by logits \[8, 10\]"),
+        (Answering(classes=9), {}, r"answers 8 images by \[8, 9\], not"),
+        (Answering(), {"temperature": float("nan")}, "^temperature: input should be a finite number; found nan$"),
+        (Answering(), {"encoding": {"name": "zip"}}, "^encoding.name: 'zip' is not known; known are klt, logit, probability$"),
+        (Answering(), {"views": 9}, "dump takes the data and the views of an experiment, found Dataset and int"),
+        (Answering(), {"data": [1]}, "found list and CropFlip"),
+        (lambda images: images, {"teacher": ""}, "has no digest; say whose answers they are"),
+    ],
+)
+def test_what_gives_no_logits_writes_nothing(tmp_path, digits, network, given, message):
+    with pytest.raises(UserError, match=message):
+        dump(**{"network": network, "data": digits, "views": tiny.experiment().views, "out": tmp_path / "s"} | given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_has_an_address():
+    with pytest.raises(CacheError, match="the store's address is empty"):
+        open_cache("")
+
+
 def test_the_package_offers_its_interface_by_one_name():
     import offline_bkd
 
