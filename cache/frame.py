@@ -91,20 +91,33 @@ def _row_groups(batches):
 
 def _batches(cache, view, sample, label, probabilities):
     """The rows as Arrow record batches, at least one."""
-    views, positions, layout = _views(cache, view), _positions(cache, sample, label), cache.layout
-    width, dtype = row_format(cache, features=False)
+    views, positions = _views(cache, view), _positions(cache, sample, label)
     if not views or not len(positions):
+        width, dtype = row_format(cache, features=False)
         yield _batch(cache, 0, positions[:0], cache.held.decode(np.empty((0, width), dtype)), probabilities)
         return
-    step, room = max(1, _BATCH_CELLS // len(cache.classes)), np.empty((layout.block_rows, width), dtype)
-    blocks, first = np.unique(positions // layout.block_rows, return_index=True)
-    for number in views:
-        for block, chosen in zip(blocks.tolist(), np.split(positions, first[1:]), strict=True):
+    for number, chosen, probability in _decoded(cache, views, positions):
+        yield _batch(cache, number, chosen, probability, probabilities)
+
+
+def _decoded(cache, views, positions):
+    """(view, positions [B], probabilities [B, C]) of `positions`, rising, under each of `views`.
+
+    B rows are those of many blocks where these are small, so that what a piece costs is not paid for each, or some of one.
+    """
+    layout, (width, dtype) = cache.layout, row_format(cache, features=False)
+    most = max(1, _BATCH_CELLS // layout.classes)
+    span = layout.block_rows * max(1, most // layout.block_rows)  # rows of the blocks that are read together
+    room = np.empty((min(span, layout.samples), width), dtype)
+    starts, place = np.unique(positions // span * span, return_index=True)
+    groups = list(zip(starts.tolist(), np.split(positions, place[1:]), strict=True))
+    for view, (first, chosen) in itertools.product(views, groups):
+        for block in np.unique(chosen // layout.block_rows).tolist():
             rows = layout.rows(block)
-            stored = cache.stored_block(number, block, room[: _length(rows)])
-            for start in range(0, len(chosen), step):
-                some = chosen[start : start + step]
-                yield _batch(cache, number, some, cache.held.decode(stored[some - rows.start]), probabilities)
+            cache.stored_block(view, block, room[rows.start - first : rows.stop - first])
+        for start in range(0, len(chosen), most):
+            some = chosen[start : start + most]
+            yield view, some, cache.held.decode(room[some - first])
 
 
 def _batch(cache, view, positions, probability, probabilities):
@@ -215,18 +228,11 @@ def _length(rows):
 
 
 def _quality(cache, views):
-    confidence, correct, layout = [], [], cache.layout
-    step, (width, dtype) = max(1, _BATCH_CELLS // layout.classes), row_format(cache, features=False)
-    room = np.empty((layout.block_rows, width), dtype)
-    for view in views:
-        for block in range(layout.blocks):
-            rows = layout.rows(block)
-            stored = cache.stored_block(view, block, room[: _length(rows)])
-            for start in range(0, len(stored), step):
-                label = cache.label[rows][start : start + step]
-                answer = _answer(cache, cache.held.decode(stored[start : start + step]), label)
-                confidence.append(answer.max(1))
-                correct.append(answer.argmax(1) == label)
+    confidence, correct = [], []
+    for _, positions, probability in _decoded(cache, views, np.arange(len(cache))):
+        answer = _answer(cache, probability, cache.label[positions])
+        confidence.append(answer.max(1))
+        correct.append(answer.argmax(1) == cache.label[positions])
     confidence, correct = np.concatenate(confidence).astype(np.float64), np.concatenate(correct)
     group = np.tile(shot(cache.class_counts)[cache.label], len(views))
     groups = {"all": np.ones(len(group), bool)} | {name: group == i for i, name in enumerate(SHOTS)}

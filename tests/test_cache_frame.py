@@ -194,6 +194,7 @@ def test_an_export_follows_no_link(cache, tmp_path):
 
 
 def test_no_more_than_a_block_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(frame, "_BATCH_CELLS", 5 * 60)
     monkeypatch.setattr(format, "_BLOCK_BYTES", 4 * 5 * 60)
     cache = dump(tmp_path / "s")
     expected, sizes, stored_block = cache.to_pandas(probabilities=True), [], cache.stored_block
@@ -271,3 +272,16 @@ def test_small_blocks_share_row_groups_whose_number_takes_memory(tmp_path, cache
 
     assert parquet.ParquetFile(tmp_path / "few.parquet").num_row_groups == 4, "18 blocks, five together"
     pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "few.parquet"), cache.to_pandas(), check_dtype=False)
+
+
+def test_small_blocks_are_decoded_together_and_give_the_same_rows(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(format, "_BLOCK_BYTES", 4 * 5 * 33)  # eleven blocks a view, the last of 30 samples
+    small, decoded, batch = dump(tmp_path / "s"), [], frame._batch
+    choices = {}, {"view": [3, 1]}, {"sample": [3, 10, 2516]}, {"label": "bear"}
+    expected = [cache.to_pandas(**choice) for choice in choices]
+    monkeypatch.setattr(frame, "_batch", lambda *given: [decoded.append(len(given[2])), batch(*given)][1])
+    monkeypatch.setattr(frame, "_BATCH_CELLS", 5 * 100)
+    for choice, table in zip(choices, expected):
+        pandas.testing.assert_frame_equal(small.to_pandas(**choice), table)
+    assert decoded[:4] == [99, 99, 99, 63], "three blocks at a time"
+    assert max(decoded) == 99
