@@ -6,6 +6,7 @@ Preprocessing is inside: uint8 images [B, H, W, 3] in, logits, float32 [B, C], o
 import contextlib
 import importlib.util
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def export_model(
     kind = FORMATS[form]
     if not all(map(importlib.util.find_spec, kind.needs)):
         raise UserError(f'--format {form} needs {", ".join(kind.needs)}; run: pip install ".[{form}]"')
-    runs.refuse_taken(out, resume=False)
+    runs.refuse_taken(out, resume=None)
     run = runs.open_run(folder)
     experiment, classes = run.config(overrides), run.summary()["classes"]
     if experiment.network(run.stage).model.memory:
@@ -146,8 +147,7 @@ def export_model(
     rows = np.unique(np.linspace(0, len(test_set) - 1, CHECKED).astype(np.int64))
     images = open_images(test_set.take(rows), experiment.views, torch.device("cpu"), experiment.data.workers)
     model, (height, width) = load_model(run, checkpoint, experiment, len(classes)), images.crop_size
-    partial = Path(f"{out.rstrip('/')}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = Path(f"{out.rstrip('/')}.{secrets.token_hex(8)}.partial")  # which no other process takes
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -161,7 +161,10 @@ def export_model(
         sizes = {"height": height, "width": width, "classes": len(classes)}
         (partial / "README.md").write_text(README.format(**kind._asdict(), **sizes, crop=crop))
         (partial / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-        os.replace(partial, out)
+        try:
+            os.replace(partial, out)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made: {error.strerror}; name another folder")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {

@@ -17,11 +17,15 @@ import click
 from offline_bkd.pipeline import UserError
 
 OTHER_PLACE = "check its permissions, or name another place", 2
+SOUND_PLACE = "name another place", 2
 MORE_ROOM = "make room and give the command again, with --resume if it has one", 1
 ADVICE = {
     errno.EACCES: OTHER_PLACE,
     errno.EPERM: OTHER_PLACE,
     errno.EROFS: OTHER_PLACE,
+    errno.ENAMETOOLONG: SOUND_PLACE,
+    errno.ENOTDIR: SOUND_PLACE,
+    errno.ELOOP: SOUND_PLACE,
     errno.ENOSPC: MORE_ROOM,
     errno.EDQUOT: MORE_ROOM,
 }

@@ -37,7 +37,7 @@ def import_model(
     Raises UserError, before anything is written, where the weights do not fit, where the accuracy is further than TOLERANCE
     from `expected` percent, and, without an expectation, where another order of the classes would reach more.
     """
-    runs.refuse_taken(out, resume=False)
+    runs.refuse_taken(out, resume=None)
     section = config.teacher
     if section.expert:
         raise UserError("an imported network answers for all classes; leave out teacher.expert")
@@ -66,7 +66,7 @@ def import_model(
         refuse_other_order(answers.predicted, answers.label, len(training_set.classes))
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    with runs.start_run(out, config, "teacher", device, resume=False) as run:
+    with runs.start_run(out, config, "teacher", device, resume=None) as run:
         mean, std = ([round(value, 4) for value in (part.flatten() / 255).tolist()] for part in (model.mean, model.std))
         run.log(f"imported {path.name}, part {prefix!r}, sha256 {sha256}")
         run.log(f"pixels are normalised by mean {mean} and standard deviation {std}")

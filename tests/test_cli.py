@@ -352,6 +352,7 @@ def test_under_nohup_a_closed_terminal_is_ignored():
     ("number", "message", "code"),
     [
         (errno.EACCES, "a/b: Permission denied; check its permissions, or name another place", 2),
+        (errno.ENAMETOOLONG, "a/b: File name too long; name another place", 2),
         (errno.EROFS, "a/b: Read-only file system; check its permissions, or name another place", 2),
         (
             errno.ENOSPC,

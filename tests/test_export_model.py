@@ -79,6 +79,20 @@ def test_answers_that_differ_are_no_export(tmp_path, teacher_run, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_of_two_exports_into_one_folder_the_first_stays_whole(tmp_path, teacher_run, monkeypatch):
+    kind, out = export_model.FORMATS["torch"], str(tmp_path / "out")
+
+    def meanwhile(path):
+        monkeypatch.setitem(export_model.FORMATS, "torch", kind)
+        export_model.export_model(str(teacher_run), "torch", out)
+        return kind.read(path)
+
+    monkeypatch.setitem(export_model.FORMATS, "torch", kind._replace(read=meanwhile))
+    with pytest.raises(UserError, match="out cannot be made: Directory not empty; name another folder"):
+        export_model.export_model(str(teacher_run), "torch", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(list((tmp_path / "out").iterdir())) == 3
+
+
 def test_an_expert_says_nothing_of_classes_that_it_does_not_know(tmp_path):
     train_teacher(tiny.experiment("teacher.expert=few", "teacher.training.epochs=1"), str(tmp_path / "expert"), tiny.CPU)
     export_model.export_model(str(tmp_path / "expert"), "torch", str(tmp_path / "few"))
@@ -99,7 +113,7 @@ def test_the_command_exports_and_refuses(tmp_path, teacher_run, monkeypatch, cap
     (tmp_path / "taken" / "mine").touch()
     for options, code, said in (
         (["--format", "torch", "--out", str(tmp_path / "out"), "--checkpoint", "best"], 0, "logits differ by"),
-        (["--format", "torch", "--out", str(tmp_path / "taken")], 2, "is not empty"),
+        (["--format", "torch", "--out", str(tmp_path / "taken")], 2, "is not empty; name another folder"),
         (["--format", "torch", "--out", "/proc/self/out"], 2, "--out /proc/self/out cannot be made: No such file"),
         (["--format", "pickle", "--out", str(tmp_path / "other")], 2, "'pickle' is not one of 'onnx', 'torch'"),
     ):

@@ -31,7 +31,7 @@ def test_an_image_folder_has_a_class_for_each_folder(tmp_path):
 def test_classes_are_the_training_folders_of_which_the_test_part_may_lack_some(tmp_path, capsys):
     section = folder_of_images(tmp_path)
     (tmp_path / "train" / "cow").mkdir()
-    with pytest.raises(UserError, match="1 class without a training sample: 'cow'; leave them out of the set"):
+    with pytest.raises(UserError, match="1 class without a training sample: 'cow'; leave such classes out of the set"):
         datasets.load(section)
     (tmp_path / "train" / "cow" / "0.png").write_bytes(png(0))
     train, test, _ = datasets.load(section)

@@ -269,7 +269,7 @@ def test_the_command_imports_and_refuses(tmp_path, network, capsys):
         (["--weights", str(tmp_path)], 2, f"error: cannot load weights {tmp_path} (it is a folder); give a .safetensors or"),
         (["--expect", "99"], 2, "expected 99%: look at the order of its classes"),
         ([], 0, "part '', sha256"),
-        ([], 2, "is not empty"),
+        ([], 2, "is not empty; name another folder"),
     ):
         with pytest.raises(SystemExit) as end:
             cli.main([*command, *options])

@@ -226,7 +226,7 @@ def test_an_evaluation_is_told_in_a_sentence_first(answered, capsys):
     evaluation.print_evaluation(answered)
     said = capsys.readouterr().out
     assert re.match(rf".*\(last epoch\): {answered.scores['top1']:.1f} % of [0-9,]+ test images are right .many-shot ", said)
-    assert "top-5" in said and "ECE" in said and "are taken for" in said
+    assert "top-5" in said and "ECE" in said and " %) taken for '" in said
 
 
 def test_lines_differ_in_colour_and_dashes():

@@ -50,7 +50,7 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
         training = long_tailed(training, section.imbalance_ratio or 1.0, section.max_per_class, section.seed)
     if empty := [name for name, count in zip(training.classes, training.class_counts) if not count]:
         lowest = training.label.min()
-        remedy = f"its labels begin at {lowest}: number them from 0" if lowest else "leave them out of the set"
+        remedy = f"its labels begin at {lowest}: number them from 0" if lowest else "leave such classes out of the set"
         raise UserError(f"{training.name}: {_classes(empty)} without a training sample: {_some(empty)}; {remedy}")
     if isinstance(section.validation, int | float):
         training, others["validation"] = hold_out(training, section.validation, section.seed)

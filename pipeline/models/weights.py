@@ -29,7 +29,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises UserError for a file that cannot be read so.
     """
     if not path.is_file():
-        found = "it is a folder" if path.is_dir() else "there is no such file"
+        found = "it is a folder" if path.is_dir() else "it is no regular file" if path.exists() else "there is no such file"
         raise UserError(f"cannot load weights {path} ({found}); give a .safetensors or .pth state dict")
     try:
         if path.suffix == ".safetensors" or _is_safetensors(path):

@@ -18,14 +18,18 @@ from offline_bkd.pipeline.runs.record import difference, environment, settings
 from offline_bkd.pipeline.schema import Experiment
 
 
-def refuse_taken(folder: str | Path, resume: bool) -> None:
-    """Raises UserError if `folder` cannot be a new run's, or with `resume` goes on with one. Writes nothing."""
+def refuse_taken(folder: str | Path, resume: bool | None) -> None:
+    """Raises UserError if `folder` cannot be a new run's, or with `resume` goes on with one. Writes nothing.
+
+    `resume`: None of a command that never goes on.
+    """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
     if begun(folder):
         if not resume:
-            raise UserError(f"--out {folder} is not empty; add --resume to go on with the run in it, or name another folder")
+            remedy = "" if resume is None else "add --resume to go on with the run in it, or "
+            raise UserError(f"--out {folder} is not empty; {remedy}name another folder")
         if not (folder / "config.yaml").exists():
             raise UserError(f"--out {folder} holds no run to resume; name another folder")
 
@@ -36,7 +40,7 @@ def start_run(
     config: Experiment,
     stage: str,
     device: torch.device,
-    resume: bool,
+    resume: bool | None,
     learns_from: str | None = None,
     label: str = "",
 ) -> Iterator[Run]:

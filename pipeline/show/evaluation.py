@@ -135,9 +135,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     terminal.table(rows, f"{where}: {scores['top1']:.1f} % of {images:,} test images are right ({groups})")
     worst = worst_pairs(evaluation, metrics.confusion(evaluation.answers, len(evaluation.classes)))[:SAID]
     for pair in worst:
-        terminal.line(
-            f"{pair['images']:,} images of {pair['label']!r} ({pair['share']:.0f} %) are taken for {pair['predicted']!r}"
-        )
+        images = terminal.counted(pair["images"], "image")
+        terminal.line(f"{images} of {pair['label']!r} ({pair['share']:.0f} %) taken for {pair['predicted']!r}")
 
 
 def _class_rows(evaluation: Evaluation, pairs: metrics.Pairs) -> list[list[str]]:
