@@ -123,6 +123,25 @@ def measure_decoders(files: list[bytes], repeats: int) -> list[dict]:
     return rows
 
 
+def measure_views(files: list[bytes], repeats: int) -> dict[int, float]:
+    """Crops a second and core, by how many are made of an image that is decoded once."""
+    sizes, seconds = (
+        np.array([decoding.image_size(io.BytesIO(data)) for data in files]),
+        {several: [] for several in (1, 2, 4, 8)},
+    )
+    for turn in range(repeats):
+        for several in seconds:
+            rows, views = np.arange(len(files)).repeat(several), np.tile(np.arange(several), len(files)) + turn
+            boxes = np.stack(VIEWS.boxes(rows, views % VIEWS.count, sizes[rows]), axis=1).reshape(len(files), several, 5)
+            start = time.process_time()
+            for data, crops in zip(files, boxes.tolist()):
+                image = decoding.decode(io.BytesIO(data))
+                for box in crops:
+                    crop(image, box)
+            seconds[several].append((time.process_time() - start) / len(rows))
+    return {several: 1 / statistics.median(times) for several, times in seconds.items()}
+
+
 def bits_by_processor() -> dict[str, str]:
     """A digest of crops by torch's resizing, by the instructions that it may use."""
     script = f"import sys; sys.path[:0] = {sys.path!r}; sys.argv = ['']; import images; images.print_bits()"
@@ -216,6 +235,7 @@ def main(out, repeats, images):
         "versions": {"pillow": PIL.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
         "bytes an image": statistics.mean(map(len, files)),
         "decoders": measure_decoders(files, repeats),
+        "crops/s a core, by crops of a decode": measure_views(files, repeats),
         "torch's resizing, digest by instructions": bits_by_processor(),
         "images/s from two workers": measure_channels(repeats),
         "random images/s from the disk": measure_reading(files, images),

@@ -76,7 +76,7 @@ def show_training_plan(
         row = _row_bytes(config, section, len(plan.training_set.classes), store)
         facts["store"] = _store_size(config, len(plan.training_set), row)
     if from_cache:
-        views = config.views.count if isinstance(config.views, CropFlip) else 2
+        views = config.views.count if isinstance(config.views, CropFlip) else 2 * section.training.views_per_decode
         held += len(plan.training_set) * (row or 0) * views
     facts["memory"] = f"about {(runs.peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
     facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}"

@@ -46,6 +46,11 @@ class TrainedNetwork(Section):
             )
         if method == "bbn" and self.training.batch_size % 2:
             raise ValueError(f"method bbn splits every batch in two: training.batch_size {self.training.batch_size} is odd")
+        balanced = method in ("crt", "cbd", "lfme", "oltr", "bbn") or getattr(self.method, "sampler", None) == "class_balanced"
+        if self.training.views_per_decode > 1 and balanced:
+            raise ValueError(
+                f"method {method} draws samples one by one, each under one view: leave out training.views_per_decode"
+            )
         if self.expert and method != "ce":
             raise ValueError(
                 f"an expert of some classes is trained by method ce; found {method}; leave out expert or the method"
@@ -94,6 +99,17 @@ class Experiment(Section):
     teacher: Teacher  # of stage one
     cache: CacheSection = CacheSection()  # between the stages
     student: Student  # of stage two
+
+    @model_validator(mode="after")
+    def _decodes(self):
+        if (
+            isinstance(self.views, CropFlip)
+            and max(self.teacher.training.views_per_decode, self.student.training.views_per_decode) > 1
+        ):
+            raise ValueError(
+                "views crop_flip keeps decoded images in memory: training.views_per_decode gains nothing there; leave it out"
+            )
+        return self
 
     def network(self, role: str) -> TrainedNetwork:
         """The section of `role`, "teacher" or "student"."""

@@ -42,6 +42,9 @@ class Training(Section):
 
     epochs: Positive = 200  # in each the sampler visits as many samples as there are
     batch_size: Positive = 128  # samples a step; the last batch of an epoch may be smaller
+    # crops made of an image file when it is decoded, one after the other in a batch: a sample then comes in one of so many
+    # epochs, so often. For images that are decoded as needed and methods that visit every sample once an epoch
+    views_per_decode: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the base learning rate, which the schedule changes
     schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")  # of that rate
     # share of the learning rate that all but the classifier, a projection and what OLTR adds learns at; 0 freezes it
@@ -66,6 +69,11 @@ class Training(Section):
     def _momentum(self):
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum; set momentum, usually 0.9, or leave out nesterov")
+        if self.epochs % self.views_per_decode:
+            raise ValueError(
+                f"with views_per_decode {self.views_per_decode} so many epochs together visit every sample: {self.epochs} "
+                "epochs would leave some out; make epochs a multiple of it"
+            )
         if self.nesterov and self.optimizer != "sgd":
             raise ValueError(f"nesterov is of optimizer sgd; leave it out with {self.optimizer}")
         return self

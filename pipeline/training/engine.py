@@ -177,9 +177,17 @@ def _timed(batches: Iterator[Batch], waited: list[float]) -> Iterator[Batch]:
 
 
 def _draw(task: Task, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that an epoch visits, in order, and the view of each."""
-    rows = task.method.rows(epoch)
-    return rows, task.views.draw(task.seed, epoch, task.sample_id[rows], samplers.occurrence(rows))
+    """The rows that an epoch visits, in order, and the view of each.
+
+    With m views a decode, m epochs are the parts of one order, in which every row comes m times in a row. Together they
+    visit the same views of the same samples as m epochs of one view a decode.
+    """
+    several = task.training.views_per_decode
+    first = epoch - epoch % several
+    rows = np.repeat(task.method.rows(first), several)
+    count = len(rows) // several
+    part = slice((epoch - first) * count, (epoch - first + 1) * count)
+    return rows[part], task.views.draw(task.seed, first, task.sample_id[rows[part]], samplers.occurrence(rows)[part])
 
 
 def _check(task: Task, bad: int, rows: np.ndarray, epoch: int, steps: int) -> None:
