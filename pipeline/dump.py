@@ -391,9 +391,12 @@ def identity(
 def refuse_other(cache: Cache, path: str, training_set: datasets.Dataset, temperature: float, views, teacher: dict) -> None:
     """Raises CacheError with every difference if the cache at `path` is not the one that these arguments describe."""
     if differences := cache.identity.differences(identity(training_set, temperature, views, teacher)):
+        as_dumped = "data (data.validation and data.seed too), views and cache.temperature"
+        if all(line.startswith("teacher.") for line in differences):
+            as_dumped = "the runs of the teachers"
         raise CacheError(
-            f"{path} is not for this run: {'; '.join(differences)}; give data (data.validation and data.seed too), views and "
-            "cache.temperature as they were when it was dumped, or dump again"
+            f"{path} is not for this run: {'; '.join(differences)}; give {as_dumped} as they were when it was dumped, or dump "
+            "again"
         )
 
 

@@ -262,7 +262,7 @@ def test_verify_agrees_with_the_teacher_and_notices_another(tmp_path, teacher_ru
     from offline_bkd.pipeline.train import train_teacher
 
     train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
-    with pytest.raises(CacheError, match="teacher.digest"):
+    with pytest.raises(CacheError, match="teacher.digest: .*; give the runs of the teachers as they were"):
         verify_cache(str(cache), [str(tmp_path / "other")], 2, None, (), tiny.CPU)
 
 
