@@ -143,10 +143,12 @@ def class_order(file: str, classes: tuple[str, ...]) -> np.ndarray:
         raise UserError(f"--classes {file} has {repeated[0]!r} twice; each class has one line")
     if unknown := [name for name in names if name not in classes]:
         raise UserError(
-            f"--classes {file}: the data have no class {unknown[0]!r} ({len(unknown)} such names); use their names"
+            f"--classes {file}: the data have no class {unknown[0]!r} ({counted(len(unknown), 'such name')}); use their names"
         )
     if missing := [name for name in classes if name not in names]:
-        raise UserError(f"--classes {file} lacks the data's class {missing[0]!r} ({len(missing)} such classes); add its line")
+        raise UserError(
+            f"--classes {file} lacks the data's class {missing[0]!r} ({counted(len(missing), 'such class', 'such classes')}); add its line"
+        )
     return np.array([names.index(name) for name in classes])
 
 

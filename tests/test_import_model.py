@@ -205,8 +205,8 @@ def test_chance_is_no_other_order():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("0 1 2 3 4 5 6 7 8 x", "the data have no class 'x' .1 such names.; use their names"),
-        ("0 1 2 3 4 5 6 7 8", "lacks the data's class '9' .1 such classes."),
+        ("0 1 2 3 4 5 6 7 8 x", "the data have no class 'x' .1 such name.; use their names"),
+        ("0 1 2 3 4 5 6 7 8", "lacks the data's class '9' .1 such class."),
         ("0 1 2 3 4 5 6 7 8 9 9", "has '9' twice"),
     ],
 )

@@ -113,8 +113,8 @@ def _refuse_labels(dataset: Dataset, part: str) -> None:
     if len(wrong):
         remedy = "number labels from 0" if lowest > 0 else "mend the labels or the class names"
         raise UserError(
-            f"{dataset.describe(wrong[0])}: label {dataset.label[wrong[0]]} is outside 0 … {classes - 1} ({len(wrong)} such "
-            f"samples in the {part} part, whose labels run from {lowest} to {highest}); {remedy}"
+            f"{dataset.describe(wrong[0])}: label {dataset.label[wrong[0]]} is outside 0 … {classes - 1} ("
+            f"{counted(len(wrong), 'such sample')} in the {part} part, whose labels run from {lowest} to {highest}); {remedy}"
         )
 
 

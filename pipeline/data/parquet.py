@@ -22,6 +22,7 @@ from pyarrow import types
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data.dataset import Dataset, numbered_classes, part_names, printable
+from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.data.image_copy import CopiedImages, make_copy, open_copy
 from offline_bkd.pipeline.data.lists import listed_part
 
@@ -148,7 +149,7 @@ def _refuse_columns(file: pyarrow.parquet.ParquetFile, section: schema.Parquet, 
             f"{path}: column {section.image!r} is {image}, not a struct with a binary field 'bytes' or a text field 'path'"
         )
     if not types.is_integer(label):
-        raise UserError(f"{path}: column {section.label!r} is {label}; labels are whole numbers")
+        raise UserError(f"{path}: column {section.label!r} is {label}; labels are whole numbers; number the classes from 0")
 
 
 def _unpacked(file: pyarrow.parquet.ParquetFile, section: schema.Parquet) -> int:
@@ -285,7 +286,9 @@ def _samples(shards: list[Shard], section: schema.Parquet) -> Iterator[list[tupl
 
 
 def _refuse_null(shards: list[Shard], row: int, count: int = 1):
-    raise UserError(f"{printable(str(shards[0].path.parent))}: row {row} has no image bytes ({count} such rows); remove it")
+    raise UserError(
+        f"{printable(str(shards[0].path.parent))}: row {row} has no image bytes ({counted(count, 'such row')}); remove it"
+    )
 
 
 def _batches(shards: list[Shard], section: schema.Parquet) -> Iterator[tuple[pyarrow.Array, list[str | None], list[int]]]:
