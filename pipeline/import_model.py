@@ -147,7 +147,8 @@ def class_order(file: str, classes: tuple[str, ...]) -> np.ndarray:
         )
     if missing := [name for name in classes if name not in names]:
         raise UserError(
-            f"--classes {file} lacks the data's class {missing[0]!r} ({counted(len(missing), 'such class', 'such classes')}); add its line"
+            f"--classes {file} lacks the data's class {missing[0]!r} "
+            f"({counted(len(missing), 'such class', 'such classes')}); add its line"
         )
     return np.array([names.index(name) for name in classes])
 

@@ -22,9 +22,9 @@ from pyarrow import types
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data.dataset import Dataset, numbered_classes, part_names, printable
-from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.data.image_copy import CopiedImages, make_copy, open_copy
 from offline_bkd.pipeline.data.lists import listed_part
+from offline_bkd.pipeline.show.terminal import counted
 
 ROWS = 64  # that are unpacked at a time
 IN_MEMORY = 2**30  # bytes of a part's images that are held in memory; of more a copy is read
