@@ -3,6 +3,8 @@
 V views, N samples, R codes a row, C classes, D features of all teachers together, B (sample, view) pairs.
 """
 
+import math
+import os
 import tempfile
 
 import numpy as np
@@ -16,7 +18,8 @@ class Planes:
 
     With `features` they are those of the teachers' features, side by side in the order of `cache.features`, R = D.
     With `scratch`, a folder on a fast disk, they lie there in a nameless file instead, and memory holds what the
-    operating system can spare. Raises what `stored_plane` raises, and CacheError where the store has no features.
+    operating system can spare. Raises what `stored_plane` raises, and CacheError where the store has no features or the
+    folder no room.
 
     codes: [V, N, R], what is held, as stored.
     """
@@ -32,7 +35,8 @@ class Planes:
             self.codes = np.empty(shape, dtype)
         else:
             with tempfile.TemporaryFile(dir=scratch) as file:
-                self.codes = np.memmap(file, dtype, "w+", shape=shape)
+                make_room(file, math.prod(shape) * dtype.itemsize)
+                self.codes = np.memmap(file, dtype, "r+", shape=shape)
         self._place = np.full(cache.views.count, -1)
         self._place[views] = np.arange(len(views))
         for place, view in enumerate(views.tolist()):
@@ -56,6 +60,19 @@ class Planes:
             return self._encoding.decode(codes)
         parts = np.split(codes, np.cumsum(self._widths)[:-1], axis=1)
         return np.concatenate([feature_codes.decode(part) for part in parts], axis=1)
+
+
+def make_room(file, size: int) -> None:
+    """Take `size` bytes of the disk for the new `file`, which is to be mapped. Raises CacheError where they are not there.
+
+    A mapped file that finds no room when it is written to ends the process without a word.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise CacheError(
+            f"{math.ceil(size / 1e6):,} MB of planes find no place: {error.strerror}; name another scratch folder"
+        ) from error
 
 
 def row_format(cache, features: bool) -> tuple[int, np.dtype]:

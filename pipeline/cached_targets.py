@@ -3,12 +3,13 @@
 Shapes: N samples, C classes, S the side of a crop.
 """
 
+import math
 import os
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 
 from offline_bkd.cache import Cache, CacheError, CropFlip, RandomResizedCrop, open_cache
 from offline_bkd.cache.format import whole_numbers
-from offline_bkd.cache.planes import row_format
+from offline_bkd.cache.planes import make_room, row_format
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.training import losses
@@ -127,7 +128,10 @@ class CachedTargets(torch.utils.data.Dataset):
         planes = self.cache.views.count if self.whole else 1
         self._files = Path(folder, "epoch"), Path(folder, "planes")
         self._shape, self._dtype = (planes, len(self.cache), width), np.dtype(dtype)
-        self._open("w+")
+        for path, size in zip(self._files, (16, math.prod(self._shape) * self._dtype.itemsize)):
+            with open(path, "xb") as file:
+                make_room(file, size)
+        self._open()
         self._epoch[:] = -1
         if self.whole:
             for view in range(planes):
@@ -168,9 +172,9 @@ class CachedTargets(torch.utils.data.Dataset):
         crop = self.crop(whole, sample_id, view)
         return CachedSample(self.transform(crop) if self.transform else crop, int(label), sample_id, view, target)
 
-    def _open(self, mode: Literal["w+", "r+"]) -> None:
-        self._epoch = np.memmap(self._files[0], np.int64, mode, shape=(2,))  # its number, and the view that is held
-        self._planes = np.memmap(self._files[1], self._dtype, mode, shape=self._shape)
+    def _open(self) -> None:
+        self._epoch = np.memmap(self._files[0], np.int64, "r+", shape=(2,))  # its number, and the view that is held
+        self._planes = np.memmap(self._files[1], self._dtype, "r+", shape=self._shape)
 
     def __getstate__(self) -> dict:
         """For workers that are started anew rather than forked."""
@@ -179,7 +183,7 @@ class CachedTargets(torch.utils.data.Dataset):
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, cache=open_cache(state["cache"]))
-        self._open("r+")
+        self._open()
 
 
 def _remove(folder: str, process: int) -> None:

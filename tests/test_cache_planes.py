@@ -1,5 +1,7 @@
 """Planes are held where no step touches the store."""
 
+import errno
+import os
 import re
 
 import numpy as np
@@ -25,6 +27,23 @@ def test_held_planes_give_rows_without_the_store(tmp_path, scratch):
     expected = np.stack([answers(view)[sample] for sample, view in zip(samples, views, strict=False)])
     assert (planes.rows(samples, views) == expected).all()
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_full_scratch_disk_is_one_line_and_not_the_end_of_the_process(cache, tmp_path, monkeypatch):
+    from offline_bkd import CachedTargets
+
+    asked = []
+
+    def full(_, start, size):
+        asked.append((start, size))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)  # what is mapped without it is killed by SIGBUS when it is written
+    with pytest.raises(CacheError, match="1 MB of planes find no place: No space left on device; name another scratch folder"):
+        Planes(cache, scratch=tmp_path)
+    assert asked == [(0, 18 * 360 * 5 * 4)]
+    with pytest.raises(CacheError, match="find no place: No space left on device; name another scratch folder"):
+        CachedTargets(cache, range(360), scratch=tmp_path)
 
 
 def test_some_views_can_be_held(cache):
