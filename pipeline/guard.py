@@ -5,6 +5,7 @@ Imported by every command before anything else, so it imports nothing heavy.
 
 import errno
 import functools
+import io
 import os
 import select
 import signal
@@ -38,7 +39,7 @@ class Commands(click.Group):
     """Commands whose failures are one line: exit 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
 
     def main(self, *args, **kwargs):
-        open_closed()
+        prepare_streams()
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
         except (click.exceptions.Abort, KeyboardInterrupt):
@@ -68,11 +69,16 @@ class Commands(click.Group):
         return command
 
 
-def open_closed() -> None:
-    """Standard streams that the shell closed (`>&-`) lead nowhere; else the next file that is opened would stand for them."""
+def prepare_streams() -> None:
+    """Standard streams that the shell closed (`>&-`) lead nowhere; else the next file that is opened would stand for them.
+
+    A letter that the output's encoding lacks is shown by its escape, such as \\xe9; else printing it would end the command.
+    """
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Number(click.FloatRange):

@@ -317,6 +317,12 @@ def test_streams_that_the_shell_closed_are_no_failure_and_no_files(tmp_path, cac
     assert subprocess.run(script, capture_output=True, text=True).returncode == 0
 
 
+def test_letters_that_the_output_cannot_show_are_shown_by_their_escapes(tmp_path, cache):
+    (tmp_path / "é").symlink_to(cache)
+    result = run("inspect", tmp_path / "é", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stderr) == (0, "") and "\\xe9" in result.stdout and result.stdout.isascii()
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path):
     result = run("evaluate", tmp_path, "--debug")
     assert result.returncode == 2 and "Traceback" in result.stderr
