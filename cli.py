@@ -54,6 +54,7 @@ def training(command):
 
     @click.option("--backbone", type=PLACE, metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
     @click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+    @click.option("--track", "tracker", type=click.Choice(["tensorboard", "wandb"]), help="Follow the run with a tracker.")
     @click.option("--seeds", metavar="0,1,2", help="A run of each, one after the other, in the folders OUT-0, OUT-1, OUT-2.")
     @experiment
     @functools.wraps(command)
@@ -113,7 +114,7 @@ def main():
 
 @main.command("train-teacher", short_help="Train the teacher (stage one, first half).")
 @training
-def train_teacher(config, device, backbone, out, seeds, resume, dry_run):
+def train_teacher(config, device, backbone, out, tracker, seeds, resume, dry_run):
     """Example: python cli.py train-teacher --config configs/digits.yaml --out runs/teacher
 
     Stage one, first half: train the teacher on the long-tailed training set, by cross-entropy or another teacher.method.
@@ -123,7 +124,7 @@ def train_teacher(config, device, backbone, out, seeds, resume, dry_run):
 
     if dry_run:
         return show_training_plan(config, device, "teacher", out, resume, backbone=backbone)
-    train.train_teacher(config, out, device, resume, backbone, seeds)
+    train.train_teacher(config, out, device, resume, backbone, seeds, tracker)
 
 
 @main.command("import-model", short_help="Make a run of a network that was trained elsewhere.")
@@ -180,7 +181,7 @@ def dump_logits(config, device, teachers, out, apart, part, resume, dry_run):
     "--cache", type=PLACE, metavar="STORE.zarr", help="A complete cache of this experiment, for methods that learn from one."
 )
 @training
-def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
+def train_student(config, device, cache, backbone, out, tracker, seeds, resume, dry_run):
     """Example: python cli.py train-student --config configs/digits.yaml --cache runs/cache.zarr --out runs/student
 
     Stage two: train a student from the cache. No teacher is loaded.
@@ -190,7 +191,7 @@ def train_student(config, device, cache, backbone, out, seeds, resume, dry_run):
 
     if dry_run:
         return show_training_plan(config, device, "student", out, resume, cache, backbone)
-    train.train_student(config, cache, out, device, resume, backbone, seeds)
+    train.train_student(config, cache, out, device, resume, backbone, seeds, tracker)
 
 
 @main.command(short_help="Score a run's checkpoint again.")

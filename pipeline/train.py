@@ -26,6 +26,7 @@ from offline_bkd.pipeline.requirements import (
 )
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show.report import draw_run
+from offline_bkd.pipeline.show.trackers import follow, refuse_missing
 from offline_bkd.pipeline.training.engine import NotFinite, Task, train
 from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.training.ranks import Ranks, join, refuse_shares
@@ -63,12 +64,13 @@ def train_teacher(
     resume: bool = False,
     backbone: str | None = None,
     seeds: Sequence[int] = (),
+    tracker: str | None = None,
 ) -> None:
     """Trains the teacher of `config` into the folder `out`, or one of each of `seeds`, by a method that needs no cache.
 
     An expert (LFME) sees, and is judged on, the images of its own classes alone, among which it answers.
     """
-    _train(config, "teacher", None, out, device, resume, backbone, seeds)
+    _train(config, "teacher", None, out, device, resume, backbone, seeds, tracker)
 
 
 def train_student(
@@ -79,6 +81,7 @@ def train_student(
     resume: bool = False,
     backbone: str | None = None,
     seeds: Sequence[int] = (),
+    tracker: str | None = None,
 ) -> None:
     """Trains the student of `config` into the folder `out`, from the store at `cache` or the run in `backbone`.
 
@@ -87,7 +90,7 @@ def train_student(
 
     Raises CacheError before anything is written if the cache is for other data, views or classes, or is not complete.
     """
-    _train(config, "student", cache, out, device, resume, backbone, seeds)
+    _train(config, "student", cache, out, device, resume, backbone, seeds, tracker)
 
 
 def _train(
@@ -99,16 +102,18 @@ def _train(
     resume: bool,
     backbone: str | None,
     seeds: Sequence[int],
+    tracker: str | None,
 ) -> None:
     if seeds and not Path(out).name:
         raise UserError(f"--out {out!r} is no name that seeds can be added to; name a folder")
+    refuse_missing(tracker)
     ranks = join(device)
     several = {f"{Path(out)}-{seed}": config.model_copy(update={"seed": seed}) for seed in seeds}
     for folder in (several or (out,)) if ranks.first else ():
         runs.refuse_taken(folder, resume)
     inputs = read_inputs(config, role, device, cache, backbone)
     if not seeds:
-        return train_network(config, role, inputs, out, device, ranks, resume)
+        return train_network(config, role, inputs, out, device, ranks, resume, tracker=tracker)
     for folder, seeded in several.items():
         if ranks.first and runs.begun(Path(folder)):  # what cannot go on is refused before others begin
             with runs.start_run(folder, seeded, role, device, resume, inputs.learns_from):
@@ -116,7 +121,7 @@ def _train(
     diverged = None
     for folder, seeded in several.items():
         try:
-            train_network(seeded, role, inputs, folder, device, ranks, resume, f"seed {seeded.seed}: ")
+            train_network(seeded, role, inputs, folder, device, ranks, resume, f"seed {seeded.seed}: ", tracker)
         except NotFinite as error:
             print(error, flush=True)  # the others may take long
             diverged = diverged or error
@@ -162,10 +167,11 @@ def train_network(
     ranks: Ranks,
     resume: bool = False,
     label: str = "",
+    tracker: str | None = None,
 ) -> None:
     """Trains the network of `role` into the folder `out`, and draws its pictures. `label` goes before what is printed.
 
-    The first of `ranks` alone writes.
+    The first of `ranks` alone writes, and is followed by `tracker` (show/trackers.py).
     """
     section, training_set, images = config.network(role), inputs.training_set, inputs.images
     members = torch.from_numpy(training_set.class_counts > 0) if section.expert else None
@@ -214,7 +220,8 @@ def train_network(
             ranks=ranks,
         )
         try:
-            train(task, run, describe(config, role, inputs))
+            with follow(tracker if ranks.first else None, run, config) as track:
+                train(task, run, describe(config, role, inputs), track)
         except RuntimeError as error:
             if "gloo" not in str(error) and "NCCL" not in str(error):
                 raise

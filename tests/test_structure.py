@@ -19,7 +19,7 @@ LAYERS = [
     {"pipeline.data", "pipeline.models", "pipeline.runs", "pipeline.training.targets"},
     {"pipeline.training.methods", "pipeline.training.optimisation", "pipeline.training.ranks"},
     {"pipeline.show.pictures", "pipeline.show.seeds", "pipeline.show.tables"},
-    {"pipeline.training.engine", "pipeline.evaluate"},
+    {"pipeline.training.engine", "pipeline.evaluate", "pipeline.show.trackers"},
     {"pipeline.show.evaluation", "pipeline.show.inspection", "pipeline.show.page", "pipeline.show.report"},
     {"pipeline.backbone", "pipeline.teachers", "pipeline.export_model", "pipeline.import_model", "pipeline.predict"},
     {"pipeline.dump"},

@@ -24,6 +24,7 @@ from offline_bkd.pipeline.training.optimisation import Optimisation, learning_ra
 from offline_bkd.pipeline.training.ranks import ALONE, Ranks
 from offline_bkd.pipeline.training.targets import Targets
 
+WARM_UP = 5  # steps that the rate of a command's first epoch leaves out: compilation, choice of algorithms, first memory
 CHECK_EVERY = 50  # steps between looks at the device: often enough to stop a diverged run, rarely enough to cost nothing
 
 
@@ -49,12 +50,12 @@ class Task:
     ranks: Ranks = ALONE  # the processes that train together
 
 
-def train(task: Task, run: runs.Run, about: dict) -> None:
+def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] = lambda record: None) -> None:
     """Trains to the last epoch, from the run's state if it has one, and writes the run's summary.
 
     After every epoch the weights and the optimiser's state are on disk; the first rank writes. Raises NotFinite with step,
     learning rate and sample ids; the last epoch's files stay. `about` (method, classes, class_counts, …) goes into the
-    summary.
+    summary, every epoch's record to `track`.
     """
     if run.has("summary.json"):
         run.log(f"the run in {run.folder} is complete")
@@ -75,7 +76,7 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
     with Progress(f"{run.label}training", training.epochs, first, "epochs", shown=ranks.first) as progress:
         for epoch in range(first, training.epochs):
             try:
-                record: dict = {"epoch": epoch + 1, **train_epoch(task, forward, optimisation, epoch)}
+                record: dict = {"epoch": epoch + 1, **train_epoch(task, forward, optimisation, epoch, first)}
             except NotFinite as error:
                 raise NotFinite(f"{run.label}{error}") from None
             answering = optimisation.averaged or model
@@ -95,6 +96,7 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
             run.append_metrics(record)
             run.save_tensors("last", answering.state_dict(), epoch=epoch + 1)
             run.save_tensors("state", optimisation.state(), epoch=epoch + 1, best=best, processes=ranks.world)
+            track(record)
             progress.advance(record["images_per_second"], "images/s")
             run.log(_line(record, training.epochs))
     if not ranks.first:
@@ -117,9 +119,9 @@ def train(task: Task, run: runs.Run, about: dict) -> None:
 
 
 def train_epoch(
-    task: Task, forward: Callable[[torch.Tensor], object], optimisation: Optimisation, epoch: int
+    task: Task, forward: Callable[[torch.Tensor], object], optimisation: Optimisation, epoch: int, first: int | None = None
 ) -> dict[str, float]:
-    """One pass over the rows of `epoch`; returns what is recorded of it.
+    """One pass over the rows of `epoch`; returns what is recorded of it. The rate of the epoch `first` is one of a warm run.
 
     The host waits for the device only every CHECK_EVERY steps.
     """
@@ -134,8 +136,11 @@ def train_epoch(
     sums: dict[str, torch.Tensor] = {}
     first_bad = torch.full((), steps, device=device)  # first step of the epoch whose loss was not finite
     task.network.train()
-    waited = [0.0]
+    waited, settled = [0.0], WARM_UP if epoch == first and steps > 2 * WARM_UP else 0
+    settled_at = start
     for step, batch in enumerate(_timed(task.images.batches(share.rows, share.views, share.batch_size), waited)):
+        if step == settled > 0:
+            settled_at = time.perf_counter()
         rate = learning_rate(training, epoch * steps + step, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
             output = forward(batch.images)
@@ -151,7 +156,8 @@ def train_epoch(
             _check(task, int(ranks.least(first_bad)), rows, epoch, steps)
     if not all(bool(parameter.isfinite().all()) for parameter in task.model.parameters()):
         _check(task, steps - 1, rows, epoch, steps)  # the last step's loss was finite, what it did was not
-    seconds = time.perf_counter() - start
+    end = time.perf_counter()
+    seconds = end - start
     sums = {name: ranks.sum(value) for name, value in sums.items()}
     correct = float(sums.pop("correct"))
     return {
@@ -160,7 +166,7 @@ def train_epoch(
         "learning_rate": rate,
         "seconds": seconds,
         "data_share": waited[0] / seconds,  # of the time, in which the host waited for batches or cropped them
-        "images_per_second": len(rows) / seconds,
+        "images_per_second": (len(rows) - settled * training.batch_size) / (end - settled_at),
     }
 
 
