@@ -97,7 +97,7 @@ class Identity:
         lines = {
             name: f"{name.removeprefix('computed.')}: the store has {left.get(name)}, the run has {right.get(name)}"
             for name in [*left, *(name for name in right if name not in left)]
-            if left.get(name) != right.get(name)
+            if device_kind(left.get(name)) != device_kind(right.get(name))
         }
         bits = [line for name, line in lines.items() if name.startswith("computed.environment.")]
         return [line for line in lines.values() if line not in bits], bits
@@ -145,6 +145,12 @@ class Identity:
             raise ValueError("teacher must have a digest")
         if type(self.views.count) is not int or not 1 <= self.views.count <= _MOST["views"]:
             raise ValueError(f"there must be 1 to {_MOST['views']} views, found {self.views.count}")
+
+
+def device_kind(name):
+    """The name of a device less what it varies by: "cpu" of "cpu (1 thread)", and of "cpu (2 cores)", as earlier versions
+    wrote it."""
+    return "cpu" if isinstance(name, str) and name.startswith("cpu (") else name
 
 
 def _short(value):

@@ -211,6 +211,20 @@ def test_answers_that_differ_in_their_last_bits_are_noted(tmp_path):
         assert writer.notes == [], "nothing is left to compute"
 
 
+def test_a_processor_is_one_device_whatever_its_threads_and_as_earlier_versions_called_it(tmp_path):
+    def computed(device: str) -> dict:
+        return {**COMPUTED, "environment": {"device": device}}
+
+    create_cache(tmp_path / "s", **arguments(identity=identity(computed=computed("cpu (2 cores)")))).close()
+    for device, notes in {
+        "cpu (1 thread)": [],
+        "cpu (8 threads)": [],
+        "NVIDIA L4": ["environment.device: the store has cpu (2 cores), the run has NVIDIA L4"],
+    }.items():
+        with create_cache(tmp_path / "s", resume=True, **arguments(identity=identity(computed=computed(device)))) as writer:
+            assert writer.notes == notes
+
+
 def test_a_store_that_does_not_say_how_it_was_computed_is_read_and_resumed(tmp_path):
     create_cache(tmp_path / "s", **arguments()).close()
     assert "computed" not in json.loads((tmp_path / "s/zarr.json").read_text())["attributes"]["identity"]

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import tiny
 
+from offline_bkd.pipeline.dry_run import show_training_plan
 from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline.show import progress
+from offline_bkd.pipeline.train import train_teacher
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("train-teacher", "dump-logits", "train-student", "evaluate", "inspect", "verify", "export", "report")
@@ -154,6 +157,19 @@ def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, capsys, section):
         dry(*command, overrides=[f"data={{name: cifar10, root: {tmp_path}}}"])
     assert stop.value.code == 2 and "cifar10 is not in" in (said := capsys.readouterr().err)
     assert "a dry run downloads nothing; leave out --dry-run" in said
+
+
+def test_what_is_read_is_called_by_its_part(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SHORT_SECONDS", 0)  # so that how far it is is printed
+
+    def said() -> list[str]:
+        return [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("reading ")]
+
+    show_training_plan(tiny.experiment(), tiny.CPU, "teacher", str(tmp_path / "run"))  # which estimates from what it reads
+    assert said() == ["reading training images 464/464", "reading test images 400/400"]
+    train_teacher(tiny.experiment("data.validation=2", "teacher.training.epochs=1"), str(tmp_path / "run"), tiny.CPU)
+    parts = ("training", 444), ("test", 400), ("validation", 20)
+    assert said() == [f"reading {part} images {count}/{count}" for part, count in parts]
 
 
 def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache, capsys):

@@ -266,6 +266,21 @@ def test_what_a_run_does_not_look_at_may_change_before_it_is_resumed(tmp_path, t
     assert equal_runs(teacher_run, tmp_path / "run")
 
 
+def test_a_run_goes_on_on_its_kind_of_device_alone_whatever_its_threads_and_as_earlier_versions_called_it(tmp_path, capsys):
+    with tiny.interrupted_after(1):
+        train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU)
+    record = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert record["device"] == f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
+    runs.write_json(tmp_path / "run" / "environment.json", record | {"device": "NVIDIA L4"})
+    with pytest.raises(
+        UserError, match="it began on NVIDIA L4, which rounds differently; go on there, or name another folder"
+    ):
+        train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU, resume=True)
+    runs.write_json(tmp_path / "run" / "environment.json", record | {"device": "cpu (64 cores)"})
+    train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU, resume=True)
+    assert runs.open_run(tmp_path / "run").summary()["last"]["epoch"] == 2
+
+
 def test_evaluations_may_be_fewer_but_the_last_epoch_has_one(tmp_path):
     config = tiny.experiment("teacher.training.epochs=5", "teacher.training.evaluate_every=2")
     train_teacher(config, str(tmp_path / "run"), tiny.CPU)

@@ -13,6 +13,7 @@ from offline_bkd.cache.views import RandomResizedCrop
 from offline_bkd.pipeline import UserError, metrics, schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import DecodedImages
+from offline_bkd.pipeline.show import progress
 
 # As the published lists spell them; the labels of both parts are the classes 0 to 2.
 TRAIN = ["train/n01440764/n01440764_190.JPEG 0", "train/Sus scrofa/0 a.jpg 1", "train/n01443537/n01443537_2.JPEG 2"]
@@ -186,14 +187,18 @@ def test_images_that_are_missing_are_named_with_their_lines_when_the_set_is_load
         datasets.load(section)
 
 
-def test_every_file_is_asked_for_its_size_once(tmp_path, monkeypatch):
+def test_every_file_is_asked_for_its_size_once_and_its_part_is_named_meanwhile(tmp_path, monkeypatch, capsys):
     section = lists(tmp_path)
+    monkeypatch.setattr(progress, "SHORT_SECONDS", 0)  # so that how far it is is printed
     asked, stat = [], os.stat
     monkeypatch.setattr(os, "stat", lambda path, **values: asked.append(str(path)) or stat(path, **values))
     train, test, _ = datasets.load(section)
     _ = train.fingerprint, test.fingerprint
     asked = [path for path in asked if path.startswith(str(tmp_path)) and path.lower().endswith(("jpg", "jpeg"))]
     assert sorted(asked) == sorted([*train.images, *test.images])
+    said = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"reading {part.part} images {len(part)}/{len(part)}" for part in (train, test)]
+    assert (train.part, test.part) == ("training", "test")
 
 
 def test_the_fingerprint_of_a_list_follows_its_paths_and_sizes_not_its_folder(tmp_path):

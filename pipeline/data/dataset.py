@@ -23,6 +23,7 @@ from offline_bkd.pipeline.show.progress import Progress
 from offline_bkd.pipeline.show.terminal import printable
 
 MOST_CLASSES = 100_000
+KNOWN = "image_size", "file_status", "image_key"  # columns that are read when first asked for
 ROWS_A_TASK = 64  # of threads: a task for each row would cost more than reading it
 
 
@@ -39,6 +40,7 @@ class Dataset:
     root: Path | None = None  # the folder that paths begin with, left out of fingerprints
     listed: str | None = None  # where paths are listed, up to a sample's number there, from 1: "train.txt line"
     notes: tuple[str, ...] = ()  # what is allowed, but perhaps not meant: a line each
+    part: str = ""  # "training", "test" or "validation", where it is one of those
 
     def __len__(self) -> int:
         return len(self.label)
@@ -81,8 +83,9 @@ class Dataset:
             return [attempt(row) for row in range(start, min(start + ROWS_A_TASK, len(self)))]
 
         results, start = [], time.perf_counter()
+        what = f"reading {self.part} images" if self.part else "reading images"
         # Decoding and waiting for a disk release the interpreter's lock.
-        with Progress(f"reading {self.name}", len(self), 0, "images", plain=True) as progress, ThreadPoolExecutor() as threads:
+        with Progress(what, len(self), 0, plain=True) as progress, ThreadPoolExecutor() as threads:
             for part in threads.map(some, range(0, len(self), ROWS_A_TASK)):
                 results += part
                 progress.advance(len(results) / (time.perf_counter() - start), "images/s", len(part))
@@ -112,10 +115,14 @@ class Dataset:
         digest = None if self.image_digest is None else self.image_digest[rows]
         columns = {"sample_id": self.sample_id[rows], "label": self.label[rows], "images": images, "image_digest": digest}
         part = replace(self, **columns, notes=notes)
-        for known in ("image_size", "file_status", "image_key"):  # what has been read is not read again
-            if known in vars(self):
-                vars(part)[known] = vars(self)[known][rows]
+        vars(part).update({known: vars(self)[known][rows] for known in KNOWN if known in vars(self)})  # not read again
         return part
+
+    def named(self, part: str) -> "Dataset":
+        """The same samples, as the `part` that they are."""
+        same = replace(self, part=part)
+        vars(same).update({known: vars(self)[known] for known in KNOWN if known in vars(self)})
+        return same
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -39,8 +39,12 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
     """
     loader = LOADERS[section.name]
     options = {"download": download} if loader in (_cifar, _parquet) else {}
-    training, *others = loader(section, config.expand(section.root), **options)
-    others = dict(zip(("test", "validation"), others))
+    loaded = loader(section, config.expand(section.root), **options)
+    training, *others = (part.named(name) for part, name in zip(loaded, Parts._fields))
+    others = dict(zip(Parts._fields[1:], others))
+    for part in (training, *others.values()):
+        if part.listed:
+            _ = part.file_status  # asks the disk once, for what is missing now and for the fingerprint later
     _print_notes(*training.notes, *(note for part in others.values() for note in part.notes))
     _refuse_labels(training, "training")
     for name, part in others.items():
@@ -183,7 +187,7 @@ def hold_out(dataset: Dataset, held: float | int, seed: int) -> tuple[Dataset, D
     chosen = np.sort(np.concatenate(rows))
     if not len(chosen):
         raise UserError(f"{dataset.name}: data.validation {held:g} holds out nothing of classes this small; leave it out")
-    return dataset.take(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.take(chosen)
+    return dataset.take(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.take(chosen).named("validation")
 
 
 def _ranked(dataset: Dataset, seed: int) -> list[np.ndarray]:

@@ -118,14 +118,14 @@ def _repeated(ids: Iterable[int]) -> list[int]:
 
 
 def listed_part(root: Path, listed: str, files: list[str], label: list[int], classes: Sequence[str]) -> Dataset:
-    """A part whose files, relative to `root`, are listed. Raises UserError for those outside of it and those missing."""
+    """A part whose files, relative to `root`, are listed. Raises UserError for those outside of it."""
     top, images = os.path.join(root, ""), []
     for number, file in enumerate(files, 1):
         path = os.path.normpath(os.path.join(top, file))
         if not path.startswith(top):
             raise UserError(f"{listed} {number}: {file!r} is outside {root}; paths start from data.root and stay in it")
         images.append(path)
-    dataset = Dataset(
+    return Dataset(
         name=printable(root.name),
         classes=tuple(classes),
         sample_id=np.arange(len(images)),
@@ -134,8 +134,6 @@ def listed_part(root: Path, listed: str, files: list[str], label: list[int], cla
         root=root,
         listed=listed,
     )
-    _ = dataset.file_status  # asks the disk once, for what is missing now and for the fingerprint later
-    return dataset
 
 
 def _read(path: Path, key: str = "data.train, data.test and data.validation") -> str:

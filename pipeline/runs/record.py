@@ -1,6 +1,5 @@
 """What a run says of itself: where it ran, what it reached, and what tells it from other runs."""
 
-import os
 import platform
 import resource
 import shlex
@@ -13,6 +12,7 @@ import torch
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, model_validator
 
 from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.show.terminal import counted
 
 PACKAGES = ("torchvision", "timm", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
 
@@ -95,9 +95,10 @@ def environment(stage: str, device: torch.device) -> dict:
 
 
 def device_name(device: torch.device) -> str:
+    """What a person calls it: the card's name, or "cpu (2 threads)". `format.device_kind` tells whether two are one kind."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({os.cpu_count()} cores)"
+    return f"cpu ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def peak_memory(device: torch.device) -> int:

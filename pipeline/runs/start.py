@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from offline_bkd.cache.format import device_kind
 from offline_bkd.cache.storage import LocalStorage
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import dump_config
@@ -93,7 +94,7 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
         raise UserError(f"cannot resume {run.folder}: {changed}; use the same configuration or another folder")
     if found["learns_from"] != record["learns_from"]:
         raise UserError(f"cannot resume {run.folder}: it began with another cache or backbone; name that, or another folder")
-    if found["device"] != record["device"]:
+    if device_kind(found["device"]) != device_kind(record["device"]):
         raise UserError(
             f"cannot resume {run.folder} on {record['device']}: it began on {found['device']}, which rounds differently; "
             "go on there, or name another folder"

@@ -16,14 +16,16 @@ _open: list["Progress"] = []  # a terminal has room for one display, which those
 class Progress:
     """A context: `advance` after each unit of work."""
 
-    def __init__(self, what: str, total: int, done: int, unit: str, plain: bool = False, shown: bool = True):
-        """`plain`: print lines where there is no terminal (for work that prints none of its own). `shown`: print at all."""
-        self.what, self.total, self.done, self.unit, self.plain, self.shown = what, total, done, unit, plain, shown
+    def __init__(self, what: str, total: int, done: int, unit: str = "", plain: bool = False, shown: bool = True):
+        """`unit`: of `total`, where `what` does not end in it. `plain`: print lines where there is no terminal (for work
+        that prints none of its own). `shown`: print at all."""
+        self.what, self.total, self.done, self.plain, self.shown = what, total, done, plain, shown
+        self.unit, self.described = (f" {unit}", f"{what} ({unit})") if unit else ("", what)
         self.start, self.first, self.last_line = time.monotonic(), done, time.monotonic()
 
     def __enter__(self) -> "Progress":
         self.bar = _open[0].bar if _open else _display(self.shown)
-        self.task = self.bar.add_task(f"{self.what} ({self.unit})", total=self.total, completed=self.done, rate="")
+        self.task = self.bar.add_task(self.described, total=self.total, completed=self.done, rate="")
         _open.append(self)
         return self
 
@@ -43,7 +45,7 @@ class Progress:
             self.last_line = now
             left = (now - self.start) / max(self.done - self.first, 1) * (self.total - self.done)
             print(
-                f"{self.what} {self.done}/{self.total} {self.unit}  {rate:,.0f} {rate_unit}  {left:.0f} s left",
+                f"{self.what} {self.done}/{self.total}{self.unit}  {rate:,.0f} {rate_unit}  {left:.0f} s left",
                 flush=True,
             )
 
