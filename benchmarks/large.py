@@ -26,7 +26,7 @@ from offline_bkd.cache import Identity, RandomResizedCrop, create_cache, open_ca
 from offline_bkd.cache.storage import open_storage
 
 ROWS, CLASSES = 4, 5
-S3_BLOCKS = 10_000  # at most: the time that moto takes for a listing grows with the square of their number
+S3_BLOCKS = 10_000  # at most: moto takes 0.3 s for each listing of a thousand
 SIZES = {1_000: (10, 100), 10_000: (100, 100), 100_000: (100, 1000)}  # blocks: views, and blocks of each
 store_format._CHUNK_BYTES = ROWS * CLASSES * 4  # so that a block is of ROWS samples
 
