@@ -85,7 +85,7 @@ def dump_logits(
         features = [{name: width} for name, width in widths.items()] or [{}] * len(names)
         stores = [Store(*parts, [number]) for number, parts in enumerate(zip(paths, identities, features))]
     else:
-        stores = [Store(*paths, average(identities), widths, list(range(len(names))))]
+        stores = [Store(paths[0], average(identities), widths, list(range(len(names))))]
     images = open_images(training_set, config.views, device, config.data.workers)
     share = _share(part, blocks)
     resume = resume or part is not None or blocks is not None
