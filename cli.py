@@ -305,8 +305,10 @@ def inspect(store, everything, as_json, parts):
     help="Other places of its training images (data), cache.precision; repeatable.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--all", "everything", is_flag=True, help="Print all that was measured, of every class.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 @guarded
-def verify(store, teachers, views, tolerance, checksums, overrides, device):
+def verify(store, teachers, views, tolerance, checksums, overrides, device, everything, as_json):
     """Example: python cli.py verify runs/cache.zarr --teacher runs/teacher
 
     Compare a cache with its teacher's answers, computed again. Exits 1 if they are further apart than the tolerance.
@@ -319,25 +321,25 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device):
             raise UserError(
                 "--checksums computes no answers; leave out --teacher, --tolerance and -o, or leave out --checksums"
             )
-        cache = open_cache(store)
+        cache, show = open_cache(store), inspection.print_checksums
         problems, there, missing = cache.verify_checksums(), len(cache.committed()), cache.missing_blocks
         if missing:
             problems.append(f"{missing:,} of {there + missing:,} blocks are not dumped; finish it with dump-logits --resume")
-        for problem in problems:
-            click.echo(terminal.printable(problem))
-        whole = "every stored byte is as it was written"
-        click.echo(
-            f"{store}: FAILED, {terminal.counted(len(problems), 'problem')}"
-            if problems
-            else f"{store}: PASSED, {whole}, {terminal.counted(there, 'block')}"
-        )
-        return 1 if problems else 0
-    if not teachers:
+        report = {"passed": not problems, "blocks": there, "problems": problems}
+    elif not teachers:
         raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")
-    from offline_bkd.pipeline.verify import verify_cache
+    else:
+        from offline_bkd.pipeline.verify import verify_cache
 
-    report = verify_cache(store, teachers, views, tolerance, overrides, choose_device(device))
-    inspection.print_comparison(report, store)
+        report = verify_cache(store, teachers, views, tolerance, overrides, choose_device(device))
+        show = inspection.print_comparison
+    if as_json:
+        click.echo(json.dumps(report))
+    elif everything:
+        terminal.facts(report, store)
+        inspection.print_verdict(report)
+    else:
+        show(report, store)
     return 0 if report["passed"] else 1
 
 

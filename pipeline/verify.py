@@ -73,7 +73,7 @@ def verify_cache(
     limit = tolerance if tolerance is not None else ROUNDING + (cache.encoding.max_error or 0)
     return {
         "views": chosen,
-        **({"blocks that are not dumped": missing} if (missing := cache.missing_blocks) else {}),
+        "missing_blocks": cache.missing_blocks,
         "mean": float(error.mean()),
         "worst": float(error.max()),
         "tolerance": limit,

@@ -25,7 +25,7 @@ def test_checksums_of_a_whole_store_are_well(tmp_path):
     dump(tmp_path / "s", **TWO_VIEWS)
     assert run("verify", tmp_path / "s", "--checksums") == (
         0,
-        f"{tmp_path}/s: PASSED, every stored byte is as it was written, 2 blocks\n",
+        f"{tmp_path}/s\nPASSED, 2 blocks: every stored byte is as it was written\n",
     )
 
 
@@ -36,8 +36,9 @@ def test_checksums_of_an_unfinished_store_are_not_well(tmp_path, done):
     assert f"\nnot whole: {2 - done} of 2 blocks are missing; " in run("inspect", tmp_path / "s")[1]
     code, said = run("verify", tmp_path / "s", "--checksums")
     assert code == 1 and said.splitlines() == [
+        f"{tmp_path}/s",
         f"{2 - done} of 2 blocks are not dumped; finish it with dump-logits --resume",
-        f"{tmp_path}/s: FAILED, 1 problem",
+        "FAILED, 1 problem",
     ]
 
 
@@ -46,7 +47,9 @@ def test_damage_is_listed_and_exits_with_1(tmp_path):
     path = tmp_path / "s/probability/c.1.0.0"
     path.write_bytes(path.read_bytes()[:-9])
     code, said = run("verify", tmp_path / "s", "--checksums")
-    assert code == 1 and "view 1, rows 0 to 359 is damaged" in said and said.endswith("s: FAILED, 1 problem\n")
+    assert code == 1 and "view 1, rows 0 to 359 is damaged" in said and said.endswith("\nFAILED, 1 problem\n")
+    report = json.loads(run("verify", tmp_path / "s", "--checksums", "--json")[1])
+    assert report["passed"] is False and len(report["problems"]) == 1 and report["blocks"] == 2
 
 
 def test_a_names_control_characters_do_not_reach_the_terminal(tmp_path):
@@ -57,6 +60,32 @@ def test_a_names_control_characters_do_not_reach_the_terminal(tmp_path):
     assert code == 0 and "\\x1b]0;owned\\x07" in said and "\\x1b[2J" in said
     assert not {character for character in said if not character.isprintable()} - {"\n"}
     assert json.loads(run("inspect", tmp_path / "s", "--json")[1])["identity"]["classes"] == list(names)
+
+
+def test_what_a_person_is_told_fits_the_terminal_and_ends_in_a_verdict(tmp_path, teacher_run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.chdir(tmp_path)
+    dump_logits(tiny.experiment(), [str(teacher_run)], "whole", tiny.CPU)
+    with create_cache("half", **arguments(**TWO_VIEWS)) as writer:
+        fill(writer, writer.pending()[:1])
+    (tmp_path / "teacher").symlink_to(teacher_run)
+    again = "verify", "whole", "--teacher", "teacher", "--device", "cpu"
+    for words, verdict in {
+        ("inspect", "whole"): "whole: all 9 blocks are there",
+        ("inspect", "half"): "not whole: 1 of 2 blocks are missing; finish it with dump-logits --resume",
+        again: "PASSED",
+        (*again, "--all"): "PASSED",
+        (*again, "--tolerance", "0"): "FAILED",
+        ("verify", "whole", "--checksums"): "PASSED, 9 blocks: every stored byte is as it was written",
+        ("evaluate", "teacher", "--device", "cpu"): "every class and every confusion: teacher/evaluation-last",
+    }.items():
+        said = run(*words)[1]
+        assert max(map(len, said.splitlines())) <= 60 and " ".join(said.split()).endswith(verdict), words
+    report = json.loads(run(*again, "--json")[1])
+    worst = sorted(report["classes"], key=lambda name: -report["classes"][name])[:5]
+    said = run(*again)[1]
+    rows = [line.split() for line in said[said.index("the worst classes") :].splitlines() if line.startswith("│")]
+    assert [row[1] for row in rows] == worst and report["passed"] is True and report["missing_blocks"] == 0
 
 
 def test_inspect_says_which_temperatures_a_store_serves(tmp_path):

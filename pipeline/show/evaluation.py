@@ -136,7 +136,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     worst = worst_pairs(evaluation, metrics.confusion(evaluation.answers, len(evaluation.classes)))[:SAID]
     for pair in worst:
         images = terminal.counted(pair["images"], "image")
-        terminal.line(f"{images} of {pair['label']!r} ({pair['share']:.0f} %) taken for {pair['predicted']!r}")
+        terminal.sentence(f"{images} of {pair['label']!r} ({pair['share']:.0f} %) taken for {pair['predicted']!r}")
 
 
 def _class_rows(evaluation: Evaluation, pairs: metrics.Pairs) -> list[list[str]]:

@@ -33,15 +33,46 @@ def print_store(summary: dict, store: str) -> None:
         terminal.table(table, "how good the teacher is")
     missing = blocks["all"] - blocks["done"]
     left = f"not whole: {missing:,} of {blocks['all']:,} blocks are missing; finish it with dump-logits --resume"
-    terminal.line(left if missing else f"whole: all {blocks['all']:,} blocks are there")
+    terminal.sentence(left if missing else f"whole: all {blocks['all']:,} blocks are there")
 
 
 def print_comparison(report: dict, store: str) -> None:
-    """What verify found: the errors, the worst classes by name, and whether the store passed."""
-    terminal.facts({key: value for key, value in report.items() if key != "classes"}, store)
+    """What verify found: how far the store is from answers that were computed again, the worst classes, and the verdict.
+
+    `report`: of `verify_cache`.
+    """
+    views, missing = report["views"], report["missing_blocks"]
+    named = ", ".join(map(str, views[:8])) + ", …" * (len(views) > 8)
+    rows = [
+        ["computed again", f"{terminal.counted(len(views), 'view')}: {named}"],
+        ["mean error", f"{report['mean']:.2g} (total variation of the BKD target); {report['tolerance']:.2g} is accepted"],
+        ["by shot group", ", ".join(f"{group} {error:.2g}" for group, error in report["shots"].items())],
+        ["largest error", f"{report['worst']:.2g}, of a sample under one view"],
+    ]
+    if report["features"]:
+        distances = ", ".join(f"{name} {distance:.2g}" for name, distance in report["features"].items())
+        rows.append(["features", f"{distances} (cosine distance)"])
+    if missing:
+        rows.append(["not dumped", f"{terminal.counted(missing, 'block')}, which were not compared"])
+    terminal.table(rows, store, heading=False)
     worst = sorted(report["classes"].items(), key=lambda item: -item[1])[:WORST]
-    terminal.line("largest mean error by class: " + ", ".join(f"{name} {error:.2g}" for name, error in worst))
+    terminal.table([["class", "mean error"], *([name, f"{error:.2g}"] for name, error in worst)], "the worst classes")
+    print_verdict(report)
+
+
+def print_verdict(report: dict) -> None:
     terminal.line("PASSED" if report["passed"] else "FAILED")
+
+
+def print_checksums(report: dict, store: str) -> None:
+    """What is wrong with a store's bytes, a line each, and the verdict. `report`: passed, blocks, problems."""
+    terminal.sentence(store)
+    for problem in report["problems"]:
+        terminal.sentence(problem)
+    if report["passed"]:
+        terminal.line(f"PASSED, {terminal.counted(report['blocks'], 'block')}: every stored byte is as it was written")
+    else:
+        terminal.line(f"FAILED, {terminal.counted(len(report['problems']), 'problem')}")
 
 
 def _teachers(teacher: dict) -> str:

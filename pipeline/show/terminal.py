@@ -4,6 +4,7 @@ import os
 import re
 import sys
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -30,14 +31,26 @@ def table(rows: list[list[str]], title: str, heading: bool = True) -> None:
         shown.add_column(printable(name), justify="left" if not index or not heading else "right", overflow="fold")
     for row in rows[heading:]:
         shown.add_row(*map(printable, row))
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140  # a file has no width to fit into
-    console = Console(highlight=False, markup=False, emoji=False, width=width)  # text of the user's is no markup
-    for line in title.split("\n"):
-        console.print(printable(line))
-    console.print(shown)
+    for part in title.split("\n"):
+        sentence(part)
+    _console(140).print(shown)  # of a file, which has no width to fit into
+
+
+def sentence(text: str) -> None:
+    """A line, or as many as the terminal's width asks for."""
+    text = printable(text)
+    _console(cell_len(text)).print(text)
+
+
+def _console(width: int) -> Console:
+    """As wide as the terminal, or COLUMNS; `width` where neither is known."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        width = None
+    return Console(highlight=False, markup=False, emoji=False, width=width)  # text of the user's is no markup
 
 
 def line(text: str) -> None:
+    """A line that is copied or read by programs, such as a path or a command: never broken."""
     print(printable(text), flush=True)
 
 
