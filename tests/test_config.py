@@ -1,5 +1,9 @@
 """A configuration is checked as a whole, before anything runs, and every error says what to do."""
 
+import json
+import re
+import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -19,10 +23,33 @@ def test_every_shipped_configuration_loads_and_opens_with_its_command(path):
     assert f"--config configs/{path.relative_to(FOLDER)} " in "".join(path.read_text().splitlines()[:3])
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_recipe_opens_with_the_time_it_takes_and_what_it_reached_or_says_that_it_has_not_been_run(path):
-    head = path.read_text().partition("\nname: ")[0]
-    assert "not been run" in head or "minute" in head and "Reached" in head
+def head(path: Path) -> str:
+    """The comment that a file opens with, on one line."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: str(path.relative_to(FOLDER)))
+def test_a_file_opens_with_the_time_that_it_takes_and_what_it_reached_or_says_that_it_has_not_been_run(path):
+    assert re.search("[Nn]ot run yet", head(path)) or "minute" in head(path) and "Reached" in head(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_the_figures_that_a_recipe_opens_with_are_those_of_its_table_and_of_what_was_measured(path):
+    named = re.search(r"cli.py (reproduce .*?) --out", head(path))
+    words = shlex.split(named[1]) if named else []
+    options = dict(zip(words[1::2], words[2::2]))
+    if not options:
+        return
+    column = options.get("--column")
+    published = yaml.safe_load((FOLDER / "tables" / f"{options['--table']}.yaml").read_text())["rows"][options["--row"]]
+    figures = published.get("published", {})
+    expected = figures.get(column) or next(iter(figures.values()), None)
+    assert f"published {expected['all']:g}" in head(path) if expected else "published" not in head(path)
+    if options["--table"] == "cifar":
+        cells = json.loads((FOLDER.parent / "results" / "cifar-lt-table-quick-cpu.json").read_text())["cells"]
+        (ours,) = [cell["last"]["all"] for cell in cells if (cell["column"], cell["row"]) == (column, options["--row"])]
+        assert f"it reached {sum(ours) / len(ours):.1f} %" in head(path)
 
 
 @pytest.mark.parametrize(
