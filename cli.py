@@ -380,7 +380,7 @@ def report(run, out):
     answer, table = report.write_report(run, out)
     terminal.table(table, "test accuracy of the last epoch, %")
     terminal.line(f"pictures and the whole report: {Path(out) / 'report.html'}")
-    terminal.line(answer)
+    terminal.sentence(answer)
 
 
 @main.command(short_help="Run a published table's experiments and compare.")

@@ -78,6 +78,7 @@ def test_what_a_person_is_told_fits_the_terminal_and_ends_in_a_verdict(tmp_path,
         (*again, "--tolerance", "0"): "FAILED",
         ("verify", "whole", "--checksums"): "PASSED, 9 blocks: every stored byte is as it was written",
         ("evaluate", "teacher", "--device", "cpu"): "every class and every confusion: teacher/evaluation-last",
+        ("report", "teacher", "--out", "report"): "in few-shot classes",
     }.items():
         said = run(*words)[1]
         assert max(map(len, said.splitlines())) <= 60 and " ".join(said.split()).endswith(verdict), words

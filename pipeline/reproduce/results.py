@@ -63,7 +63,7 @@ def write_table(table: Table, cells: Cells, folder: Path, quick: bool, asked: li
     write_csv(folder / "table.csv", rows)
     runs.write_json(folder / "table.json", {"title": title, "published": table.published, "cells": values})
     draw(table, values, title, folder / "table.png")
-    terminal.line(_answer(table, values))
+    terminal.sentence(_answer(table, values))
     terminal.table(rows, f"{title}\n{note}")
     return rows
 
