@@ -76,7 +76,7 @@ class Service:
         self.inits.append(values)
         start = self.last.get(values["id"], 0)
         return types.SimpleNamespace(
-            url=None,
+            offline=True,
             dir=f"{values['dir']}/wandb/offline-run/files",
             starting_step=start,
             log=lambda row, step: self._log(values["id"], row, step),

@@ -65,7 +65,8 @@ class WeightsAndBiases:
             config=yaml.safe_load(dump_config(config)),
             settings=wandb.Settings(silent=True),
         )
-        self.shown_at, self.first = self.run.url or f"wandb sync {Path(self.run.dir).parent}", max(1, self.run.starting_step)
+        online = None if self.run.offline else self.run.url  # asked offline, it warns
+        self.shown_at, self.first = online or f"wandb sync {Path(self.run.dir).parent}", max(1, self.run.starting_step)
 
     def log(self, values: dict[str, float], epoch: int) -> None:
         self.run.log(values, step=epoch)
