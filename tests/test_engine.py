@@ -435,7 +435,7 @@ def steps(monkeypatch):
             seen[-1] |= {"rows": batch.rows, "views": batch.views, "label": batch.label, "loss": terms.mean().item()}
             return terms
 
-    def watched(task, forward, optimisation, epoch):
+    def watched(task, forward, optimisation, epoch, first):
         weight = next(parameter for parameter in task.model.parameters() if parameter.dim() == 4)
         means = type(forward), weight.is_contiguous(), optimisation.optimiser.defaults["fused"]
         step = type(optimisation).step
@@ -450,7 +450,7 @@ def steps(monkeypatch):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(optimisation), "step", note)
-            return train_epoch(replace(task, method=Watched(task, optimisation)), look, optimisation, epoch)
+            return train_epoch(replace(task, method=Watched(task, optimisation)), look, optimisation, epoch, first)
 
     monkeypatch.setattr(engine, "train_epoch", watched)
     return seen
