@@ -480,7 +480,7 @@ def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_wr
         "student.method={name: ce}",
         "student.training.batch_size=463",
     )
-    with pytest.raises(UserError, match="cannot train on 1 images of .8, 8. pixels"):
+    with pytest.raises(UserError, match="cannot train on 1 image of .8, 8. pixels"):
         train_student(config, None, str(tmp_path / "run"), tiny.CPU)
     config = tiny.experiment("student.model={name: torchvision, architecture: alexnet}", "student.method={name: ce}")
     with pytest.raises(UserError, match="cannot train on 64 images"):
