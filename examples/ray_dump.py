@@ -1,6 +1,6 @@
 """Dump a teacher's answers with Ray: a task for each part, on any number of machines that share a folder.
 
-    python examples/ray_dump.py configs/digits.yaml runs/digits/teacher runs/digits/by-ray.zarr [KEY=VALUE …]
+    python examples/ray_dump.py configs/digits.yaml runs/digits/teacher-0 runs/digits/by-ray.zarr [KEY=VALUE …]
 
 Where a worker dies, Ray gives its task to another, which writes what is missing. Given again, the command goes on.
 """

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Dump a teacher's answers as a Slurm job array: one part a job, at once or one after the other, on any nodes that share the folder.
 #
-#   sbatch examples/slurm_array.sh configs/digits.yaml runs/digits/teacher runs/digits/cache.zarr
+#   sbatch examples/slurm_array.sh configs/digits.yaml runs/digits/teacher-0 runs/digits/cache.zarr
 #
 # What has failed or was killed is submitted again, part by part; each writes only what is missing:
 #
