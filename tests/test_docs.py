@@ -79,8 +79,8 @@ def test_a_command_is_accepted_and_its_experiment_resolves(words, typing):
     if program == "make":
         assert re.search(f"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":
-        extra = re.fullmatch(r"\.\[(\w+)\]", arguments[1])[1]
-        assert arguments[0] == "install" and f"\n{extra} = " in (ROOT / "pyproject.toml").read_text()
+        extra = re.fullmatch(r"\.(?:\[(\w+)\])?", arguments[1])[1]
+        assert arguments[0] == "install" and f"\n{extra or 'dependencies'} = " in (ROOT / "pyproject.toml").read_text()
     elif program == "export" and arguments[0].isupper():  # of the shell
         assert arguments[0].startswith("OFFLINE_BKD_DATA=")
     elif program == "python" and arguments[0] != "cli.py":
