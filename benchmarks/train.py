@@ -197,7 +197,7 @@ def plain_loop(store, network, data, train, test_images, device):
     returns the seconds. Persistent workers; network and evaluation are the engine's, the optimiser is torch's fused one.
     """
     cache = open_cache(store)
-    cached = CachedTargets(cache, [(train.images[row], int(train.label[row])) for row in range(len(train))])
+    cached = CachedTargets(cache, [(train.decode(row), int(train.label[row])) for row in range(len(train))])
     loader = torch.utils.data.DataLoader(
         cached, BATCH, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=device.type == "cuda"
     )
