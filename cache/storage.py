@@ -43,11 +43,8 @@ def new_file(path: Path, replace: bool = False) -> Iterator[BinaryIO]:
     except (Exception, KeyboardInterrupt) as error:
         with suppress(OSError):
             partial.unlink()  # a full disk gets its space back
-        if isinstance(error, OSError) and error.filename in (
-            None,
-            partial,
-            str(partial),
-        ):  # a full disk does not say which file
+        # a full disk does not say which file, and the partial one's name says nothing to a person
+        if isinstance(error, OSError) and error.filename in (None, partial, str(partial)):
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     _sync_folder(path.parent)

@@ -131,10 +131,8 @@ def dump(
         raise UserError("; ".join(f"{key}: {message}" for key, message in explain(error, CacheSection))) from None
     module = network if isinstance(network, torch.nn.Module) else _Called(network)
     digest = hashlib.sha256(teacher.encode()).hexdigest() if teacher else runs.digest(module.state_dict())
-    store, share = (
-        Store(os.fspath(out), {"digest": digest, **({"name": teacher} if teacher else {})}, {}, [0]),
-        _share(None, blocks),
-    )
+    store = Store(os.fspath(out), {"digest": digest, **({"name": teacher} if teacher else {})}, {}, [0])
+    share = _share(None, blocks)
     with _lent(module, device) as device:
         images = open_images(training_set, views, device, workers)
         _refuse_answers(module, images, len(training_set.classes))

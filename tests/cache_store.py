@@ -21,6 +21,9 @@ def identity(**changes) -> Identity:
     return Identity(**{**values, **changes})
 
 
+TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
+
+
 def arguments(**changes) -> dict:
     """What `create_cache` takes, for 360 samples in five classes and 18 views."""
     label = np.repeat(np.arange(len(COUNTS)), COUNTS)

@@ -49,3 +49,11 @@ def cache(tmp_path_factory, teacher_run):
     path = tmp_path_factory.mktemp("tiny") / "cache.zarr"
     dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(path), tiny.CPU)
     return path
+
+
+@pytest.fixture
+def two_blocks(monkeypatch):
+    """Stores of cache_store.py have two blocks a view."""
+    from offline_bkd.cache import format
+
+    monkeypatch.setattr(format, "_CHUNK_BYTES", 180 * 5 * 4)

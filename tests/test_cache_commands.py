@@ -5,15 +5,13 @@ import shutil
 
 import pytest
 import tiny
-from cache_store import arguments, dump, files, fill, identity
+from cache_store import TWO_VIEWS, arguments, dump, files, fill, identity
 from click.testing import CliRunner
 
 from offline_bkd import cli
 from offline_bkd.cache import CacheError, CropFlip, create_cache, open_cache
 from offline_bkd.pipeline import verify
 from offline_bkd.pipeline.dump import dump_logits
-
-TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
 
 
 def run(*words):

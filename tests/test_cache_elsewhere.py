@@ -4,24 +4,14 @@ import uuid
 
 import numpy as np
 import pytest
-from cache_store import CLASSES, answers, arguments, dump, files, fill, identity
+from cache_store import CLASSES, TWO_VIEWS, answers, arguments, dump, files, fill
 
 from offline_bkd.cache import (
     CacheError,
     CorruptCacheError,
-    CropFlip,
     create_cache,
-    format,
     open_cache,
 )
-
-TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
-
-
-@pytest.fixture
-def two_blocks(monkeypatch):
-    monkeypatch.setattr(format, "_CHUNK_BYTES", 180 * 5 * 4)
-
 
 # other readers
 

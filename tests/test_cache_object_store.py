@@ -14,27 +14,18 @@ from datetime import timedelta
 
 import pytest
 import tiny
-from cache_store import answers, arguments, dump, fill, identity
+from cache_store import TWO_VIEWS, answers, arguments, dump, fill
 
 from offline_bkd.cache import (
     CacheError,
     CorruptCacheError,
-    CropFlip,
     create_cache,
-    format,
     object_storage,
     open_cache,
     storage,
     writer,
 )
 from offline_bkd.pipeline import guard
-
-TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
-
-
-@pytest.fixture
-def two_blocks(monkeypatch):
-    monkeypatch.setattr(format, "_CHUNK_BYTES", 180 * 5 * 4)
 
 
 @pytest.fixture(scope="module")

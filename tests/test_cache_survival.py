@@ -8,16 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_store import answers, arguments, dump, files, fill, flip, flips, identity, problems
+from cache_store import TWO_VIEWS, answers, arguments, dump, files, fill, flip, flips, identity, problems
 
 from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, create_cache, format, open_cache, storage
-
-TWO_VIEWS = {"identity": identity(views=CropFlip(pad=0))}
-
-
-@pytest.fixture
-def two_blocks(monkeypatch):
-    monkeypatch.setattr(format, "_CHUNK_BYTES", 180 * 5 * 4)
 
 
 class Killed(BaseException):

@@ -46,8 +46,8 @@ class TrainedNetwork(Section):
             )
         if method == "bbn" and self.training.batch_size % 2:
             raise ValueError(f"method bbn splits every batch in two: training.batch_size {self.training.batch_size} is odd")
-        balanced = method in ("crt", "cbd", "lfme", "oltr", "bbn") or getattr(self.method, "sampler", None) == "class_balanced"
-        if self.training.views_per_decode > 1 and balanced:
+        sampler = getattr(self.method, "sampler", None)
+        if self.training.views_per_decode > 1 and (self.method.draws == "samples" or sampler == "class_balanced"):
             raise ValueError(
                 f"method {method} draws samples one by one, each under one view: leave out training.views_per_decode"
             )

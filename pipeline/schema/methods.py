@@ -11,6 +11,7 @@ class Method(Section):
     """A way to train a network."""
 
     learns_from: ClassVar[Literal["probabilities", "experts", "features", "backbone"] | None] = None  # a cache's; a run's
+    draws: ClassVar[Literal["epochs", "samples"]] = "epochs"  # every sample once an epoch, or each by itself
 
 
 class CE(Method):
@@ -92,6 +93,7 @@ class CRT(Method):
     """The backbone of another run, frozen, and a new classifier on class-balanced samples (Kang et al., 2020)."""
 
     learns_from = "backbone"
+    draws = "samples"
     name: Literal["crt"]
     batch_statistics: bool = False  # whether the frozen backbone normalises by the batch while the classifier learns
 
@@ -100,6 +102,7 @@ class CBD(Method):
     """(1 - alpha) CE + alpha beta (1 - cos) to the teachers' features, on class-balanced samples (CBD)."""
 
     learns_from = "features"
+    draws = "samples"
     name: Literal["cbd"]
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.4  # share of the distillation
     beta: Annotated[float, Field(ge=0)] = 100.0  # factor of the distance of features
@@ -116,6 +119,7 @@ class LFME(Method):
     """
 
     learns_from = "experts"
+    draws = "samples"
     name: Literal["lfme"]
     theta: Fraction = 0.3  # an expert teaches in full until the student is right this many times as often
 
@@ -128,6 +132,7 @@ class OLTR(Method):
     """
 
     learns_from = "backbone"
+    draws = "samples"
     name: Literal["oltr"]
 
 
@@ -138,6 +143,7 @@ class BBN(Method):
     both halves together. Needs a ResNet of model.branches 2.
     """
 
+    draws = "samples"
     name: Literal["bbn"]
 
 

@@ -101,16 +101,16 @@ def follow(name: str | None, run: Run, config: Experiment) -> Iterator[Callable[
         raise UserError(f"--track {name} cannot begin: {_line(error)}; put it right and add --resume, or leave it out")
     assert tracker
     run.log(f"followed by {name}: {tracker.shown_at}")
-    first = tracker.first
+    lacking: int | None = tracker.first
 
     def send(record: dict) -> None:
-        nonlocal tracker, first
+        nonlocal tracker, lacking
         if tracker is None:
             return
         try:
-            for kept in run.metrics()[first - 1 :]:
+            for kept in [record] if lacking is None else run.metrics()[lacking - 1 :]:
                 tracker.log(values_of(kept), kept["epoch"])
-            first = record["epoch"] + 1
+            lacking = None
         except Exception as error:
             run.log(f"note: {name} no longer follows this run: {_line(error)}; training goes on")
             tracker = None
