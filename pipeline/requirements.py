@@ -13,6 +13,9 @@ from offline_bkd.pipeline.dump import refuse_other
 from offline_bkd.pipeline.schema import Experiment, Method, TrainedNetwork, Training
 from offline_bkd.pipeline.show.terminal import counted
 
+# methods whose network answers as if all classes were as frequent
+BALANCED = {"bbn", "bkd", "cb", "cb_focal", "cbd", "crt", "ldam", "lfme", "logit_adjustment", "oltr"}
+
 
 def refuse_device(training: Training, role: str, device: torch.device) -> None:
     """Raises UserError where the device cannot do what `training` asks for."""
@@ -85,17 +88,21 @@ def notes_on_training(section: TrainedNetwork, cache: Cache | None) -> list[str]
         notes.append(
             f"training.schedule.warmup_epochs {schedule.warmup_epochs} do not end in {counted(training.epochs, 'epoch')}"
         )
-    if section.method.name == "cbd" and cache and (linear := _linear_teachers(cache)):
-        notes.append(f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {linear}")
+    teachers = _teachers(cache) if cache else {}
+    linear = [name for name, one in teachers.items() if not one["model"]["cosine_scale"]]
+    if section.method.name == "cbd" and linear:
+        notes.append(f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {', '.join(linear)}")
+    balanced = [name for name, one in teachers.items() if one["method"] in BALANCED]
+    if section.method.name == "bkd" and balanced:
+        notes.append(
+            f"BKD's class weights balance a plain teacher's answers; balanced already are those of {', '.join(balanced)}: "
+            "method kd takes them as they are"
+        )
     return notes
 
 
-def _linear_teachers(cache: Cache) -> str:
-    """Names the teachers of `cache` whose classifier is a linear one."""
+def _teachers(cache: Cache) -> dict[str, dict]:
+    """What the cache keeps of each of its teachers that was trained here, by a name for it."""
     identity = cache.identity.teacher
-    teachers = [teacher for teacher in identity.get("average_of", [identity]) if "model" in teacher]
-    return ", ".join(
-        f"the cache's {teacher['model']['name']} of seed {teacher['seed']}"
-        for teacher in teachers
-        if not teacher["model"]["cosine_scale"]
-    )
+    teachers = [one for one in identity.get("average_of", [identity]) if "model" in one]
+    return {f"the cache's {one['model']['name']} of method {one['method']}, seed {one['seed']}": one for one in teachers}

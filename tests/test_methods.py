@@ -199,7 +199,24 @@ def test_cbd_notes_teachers_whose_classifier_is_linear(tmp_path, scale, noted):
     train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "cbd"), tiny.CPU, resume=True)
     notes = [line for line in (tmp_path / "cbd" / "log.txt").read_text().splitlines() if "note: " in line]
     assert len(notes) == noted
-    assert all("(model.cosine_scale); linear is that of the cache's cifar_resnet of seed 0" in line for line in notes)
+    assert all("linear is that of the cache's cifar_resnet of method ce, seed 0" in line for line in notes)
+
+
+@pytest.mark.parametrize("method, teacher, noted", [("bkd", "ldam", True), ("kd", "ldam", False), ("bkd", "ce", False)])
+def test_bkd_notes_a_teacher_that_is_balanced_already(tmp_path, method, teacher, noted):
+    config = tiny.experiment(
+        f"teacher.method={{name: {teacher}}}",
+        "teacher.model.cosine_scale=20",
+        "teacher.training.epochs=1",
+        "student.training.epochs=1",
+        f"student.method={{name: {method}}}",
+    )
+    train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
+    dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "c.zarr"), tiny.CPU)
+    train_student(config, str(tmp_path / "c.zarr"), str(tmp_path / "student"), tiny.CPU)
+    notes = [line for line in (tmp_path / "student" / "log.txt").read_text().splitlines() if "note: " in line]
+    assert len(notes) == noted
+    assert all("already are those of the cache's cifar_resnet of method ldam, seed 0" in line for line in notes)
 
 
 def test_the_new_classifier_starts_anew(tmp_path, teacher_run):
