@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
 import re
 import shlex
 import sys
@@ -17,7 +16,7 @@ if not __package__:  # `python cli.py`: the package is the checkout that this fi
     sys.modules["offline_bkd"] = importlib.util.module_from_spec(SPEC)
     SPEC.loader.exec_module(sys.modules["offline_bkd"])
 
-from offline_bkd.pipeline import UserError, __version__
+from offline_bkd.pipeline import UserError, __version__, torchrun
 from offline_bkd.pipeline.guard import PLACE, Commands, Number, guarded
 
 
@@ -93,7 +92,7 @@ def choose_device(name: str):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if name == "cuda":
-        return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device(name, torchrun.local_rank())
     from offline_bkd.pipeline.allocation import keep_freed_memory
 
     keep_freed_memory()

@@ -57,8 +57,8 @@ COLUMNS = {
     "bytes": ("bytes / view", "{:.1f}"),
     "total_variation": ("TV of q", "{:.2g}"),
     "divergence": ("KL of q", "{:.2g}"),
-    "written": ("write, views/s", "{:,.0f}"),
-    "read": ("read, views/s", "{:,.0f}"),
+    "written": ("write, answers/s", "{:,.0f}"),
+    "read": ("read, answers/s", "{:,.0f}"),
     "of_memmap": ("× memmap's time", "{:.2g}"),
 }
 PLANE_COLUMNS = {

@@ -3,7 +3,7 @@
     python benchmarks/students.py --config configs/cifar100-lt-quick.yaml --cache runs/cache.zarr --out runs/encodings
 
 Takes a complete cache of probabilities, stores its answers again in each way, trains BKD students of several seeds from
-each, and writes the table to OUT/students.json: bytes a view, the BKD target's mean total variation and divergence from
+each, and writes the table to OUT/students.json: bytes an answer, the BKD target's mean total variation and divergence from
 the exact one, and accuracy. What is there already is kept, so it can be interrupted, and several may run with --only.
 The peers' ways are as their own sources have them: TinyViT keeps the k largest probabilities and spreads the rest evenly,
 FKD keeps the k largest and renormalises.
@@ -52,7 +52,7 @@ def renormalised(k: int):
 
 
 HALF = {"name": "probability", "dtype": "float16"}
-# name: (what becomes of the probabilities, the encoding they are stored by here, bytes a view where that is not ours)
+# name: (what becomes of the probabilities, the encoding they are stored by here, bytes an answer where that is not ours)
 WAYS = {
     "probability float16": (None, HALF, None),
     **{f"klt max_error {bound}": (None, {"name": "klt", "max_error": bound}, None) for bound in (0.01, 0.03, 0.1)},
@@ -125,7 +125,7 @@ def main(config_file, cache, out, seeds, only, overrides):
         found.append(
             {
                 "way": way,
-                "bytes a view": peer_bytes or round(stored.nbytes / len(source) / source.views.count, 1),
+                "bytes an answer": peer_bytes or round(stored.nbytes / len(source) / source.views.count, 1),
                 "total variation": variation,
                 "divergence": divergence,
                 "seeds": seeds,
@@ -133,9 +133,9 @@ def main(config_file, cache, out, seeds, only, overrides):
             }
         )
     runs.write_whole(out / "students.json", (json.dumps(found, indent=1) + "\n").encode())
-    rows = [["stored as", "bytes a view", "TV", "KL", *COLUMNS]]
+    rows = [["stored as", "bytes an answer", "TV", "KL", *COLUMNS]]
     for row in found:
-        cells = [row["way"], str(row["bytes a view"]), f"{row['total variation']:.4f}", f"{row['divergence']:.2e}"]
+        cells = [row["way"], str(row["bytes an answer"]), f"{row['total variation']:.4f}", f"{row['divergence']:.2e}"]
         rows.append(cells + [spread(row[name]) for name in COLUMNS])
     table(rows, f"BKD students, test accuracy in %, {len(seeds)} seeds")
 

@@ -30,7 +30,7 @@ from offline_bkd.cache.features import check as check_features
 from offline_bkd.cache.parts import VIEWS_TOGETHER
 from offline_bkd.cache.pieces import one_blas_thread
 from offline_bkd.cache.storage import RemoteStorage, open_storage
-from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline import UserError, runs, torchrun
 from offline_bkd.pipeline.config import explain
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
@@ -194,7 +194,7 @@ class Share(NamedTuple):
 
 def _share(part: tuple[int, int] | None, blocks: Blocks | None) -> Share | None:
     """None: everything. Each part is shared by torchrun's processes, if there are several."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = torchrun.rank(), torchrun.world()
     if blocks is not None:
         if part or world > 1:
             raise UserError("blocks are for this process alone; give no part, and start it without torchrun")

@@ -192,6 +192,9 @@ def test_processes_of_torchrun_share_a_part(monkeypatch):
     assert _share((3, 64), None).name == "part 10/256"
     with pytest.raises(UserError, match="blocks are for this process alone"):
         _share(None, [(0, 0)])
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(UserError, match="RANK is 'x', where torchrun sets a number; unset it"):
+        _share(None, None)
 
 
 LOCAL_CLUSTER = """

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"cache"},
     {"pipeline"},
-    {"pipeline.allocation", "pipeline.schema", "pipeline.yaml_files"},
+    {"pipeline.allocation", "pipeline.schema", "pipeline.torchrun", "pipeline.yaml_files"},
     {"pipeline.config", "pipeline.metrics", "pipeline.show.progress", "pipeline.show.terminal"},
     {"pipeline.guard"},
     {"pipeline.training.losses", "pipeline.training.samplers"},

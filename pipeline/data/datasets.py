@@ -3,7 +3,6 @@
 Left out: how each kind is read (folders.py, lists.py, parquet.py), pixels (decoding.py), crops (images.py).
 """
 
-import os
 import sys
 import unicodedata
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from offline_bkd.cache import philox
-from offline_bkd.pipeline import UserError, config, metrics, schema
+from offline_bkd.pipeline import UserError, config, metrics, schema, torchrun
 from offline_bkd.pipeline.data.dataset import MOST_CLASSES, Dataset
 from offline_bkd.pipeline.data.folders import load_folders
 from offline_bkd.pipeline.data.lists import load_image_list, load_inaturalist
@@ -76,7 +75,7 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
 
 def _print_notes(*notes: str) -> None:
     """On the error output, for what a command prints may be read by a program; once where several processes do the same."""
-    if os.environ.get("RANK", "0") == "0":
+    if torchrun.rank() == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
 

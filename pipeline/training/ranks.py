@@ -5,14 +5,13 @@ mean loss, up to rounding. Batch statistics are synchronised on GPUs; on CPUs, w
 """
 
 import atexit
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import distributed
 
-from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline import UserError, torchrun
 from offline_bkd.pipeline.training.methods.contract import StepLoss
 
 
@@ -113,7 +112,7 @@ ALONE = Ranks()
 
 def join(device: torch.device) -> Ranks:
     """This process among those that torchrun started, or alone."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = torchrun.world()
     if world == 1:
         return ALONE
     if not distributed.is_initialized():
