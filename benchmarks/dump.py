@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,8 +27,6 @@ from offline_bkd.pipeline import dump, runs, schema, teachers
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ResidentImages
 from offline_bkd.pipeline.models import build_model
-
-ROOT = Path(__file__).resolve().parent.parent
 
 VIEWS, CLASSES = CropFlip(pad=1, flip=False), 100
 SAMPLES = 10_847  # of CIFAR-100-LT
@@ -125,10 +122,9 @@ def main(out, repeats, scratch):
         row = {"teacher": network.model_dump(), "side": side, "samples": samples, "views": VIEWS.count}
         found.append(row | {"seconds": seconds, "dump / forward": ratios})
         click.echo(json.dumps(found[-1]))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
         "command": "python benchmarks/dump.py " + " ".join(sys.argv[1:]),
-        "commit": commit,
+        "commit": runs.commit(),
         "device": runs.device_name(device),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),

@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -231,9 +230,8 @@ def main(flip_count, kill_count, failure_count, training_kill_count, encodings, 
             trainings = training_kills(store, folder, asked, training_kill_count)
             click.echo(f"training: {json.dumps(trainings)}")
     if out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         command = "python benchmarks/faults.py " + " ".join(sys.argv[1:])
-        result = {"command": command, "commit": commit.stdout.strip(), "stores": table, "training": trainings}
+        result = {"command": command, "commit": runs.commit(), "stores": table, "training": trainings}
         Path(out).mkdir(parents=True, exist_ok=True)
         runs.write_whole(Path(out) / "faults.json", (json.dumps(result, indent=1) + "\n").encode())
 

@@ -83,11 +83,9 @@ def main(out, keep):
             train()
     total = sum(event.self_cpu_time_total for event in profile.key_averages())
     top = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     result = {
         "command": "python benchmarks/profile_step.py",
-        "commit": commit,
+        "commit": runs.commit(),
         "device": runs.device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

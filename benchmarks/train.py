@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -306,10 +305,9 @@ def main(out, store, epochs, steps):
         for encoding in ("probability", "klt"):
             ratios[f"bkd {encoding} / ce, {precision}"] = medians[f"bkd {encoding} {precision}"] / medians[f"ce {precision}"]
     single, more = steps_of_others(experiment, train, images, targets[None], root, device, steps, epochs)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
         "command": f"python benchmarks/train.py{' --store STORE.zarr' if store else ''} --epochs {epochs} --steps {steps}",
-        "commit": commit,
+        "commit": runs.commit(),
         "device": runs.device_name(device),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),

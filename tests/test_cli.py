@@ -56,7 +56,7 @@ def test_the_three_commands_make_a_student(tmp_path):
     result = run("report", teacher, student, "--out", tmp_path / "report")
     assert "BKD student" in result.stdout and f"{summary['last']['top1']:.2f}" in result.stdout
     written = {path.name for path in (tmp_path / "report").iterdir()}
-    assert written == {"table.md", "table.csv", "curves.png", "accuracy_by_class.png", "report.html"}
+    assert written == {"table.md", "table.csv", "runs.json", "curves.png", "accuracy_by_class.png", "report.html"}
     assert f"{summary['last']['few']:.2f}" in (tmp_path / "report" / "table.md").read_text()
     several = ["train-student", *tiny.options(), "--cache", cache, "--out", tmp_path / "s", "--seeds", "0,3"]
     result = run(*several)

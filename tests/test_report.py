@@ -5,6 +5,7 @@ import errno
 import json
 import re
 import shutil
+import subprocess
 import warnings
 from html.parser import HTMLParser
 
@@ -90,6 +91,36 @@ def test_a_report_says_first_which_method_is_best_and_by_how_much(report, compar
         f"BKD student: {all_:.1f} % of the test images are right, {few:.1f} % in few-shot classes; "
         f"{all_ - last[0]['top1']:+.1f} points over teacher, {few - last[0]['few']:+.1f} in few-shot classes"
     )
+
+
+def test_a_report_says_of_every_run_what_was_run_and_what_it_reached(report, compared):
+    found = json.loads((report[1] / "runs.json").read_text())
+    assert [(one["data"], one["ratio"], one["method"], one["seed"], one["epochs"]) for one in found] == [
+        ("digits-lt", 20, "teacher", 0, 20),
+        ("digits-lt", 20, "bkd", 0, 20),
+        ("digits-lt", 20, "bkd", 1, 20),
+    ]
+    for one, run in zip(found, compared):
+        last = run.summary()["last"]
+        assert one["last"] == {"epoch": 20, "all": last["top1"], **{group: last[group] for group in ("many", "medium", "few")}}
+        assert one["precision"] == "float32" and one["seconds"] == 12.3 and one["commit"] == runs.commit()
+        assert one["command"] == run.environment()["command"] and one["device"].startswith("cpu (")
+
+
+def test_a_commit_is_of_the_checkout_alone(tmp_path, monkeypatch):
+    """Not of the project that an installed package lies in."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "one"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(runs.record, "ROOT", tmp_path)
+    assert runs.commit() == head
+    (tmp_path / "file").write_text("2")
+    assert runs.commit() == f"{head}-dirty"
+    monkeypatch.setattr(runs.record, "ROOT", tmp_path / "site-packages")
+    assert runs.commit() is None
 
 
 def test_a_page_needs_nothing_from_elsewhere(page, report):

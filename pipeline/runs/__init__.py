@@ -1,7 +1,7 @@
 """A run's folder: what it holds, how it is made, read and resumed.
 
     config.yaml            the resolved experiment
-    environment.json       versions, device, threads, command
+    environment.json       versions, commit, device, threads, command
     log.txt                what was printed
     metrics.jsonl          one object an epoch
     summary.json           scores of the last and the best epoch; its presence says that the run is complete
@@ -16,13 +16,14 @@ checksum (checksums.py).
 
 from offline_bkd.pipeline.runs.files import make_folder, read, read_json, reason, write_json, write_whole
 from offline_bkd.pipeline.runs.folder import Run, experiment_of, open_run
-from offline_bkd.pipeline.runs.record import device_name, difference, environment, peak_memory
+from offline_bkd.pipeline.runs.record import commit, device_name, difference, environment, peak_memory
 from offline_bkd.pipeline.runs.start import begun, refuse_taken, start_run
 from offline_bkd.pipeline.runs.weights import digest
 
 __all__ = [
     "Run",
     "begun",
+    "commit",
     "device_name",
     "difference",
     "digest",

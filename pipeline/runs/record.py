@@ -3,6 +3,7 @@
 import platform
 import resource
 import shlex
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel, FiniteFloat, NonNegativeInt, model_validator
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show.terminal import counted
 
+ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("torchvision", "timm", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
 
 
@@ -68,6 +70,9 @@ class Summary(BaseModel):
 class Environment(BaseModel):
     """What other commands read of environment.json."""
 
+    command: str
+    commit: str | None = None
+
     stage: Literal["teacher", "student"]
     device: str
     packages: dict[str, str]
@@ -86,12 +91,24 @@ def environment(stage: str, device: torch.device) -> dict:
     return {
         "stage": stage,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
         "device": device_name(device),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "packages": versions,
     }
+
+
+def commit() -> str | None:
+    """Of the checkout that runs, with -dirty where a file of it was changed; None of an installed package."""
+    if not (ROOT / ".git").exists():  # git would look above, where another project may be
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return None
 
 
 def device_name(device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """Comparing complete runs, from their files alone: a table, pictures, and a page that holds both and more."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +33,8 @@ def draw_run(run: runs.Run) -> None:
 
 
 def write_report(folders: Sequence[str], out: str) -> Report:
-    """Compares complete runs of one data set. Writes table.md, table.csv, curves.png, accuracy_by_class.png and report.html
-    into the folder `out`.
+    """Compares complete runs of one data set. Writes table.md, table.csv, runs.json, curves.png, accuracy_by_class.png and
+    report.html into the folder `out`.
 
     Runs that differ in nothing but the seed are one row: mean and standard deviation.
     """
@@ -55,10 +56,33 @@ def write_report(folders: Sequence[str], out: str) -> Report:
     scores = {line.name: {"top1": float(np.mean(line.last("top1"))), "per_class": line.per_class} for line in lines}
     write_markdown(Path(out) / "table.md", table)
     write_csv(Path(out) / "table.csv", table)
+    text = json.dumps([what_was_run(run) for run in opened], indent=1)
+    runs.write_whole(Path(out) / "runs.json", f"{text}\n".encode())
     pictures.save_curves(Path(out) / "curves.png", epochs)
     pictures.save_classes(Path(out) / "accuracy_by_class.png", scores, class_counts)
     page.write_page(Path(out) / "report.html", report.answer, lines)
     return report
+
+
+def what_was_run(run: runs.Run) -> dict:
+    """A run in one object: what it was, by which command, and what it reached."""
+    config, summary, environment = run.config(), run.summary(), run.environment()
+    ratio = config.data.imbalance_ratio
+    scores = {name: {column: summary[name][key] for column, key in COLUMNS.items()} for name in ("last", "best")}
+    return {
+        "data": config.name if ratio is None else config.name.removesuffix(f"-{ratio:g}"),
+        "ratio": ratio,
+        "method": summary["method"],
+        "seed": summary["seed"],
+        "epochs": summary["last"]["epoch"],
+        "precision": config.network(run.stage).training.precision,
+        "device": environment["device"],
+        "commit": environment.get("commit"),
+        "command": environment["command"],
+        "seconds": summary.get("seconds"),
+        "last": {"epoch": summary["last"]["epoch"], **scores["last"]},
+        "best": {"epoch": summary["best"]["epoch"], **scores["best"]},
+    }
 
 
 def answer(lines: Sequence[Seeds]) -> str:
