@@ -28,6 +28,7 @@ from torchvision import transforms
 from offline_bkd.cache import open_cache
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
 from offline_bkd.pipeline import config, runs, schema
+from offline_bkd.pipeline.allocation import keep_freed_memory
 from offline_bkd.pipeline.cached_targets import CachedTargets, bkd_loss
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import DecodedImages, ResidentImages
@@ -281,6 +282,7 @@ def growth(experiment, device, repeats) -> list[dict]:
 @click.option("--steps", default=20, show_default=True, help="Steps a turn, of the other networks.")
 def main(out, store, epochs, steps):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory()  # as the commands do; the other ways have it too
     root = os.environ.get("OFFLINE_BKD_DATA")
     train, test, experiment = load("cifar100-lt", root)
     ce, bkd, network = schema.CE(name="ce"), experiment.student.method, experiment.student.model
