@@ -1,5 +1,6 @@
 """Several processes train one network as one process does: the same rows, the same gradients, one writer."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -51,7 +52,8 @@ def test_losses_and_weights_of_an_epoch_are_those_of_one_process(tmp_path, world
 
 def test_a_killed_rank_ends_all_and_any_number_goes_on(tmp_path):
     options = [ROOT / "cli.py", "train-student", *tiny.options("student.method={name: ce}", "student.training.epochs=4")]
-    command = [*options, "--out", tmp_path / "run", "--resume"]
+    tracked = ["--track", "tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    command = [*options, "--out", tmp_path / "run", "--resume", *tracked]
     process = launch(2, *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if line.startswith("epoch 2/"):
@@ -63,6 +65,7 @@ def test_a_killed_rank_ends_all_and_any_number_goes_on(tmp_path):
     assert process.returncode == 1 and time.monotonic() - start < 60
     assert rest.count("epoch 4/4") == 0 and not (tmp_path / "run" / "summary.json").exists()
     assert len(runs.Run(tmp_path / "run").metrics()) in (2, 3), "one process writes"
+    assert len(list((tmp_path / "run").glob("tensorboard/*"))) == len(tracked) / 2, "and is followed"
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [record["epoch"] for record in runs.open_run(tmp_path / "run").metrics()] == [1, 2, 3, 4]
