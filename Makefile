@@ -16,11 +16,11 @@ demo: .venv/installed
 	$(RUN) train-student $(DIGITS) --seeds 0,1,2 --cache $(RUNS)/cache.zarr --out $(RUNS)/bkd
 	$(RUN) report $(RUNS)/teacher-? $(RUNS)/kd-? $(RUNS)/bkd-? --out $(RUNS)/report
 
-test: .venv/installed
+test: .venv/testing
 	.venv/bin/python -m pytest
 
 # mypy finds offline_bkd by a folder of that name
-lint: .venv/installed
+lint: .venv/testing
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	mkdir -p .venv/typed && ln -sfn "$(CURDIR)" .venv/typed/offline_bkd
@@ -31,6 +31,10 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; \
 	  [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -q -y python3-venv && $(PYTHON) -m venv .venv; } || \
 	  { echo "cannot make a virtual environment; run: sudo apt-get install python3-venv"; exit 2; }
+	.venv/bin/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/testing: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
