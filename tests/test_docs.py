@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import tiny
+import torch
 import yaml
 from click.testing import CliRunner
 from PIL import Image
@@ -15,6 +17,7 @@ from PIL import Image
 from offline_bkd import cli
 from offline_bkd.pipeline import reproduce, schema
 from offline_bkd.pipeline.config import load_config
+from offline_bkd.pipeline.data import datasets
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -138,10 +141,25 @@ def test_the_commands_that_look_at_runs_and_caches_work(typing, teacher_run, cac
 
 
 def test_the_lines_for_pandas_work(cache):
-    (lines,) = blocks((ROOT / "README.md").read_text(), "python")
+    lines, _ = blocks((ROOT / "README.md").read_text(), "python")
     values: dict = {}
     exec(lines.replace("runs/digits/cache.zarr", str(cache)), values)
     assert len(values["table"]) == len(values["cache"]) == 464
+
+
+def test_the_lines_for_a_training_loop_work(cache):
+    _, lines = blocks((ROOT / "README.md").read_text(), "python")
+    train, *_ = datasets.load(tiny.experiment().data)
+    images = [(train.decode(row), int(train.label[row])) for row in range(len(train))]
+    linear = torch.nn.Linear(3 * 8 * 8, 10)
+    begun = linear.weight.detach().clone()
+    values = {
+        "images": images,
+        "network": lambda image: linear(image.flatten(1) / 255),
+        "optimiser": torch.optim.SGD(linear.parameters(), lr=0.1),
+    }
+    exec(lines.replace("runs/digits/cache.zarr", str(cache)), values)
+    assert values["epoch"] == 2 and 0 < values["loss"].item() < 10 and not torch.equal(begun, linear.weight)
 
 
 def test_the_page_of_keys_is_what_the_schema_says(monkeypatch):
