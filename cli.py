@@ -1,5 +1,6 @@
 """The commands of offline-bkd. No logic lives here; torch is imported only by a command that needs it."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -84,6 +85,11 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
     return match and (int(match[1]), int(match[2]))
 
 
+def progress_aside(as_json: bool):
+    """A context in which lines of progress go to the error output, where the other is read by a program."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
 def choose_device(name: str):
     import torch
 
@@ -92,7 +98,9 @@ def choose_device(name: str):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if name == "cuda":
-        return torch.device(name, torchrun.local_rank())
+        device = torch.device(name, torchrun.local_rank())
+        torch.cuda.set_device(device)  # where what is gathered from all processes goes, too
+        return device
     from offline_bkd.pipeline.allocation import keep_freed_memory
 
     keep_freed_memory()
@@ -211,7 +219,8 @@ def evaluate(run, checkpoint, overrides, device, out, as_json):
     from offline_bkd.pipeline.evaluate import ask_run
     from offline_bkd.pipeline.show import evaluation, terminal
 
-    answered = ask_run(run, checkpoint, overrides, choose_device(device))
+    with progress_aside(as_json):
+        answered = ask_run(run, checkpoint, overrides, choose_device(device))
     written = evaluation.keep_evaluation(answered, out)
     if as_json:
         return click.echo(json.dumps(answered.scores))
@@ -330,7 +339,8 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device, ever
     else:
         from offline_bkd.pipeline.verify import verify_cache
 
-        report = verify_cache(store, teachers, views, tolerance, overrides, choose_device(device))
+        with progress_aside(as_json):
+            report = verify_cache(store, teachers, views, tolerance, overrides, choose_device(device))
         show = inspection.print_comparison
     if as_json:
         click.echo(json.dumps(report))

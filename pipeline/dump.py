@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from offline_bkd.cache.features import check as check_features
 from offline_bkd.cache.parts import VIEWS_TOGETHER
 from offline_bkd.cache.pieces import one_blas_thread
 from offline_bkd.cache.storage import RemoteStorage, open_storage
+from offline_bkd.cache.writer import refuse_taken
 from offline_bkd.pipeline import UserError, runs, torchrun
 from offline_bkd.pipeline.config import explain
 from offline_bkd.pipeline.data import datasets
@@ -86,9 +88,10 @@ def dump_logits(
         stores = [Store(*parts, [number]) for number, parts in enumerate(zip(paths, identities, features))]
     else:
         stores = [Store(paths[0], average(identities), widths, list(range(len(names))))]
+    share, resume = _share(part, blocks), resume or part is not None or blocks is not None
+    for path in paths if torchrun.rank() == 0 else ():
+        refuse_taken(path, resume)
     images = open_images(training_set, config.views, device, config.data.workers)
-    share = _share(part, blocks)
-    resume = resume or part is not None or blocks is not None
     write_stores(networks.to(device), names, stores, training_set, images, config.views, config.cache, resume, share)
 
 
@@ -233,7 +236,7 @@ def write_stores(
     All of it, or this process's `share`.
     """
 
-    def answers(rows: np.ndarray, views: list[int]) -> list[Answers]:
+    def answers(rows: np.ndarray, views: list[int], stores: list[Store] = stores) -> list[Answers]:
         """For each store, of `rows` [M] under each of `views`. A sample's views come together, to share its decoding."""
 
         def by_view(values: torch.Tensor) -> np.ndarray:
@@ -256,7 +259,7 @@ def write_stores(
         writers = []
         for number, store in enumerate(stores):
             if share and share.waits(store.path):
-                _wait_for(store.path)
+                _wait_for(store.path, math.inf if share.rank else 600)  # torchrun ends all where the first one ends
             writer = create_cache(
                 store.path,
                 resume=resume or (share is not None and share.rank > 0),
@@ -278,7 +281,13 @@ def write_stores(
                 print(f"note: {store.path}: {blocks} had lost files, or parts of them, and will be dumped again", flush=True)
             writers.append(stack.enter_context(writer))
         fitting.cache_clear()
-        write_pending(writers, answers, views.count, images.decodes)
+        sizes = [writer.cache.layout.block_rows for writer in writers]
+        for size in dict.fromkeys(sizes):  # stores of wider features may have smaller blocks
+            alike = [number for number, other in enumerate(sizes) if other == size]
+            some = [stores[number] for number in alike]
+            write_pending(
+                [writers[number] for number in alike], functools.partial(answers, stores=some), views.count, images.decodes
+            )
         for store, writer in zip(stores, writers):
             if writer.exact:
                 fact = f"its codebook does not fit {counted(writer.exact, 'block')}, stored without it"
@@ -300,20 +309,22 @@ def write_pending(
 ) -> None:
     """Asks for the answers of every block that a writer lacks, and writes them while the next are computed.
 
+    All writers' blocks are of the same rows. Each gets the view that its others are stored as differences from before these.
     Where images are decoded, one decode serves a group of views. Groups do not depend on what is pending, so that the
     teacher sees the same batches, and the store gets the same bytes, whether or not the work was interrupted.
     """
     left = [dict.fromkeys(writer.pending()) for writer in writers]
-    pending = dict.fromkeys(item for items in left for item in items)
+    references = [writer.cache.encoding.reference for writer in writers]
     samples, classes = len(writers[0].cache), len(writers[0].cache.classes)
     owned = set().union(*(writer.owned for writer in writers))
     start, done = time.perf_counter(), 0
-    with Progress("dumping", len(owned), len(owned) - len(pending), "blocks", plain=True) as progress:
-        # The teacher runs on all cores meanwhile; threads of the encoder's own would take them from it.
+    with Progress("dumping", len(owned), len(owned) - len(set().union(*left)), "blocks", plain=True) as progress:
+        # The teacher runs on all cores meanwhile; matrix products of the encoder's would take them from it.
         with one_blas_thread(), ThreadPoolExecutor(1) as writing:
             last = None
-            while pending:
-                view, block = next(iter(pending))
+            while any(left):
+                firsts = [(next(iter(items)), reference) for items, reference in zip(left, references) if items]
+                view, block = next((first for first, reference in firsts if first[0] == reference), firsts[0][0])
                 rows = np.arange(samples)[writers[0].rows(block)]
                 size = VIEWS_TOGETHER if decodes else 1
                 while size > 1 and size * len(writers) * len(rows) * classes * 4 > GROUP_BYTES:
@@ -323,16 +334,16 @@ def write_pending(
                 answered = answers(rows, list(group))
                 if last:
                     last.result()
-                work = [
-                    (writer, (member, block), answered[number], member - first)
-                    for number, writer in enumerate(writers)
-                    for member in sorted(group, key=lambda member: member != view)  # the first pending comes first
-                    if (member, block) in left[number]
-                ]
+                work, asked = [], {(member, block) for member in group if any((member, block) in items for items in left)}
+                for writer, items, reference, found in zip(writers, left, references, answered):
+                    if reference not in group and (reference, block) in items:
+                        continue  # until that is there
+                    for member in sorted(group, key=lambda member: member != reference):
+                        if (member, block) in items:
+                            del items[member, block]
+                            work.append((writer, (member, block), found, member - first))
                 last = writing.submit(_write, work)
-                finished = [(member, block) for member in group if (member, block) in pending]
-                for item in finished:
-                    del pending[item]
+                finished = [item for item in asked if not any(item in items for items in left)]
                 done += len(rows) * len(finished)
                 progress.advance(done / (time.perf_counter() - start), "views/s", len(finished))
             if last:
@@ -346,7 +357,7 @@ def _write(work: list[tuple[CacheWriter, tuple[int, int], Answers, int]]) -> Non
         )
 
 
-def _wait_for(path: str, seconds: float = 600) -> None:
+def _wait_for(path: str, seconds: float) -> None:
     """Until the first process has created the cache."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -15,7 +15,7 @@ import traceback
 
 import click
 
-from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline import UserError, torchrun
 
 OTHER_PLACE = "check its permissions, or name another place", 2
 SOUND_PLACE = "name another place", 2
@@ -61,12 +61,20 @@ class Commands(click.Group):
             near = difflib.get_close_matches(name, self.commands, 1, 0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.commands)}"
             raise click.UsageError(f"there is no command {name!r}; {hint}")
-        if os.environ.get("WORLD_SIZE", "1") != "1" and name not in SHARED:
+        if name not in SHARED and (world := processes()) != 1:
             raise click.UsageError(
-                f"{name} runs in one process, but torchrun started {os.environ['WORLD_SIZE']} of it (WORLD_SIZE); "
+                f"{name} runs in one process, but torchrun started {world} of it (WORLD_SIZE); "
                 "start it without torchrun, or with --nproc-per-node 1"
             )
         return command
+
+
+def processes() -> int:
+    """How many torchrun started; where its environment makes no sense, as a command says it that was given wrongly."""
+    try:
+        return torchrun.world()
+    except UserError as error:
+        raise click.UsageError(str(error))
 
 
 def prepare_streams() -> None:

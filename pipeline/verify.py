@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from offline_bkd.cache import Cache, CacheError, open_cache, philox
-from offline_bkd.cache.features import MAX_ERROR
+from offline_bkd.cache.features import MAX_ERROR, decode
 from offline_bkd.cache.target import class_weight, total_variation
 from offline_bkd.pipeline import UserError, metrics, runs
 from offline_bkd.pipeline.data import datasets
@@ -58,16 +58,20 @@ def verify_cache(
     settings = config.cache.model_copy(update={"temperature": cache.temperature})
     if not any(override.startswith("cache.precision") for override in overrides):  # else it was asked for
         settings = settings.model_copy(update={"precision": cache.identity.computed.get("precision", settings.precision)})
-    rows = np.arange(len(training_set))
-    error, distance = np.zeros((len(chosen), len(rows))), {name: [] for name in cache.features}
-    weight = class_weight(cache.class_counts)
+    samples, weight = np.arange(len(training_set)), class_weight(cache.class_counts)
+    error = np.zeros((len(chosen), len(samples)))
+    distance = {name: np.zeros_like(error) for name in cache.features}
     teacher.to(device)
     for index, view in enumerate(chosen):
-        fresh, vectors = tempered(teacher, images, rows, np.full(len(rows), view), settings)
-        for name, vector in zip(names, vectors):
-            cosine = (functional.normalize(vector.cpu()).numpy() * cache.feature_plane(name, view)).sum(1)
-            distance[name].append(float(1 - cosine.mean()))
-        error[index] = total_variation(fresh.mean(1).cpu().numpy(), cache.plane(view), weight)
+        vectors_kept = {name: cache.stored_feature_plane(name, view) for name in cache.features}
+        for block in range(cache.layout.blocks):  # of all samples at once memory might not hold the answers
+            rows = samples[cache.layout.rows(block)]
+            fresh, vectors = tempered(teacher, images, rows, np.full(len(rows), view), settings)
+            stored = cache.held.decode(cache.stored_block(view, block))
+            error[index, rows] = total_variation(fresh.mean(1).cpu().numpy(), stored, weight)
+            for name, vector in zip(names, vectors):
+                cosine = functional.normalize(vector.cpu()).numpy() * decode(vectors_kept[name][rows])
+                distance[name][index, rows] = 1 - cosine.sum(1)
     by_sample = error.mean(0)
     by_class = np.bincount(training_set.label, by_sample, len(cache.classes)) / training_set.class_counts
     limit = tolerance if tolerance is not None else ROUNDING + (cache.encoding.max_error or 0)
@@ -77,8 +81,8 @@ def verify_cache(
         "mean": float(error.mean()),
         "worst": float(error.max()),
         "tolerance": limit,
-        "passed": bool(error.mean() <= limit and all(np.mean(found) <= MAX_ERROR for found in distance.values())),
-        "features": {name: float(np.mean(found)) for name, found in distance.items()},
+        "passed": bool(error.mean() <= limit and all(found.mean() <= MAX_ERROR for found in distance.values())),
+        "features": {name: float(found.mean()) for name, found in distance.items()},
         "shots": {
             group: float(by_class[members].mean())
             for group, members in metrics.shot_groups(training_set.class_counts).items()

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from click.testing import CliRunner
 
+from offline_bkd import cli
 from offline_bkd.pipeline.dry_run import show_training_plan
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.show import progress
@@ -84,6 +87,24 @@ def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run, tmp_path):
     assert failed.returncode == 1 and "FAILED" in failed.stdout.splitlines()[-1]
     for tolerance in "-1", "nan":
         assert "'--tolerance'" in refused("verify", cache, "--teacher", teacher_run, "--tolerance", tolerance)
+
+
+def test_what_a_program_reads_has_no_lines_of_progress_in_it(cache, teacher_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "SHORT_SECONDS", -1)
+    for command in (
+        ["evaluate", str(teacher_run), "--out", str(tmp_path / "evaluation"), "--device", "cpu", "--json"],
+        ["verify", str(cache), "--teacher", str(teacher_run), "--device", "cpu", "--json"],
+    ):
+        said = CliRunner().invoke(cli.main, command)
+        assert isinstance(json.loads(said.stdout), dict) and "reading" in said.stderr
+
+
+def test_each_process_of_torchrun_takes_a_device_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.choose_device("auto") == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
 
 
 def test_export_writes_what_pandas_shows(tmp_path, cache):

@@ -1,5 +1,7 @@
 """Data sets: the long-tailed draw, the layouts that are read, and what is wrong with them, named before training."""
 
+import fcntl
+
 import numpy as np
 import pytest
 import tiny
@@ -232,6 +234,8 @@ def test_cifar_is_read_through_torchvision(tmp_path):
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
     def refuse(*_, **__):
+        with open(tmp_path / ".lock") as other, pytest.raises(BlockingIOError):  # other processes wait meanwhile
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         raise OSError("no route")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)

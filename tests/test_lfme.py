@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from scipy.special import log_softmax, softmax
+from scipy.stats import chisquare
 
 from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError, metrics, runs, schema
@@ -46,6 +47,23 @@ def experts_cache(experts):
         tiny.CPU,
     )
     return path
+
+
+@pytest.mark.parametrize("shot", ["many", "medium", "few"])
+def test_an_expert_draws_its_own_classes_alone_each_as_often(shot):
+    config = tiny.experiment(f"teacher.expert={shot}", "teacher.method={name: ce, sampler: class_balanced}")
+    own, _, _ = datasets.load(config.data, shot)
+    names = "model", "targets", "epochs", "device"
+    context = Context(sample_id=own.sample_id, label=own.label, class_counts=own.class_counts, seed=0, **dict.fromkeys(names))
+    rows = np.concatenate([build_method(config.teacher.method, context).rows(epoch) for epoch in range(40)])
+    drawn = np.bincount(own.label[rows], minlength=10)[own.class_counts > 0]
+    assert drawn.sum() == 40 * len(own) and (len(drawn) == 1 or chisquare(drawn).pvalue > 1e-3)
+    assert len(np.unique(rows)) == len(own)
+
+
+def test_an_expert_takes_no_label_smoothing():
+    with pytest.raises(UserError, match="leave out expert or label_smoothing"):
+        tiny.experiment("teacher.expert=few", "teacher.method={name: ce, label_smoothing: 0.1}")
 
 
 def test_an_expert_fades_as_the_student_catches_up():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch.nn import functional
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data.images import Batch
-from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.models import build_model, classifier
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods import Context, build_method
+from offline_bkd.pipeline.training.methods.distillation import WithFeatures
 
 T, BETA = 2.0, 0.9999
 COUNTS = np.array([500, 200, 80, 30, 12, 5])
@@ -151,6 +153,17 @@ def method_of(name, targets=None, model=(), **settings):
         device=torch.device("cpu"),
     )
     return build_method(section.method, setting)
+
+
+def test_features_are_of_the_latest_batch_alone_also_in_a_copy():
+    """An average of the weights is such a copy, and is only evaluated."""
+    model = build_model(schema.CifarResNet(name="cifar_resnet", depth=8, width=4), 6, schema.Data(), 0)
+    whole = WithFeatures(model, classifier(model))
+    average, seen = copy.deepcopy(model), []
+    classifier(average).register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    for one in (whole, average, average):
+        one(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    assert seen[0]() is None
 
 
 def loss_of(name, **settings):

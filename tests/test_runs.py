@@ -190,6 +190,40 @@ def test_what_a_run_says_never_reaches_the_terminal_as_commands(tmp_path, capsys
     assert "\x1b" not in (tmp_path / "log.txt").read_text()
 
 
+def test_a_run_cannot_lie_at_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="s3://bucket/teacher is an address, where only caches may lie; name a folder"):
+        train_teacher(tiny.experiment(), "s3://bucket/teacher", tiny.CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_how_images_are_read_does_not_tell_runs_apart():
+    values = "data={name: parquet, train: a, test: b, root: ., copies: %s, workers: %d}"
+    first, second = (tiny.experiment(values % one) for one in (("here", 2), ("there", 3)))
+    assert runs.record.settings(first, "teacher") == runs.record.settings(second, "teacher")
+    other = tiny.experiment("data={name: parquet, train: a, test: c, root: ., copies: here}")
+    assert runs.record.settings(first, "teacher") != runs.record.settings(other, "teacher")
+
+
+def test_the_best_epoch_is_whole_where_a_run_ended_before_its_file(tmp_path, monkeypatch):
+    config, save = tiny.experiment("teacher.training.epochs=3"), runs.Run.save_tensors
+    train_teacher(config, str(tmp_path / "whole"), tiny.CPU)
+    best = runs.open_run(tmp_path / "whole").summary()["best"]["epoch"]
+    assert best > 1, "or nothing is tried here"
+
+    def stop(self, name, tensors, **metadata):
+        if name == "best" and metadata["epoch"] == best:
+            raise KeyboardInterrupt
+        save(self, name, tensors, **metadata)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Run, "save_tensors", stop)
+        train_teacher(config, str(tmp_path / "cut"), tiny.CPU)
+    assert runs.Run(tmp_path / "cut").load_tensors("best")[1]["epoch"] < best
+    train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
+    assert (tmp_path / "cut" / "best.safetensors").read_bytes() == (tmp_path / "whole" / "best.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("command", ["reproduce", "predict", "evaluate", "import-model", "report", "inspect"])
 def test_commands_of_one_process_are_refused_under_torchrun(monkeypatch, capsys, command):
     from offline_bkd import cli
@@ -198,6 +232,10 @@ def test_commands_of_one_process_are_refused_under_torchrun(monkeypatch, capsys,
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "x"])
     assert stop.value.code == 2 and f"{command} runs in one process, but torchrun started 2 of it" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "x"])
+    assert stop.value.code == 2 and "WORLD_SIZE is 'x', where torchrun sets a number" in capsys.readouterr().err
 
 
 def test_what_a_killed_run_left_half_written_is_taken_away(tmp_path, cut_run):

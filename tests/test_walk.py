@@ -342,40 +342,6 @@ def test_a_teacher_whose_answer_is_not_finite_stops_the_dump_and_names_the_sampl
         dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "c.zarr"), tiny.CPU)
 
 
-def test_several_teachers_are_averaged_or_kept_apart(tmp_path, teacher_run):
-    from offline_bkd.pipeline.train import train_teacher
-
-    config = tiny.experiment(tiny.EXACT)
-    train_teacher(tiny.experiment(seed=5), str(tmp_path / "other"), tiny.CPU)
-    both = [str(teacher_run), str(tmp_path / "other")]
-    for name, teachers in {"first": both[:1], "second": both[1:], "both": both}.items():
-        dump_logits(config, teachers, str(tmp_path / f"{name}.zarr"), tiny.CPU)
-    dump_logits(config, both, str(tmp_path / "apart"), tiny.CPU, apart=True)
-    for name, kept in {"first": "teacher", "second": "other"}.items():
-        for path in (tmp_path / f"{name}.zarr").rglob("c.*"):
-            inside = path.relative_to(tmp_path / f"{name}.zarr")
-            assert path.read_bytes() == (tmp_path / "apart" / f"{kept}.zarr" / inside).read_bytes()
-    first, second, average = (open_cache(tmp_path / f"{name}.zarr") for name in ("first", "second", "both"))
-    np.testing.assert_allclose(average.plane(2), (first.plane(2) + second.plane(2)) / 2, atol=1e-6)
-    assert [one["digest"] for one in average.identity.teacher["average_of"]] == [
-        cache.identity.teacher["digest"] for cache in (first, second)
-    ]
-    found = verify_cache(str(tmp_path / "both.zarr"), both, 1, None, (), tiny.CPU)
-    assert found["passed"] and found == verify_cache(str(tmp_path / "both.zarr"), both[::-1], 1, None, (), tiny.CPU)
-    with pytest.raises(CacheError, match="teacher.digest"):
-        verify_cache(str(tmp_path / "both.zarr"), both[:1], 1, None, (), tiny.CPU)
-    with pytest.raises(UserError, match="is given twice; name different teachers"):
-        dump_logits(config, [both[0], both[0]], str(tmp_path / "twice.zarr"), tiny.CPU)
-    train_student(config, str(tmp_path / "both.zarr"), str(tmp_path / "student"), tiny.CPU)
-    assert (tmp_path / "student" / "accuracy_by_class.png").exists()
-
-
-def test_caches_kept_apart_may_lie_on_an_object_store(tmp_path, teacher_run):
-    config, url = tiny.experiment(tiny.EXACT), f"memory://{tmp_path.name}/apart"
-    dump_logits(config, [str(teacher_run)], url, tiny.CPU, apart=True)
-    assert open_cache(f"{url}/teacher.zarr").complete
-
-
 def test_features_are_named_after_folders_that_may_name_them(tmp_path, teacher_run):
     folder = tmp_path / "teacher, seed 0"
     shutil.copytree(teacher_run, folder)

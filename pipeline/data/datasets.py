@@ -3,10 +3,12 @@
 Left out: how each kind is read (folders.py, lists.py, parquet.py), pixels (decoding.py), crops (images.py).
 """
 
+import fcntl
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -218,12 +220,27 @@ def _digits(section: schema.Digits, root: Path) -> tuple[Dataset, Dataset]:
     return whole.take(np.setdiff1d(np.arange(len(whole)), test)), whole.take(test)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time downloads into `folder`; the others then find what it has downloaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "ab")
+    except OSError:  # where nothing can be written, nothing is downloaded
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _cifar(section: schema.Cifar, root: Path, download: bool) -> tuple[Dataset, Dataset]:
     from torchvision import datasets
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[section.name]
     try:
-        parts = [source(root, train=train, download=download) for train in (True, False)]
+        with _alone(root) if download else nullcontext():
+            parts = [source(root, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         if not download:
             raise UserError(f"{section.name} is not in {root}, and a dry run downloads nothing; leave out --dry-run")

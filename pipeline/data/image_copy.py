@@ -91,11 +91,14 @@ def make_copy(path: Path, samples: Iterable[list[tuple[bytes, int]]], count: int
             partial.unlink(missing_ok=True)  # its writer is gone
             if (free := shutil.disk_usage(path.parent).free) < size:
                 raise OSError(f"{free / 1e9:,.1f} GB are free there")
-            with open(partial, "xb") as file:
-                _write(file, samples, count, path)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
+            try:
+                with open(partial, "xb") as file:
+                    _write(file, samples, count, path)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.rename(path)
+            finally:
+                partial.unlink(missing_ok=True)  # a full disk gets its space back
     except OSError as error:
         raise UserError(
             f"cannot copy {size / 1e9:,.1f} GB of images, which are not held in memory, to {printable(str(path.parent))}: "

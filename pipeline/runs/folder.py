@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 
 from offline_bkd.cache.views import to_json
-from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.runs import record, weights
 from offline_bkd.pipeline.runs.checksums import JSON_LINE, YAML_FILE, add_checksum, refuse_changed
@@ -120,9 +120,10 @@ def open_run(folder: str | Path) -> Run:
 def experiment_of(run: Run) -> dict[str, str]:
     """What tells apart the experiments that runs were made by, whatever their seeds: the method, and a digest of the rest."""
     config = run.config()
-    data = config.data.model_copy(update={"root": "", "workers": 0})  # where it lies and who reads it change no result
-    parts = data, getattr(config, run.stage), config.cache
-    text = json.dumps([run.stage, *[part.model_dump(mode="json") for part in parts], to_json(config.views)])
+    data, *parts = (part.model_dump(mode="json") for part in (config.data, getattr(config, run.stage), config.cache))
+    for key in {"root", *schema.READING} & data.keys():
+        del data[key]
+    text = json.dumps([run.stage, data, *parts, to_json(config.views)])
     return {"method": run.summary()["method"], "settings": hashlib.sha256(text.encode()).hexdigest()[:12]}
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, model_validator
 
+from offline_bkd.pipeline import schema
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show.terminal import counted
 
@@ -128,7 +129,8 @@ def peak_memory(device: torch.device) -> int:
 def settings(config: Experiment, stage: str) -> dict:
     """What tells a run of `stage` from others: what it looks at. What its cache is stands in learns_from."""
     values = config.model_dump(mode="json", include={"seed", "data", "views", stage})
-    del values["data"]["workers"]  # who reads the images changes no result
+    for key in schema.READING & values["data"].keys():
+        del values["data"][key]
     return values
 
 

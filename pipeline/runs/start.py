@@ -24,6 +24,8 @@ def refuse_taken(folder: str | Path, resume: bool | None) -> None:
 
     `resume`: None of a command that never goes on.
     """
+    if "://" in str(folder):
+        raise UserError(f"--out {folder} is an address, where only caches may lie; name a folder")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")

@@ -6,6 +6,8 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from offline_bkd.pipeline.schema.base import PerChannel, Positive, PositivePerChannel, Section
 
+READING = {"workers", "copies"}  # keys of how images are read, which changes no result
+
 
 def _validation(value):
     if value is None or isinstance(value, str):

@@ -55,6 +55,8 @@ class TrainedNetwork(Section):
             raise ValueError(
                 f"an expert of some classes is trained by method ce; found {method}; leave out expert or the method"
             )
+        if self.expert and getattr(self.method, "label_smoothing", 0):
+            raise ValueError("an expert gives the other groups' classes no probability: leave out expert or label_smoothing")
         if self.color_jitter and self.method.learns_from in ("probabilities", "experts", "features"):
             raise ValueError(
                 f"method {method} learns from a cache, which holds no answers to jittered images; leave out color_jitter"

@@ -47,7 +47,7 @@ class Training(Section):
     views_per_decode: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the base learning rate, which the schedule changes
     schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")  # of that rate
-    # share of the learning rate that all but the classifier, a projection and what OLTR adds learns at; 0 freezes it
+    # share of the learning rate that all but the classifier, a projection and what OLTR adds learns at; 0: its weights stay
     backbone_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     # sgd decays every parameter, as the papers do; adamw all but biases and scales, as transformers are trained
     optimizer: Literal["sgd", "adamw"] = "sgd"

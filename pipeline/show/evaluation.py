@@ -87,7 +87,7 @@ def keep_evaluation(evaluation: Evaluation, out: str | None) -> str:
     try:
         runs.make_folder(folder)
         _write(evaluation, folder)
-    except (UserError, PermissionError) as error:
+    except (UserError, OSError) as error:
         if out:
             raise
         return f"not written: {error}"

@@ -12,7 +12,7 @@ from string import Template
 
 import numpy as np
 
-from offline_bkd.pipeline import metrics, runs
+from offline_bkd.pipeline import metrics, runs, schema
 from offline_bkd.pipeline.show import pictures
 from offline_bkd.pipeline.show.evaluation import KeptEvaluation, kept_evaluation
 from offline_bkd.pipeline.show.seeds import Seeds
@@ -145,7 +145,8 @@ def _settings(run: runs.Run) -> dict:
     """What the run looked at, with a teacher's and a student's settings under the same names; and where it ran."""
     environment = run.environment()
     values = run.config().model_dump(mode="json", include={"data", "views", "cache", run.stage})
-    del values["data"]["workers"], values["data"]["root"]
+    for key in {"root", *schema.READING} & values["data"].keys():
+        del values["data"][key]
     own = values.pop(run.stage)
     if run.stage == "teacher":
         del values["cache"]

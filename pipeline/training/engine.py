@@ -79,7 +79,7 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
                 record: dict = {"epoch": epoch + 1, **train_epoch(task, forward, optimisation, epoch, first)}
             except NotFinite as error:
                 raise NotFinite(f"{run.label}{error}") from None
-            answering = optimisation.averaged or model
+            answering, better = optimisation.averaged or model, False
             ranks.agree(answering)
             if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
                 start = time.perf_counter()
@@ -87,15 +87,16 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
                 test = task.evaluate(answering)
                 record |= held_out | {"test": test, "evaluation_seconds": time.perf_counter() - start}
                 # the best epoch is chosen by what was held out, if anything was; its test scores stand beside
-                if held_out.get("validation", test)["top1"] > best.get("validation", best)["top1"]:
+                better = held_out.get("validation", test)["top1"] > best.get("validation", best)["top1"]
+                if better:
                     best = {"epoch": epoch + 1, **test, **held_out}
-                    if ranks.first:
-                        run.save_tensors("best", answering.state_dict(), epoch=epoch + 1)
             if not ranks.first:
                 continue
             run.append_metrics(record)
             run.save_tensors("last", answering.state_dict(), epoch=epoch + 1)
             run.save_tensors("state", optimisation.state(), epoch=epoch + 1, best=best, processes=ranks.world)
+            if better:  # last, so that it is never of an epoch that a resumed run does again; see _resume
+                run.save_tensors("best", answering.state_dict(), epoch=epoch + 1)
             track(record)
             progress.advance(record["images_per_second"], "images/s")
             run.log(_line(record, training.epochs))
@@ -127,7 +128,8 @@ def train_epoch(
     """
     training, device, ranks, start = task.training, task.images.device, task.ranks, time.perf_counter()
     # what a network draws itself (dropout, stochastic depth) follows from seed and epoch too; of two words of 32 bits one seed
-    torch.manual_seed(int(philox.draw(task.seed, philox.DROPOUT, epoch, ranks.rank)[:2].astype(np.int64) @ [1 << 31, 1]))
+    high, low, *_ = philox.draw(task.seed, philox.DROPOUT, epoch, ranks.rank)
+    torch.manual_seed((int(high) << 31) + int(low))
     rows, views = _draw(task, epoch)
     share = ranks.share(rows, views, training.batch_size)
     if task.targets:
@@ -227,6 +229,9 @@ def _resume(run: runs.Run, task: Task, optimisation: Optimisation) -> tuple[int,
         raise UserError(f"{run.folder} has lost state.safetensors, which --resume needs; restore it, or name another folder")
     if task.ranks.first:
         run.rewind_metrics(first)
+        if first and best["epoch"] == first:  # it ended between the two files, perhaps: then the last epoch's is the best's
+            if not run.has("best.safetensors") or run.load_tensors("best")[1]["epoch"] != first:
+                run.save_tensors("best", run.load_tensors("last")[0], epoch=first)
     task.ranks.wait()
     return first, best
 

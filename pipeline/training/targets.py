@@ -5,7 +5,6 @@ one that draws a single view finds its plane loaded while the epoch before ran. 
 stay in the machine's memory, and those that are too large for that lie in a scratch file.
 """
 
-import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from torch.nn import functional
 
 from offline_bkd.cache import Cache, CropFlip
 from offline_bkd.cache.planes import Planes, row_format
+from offline_bkd.pipeline.data.images import memory
 from offline_bkd.pipeline.training import losses
 
 ROOM = 0.5  # of the memory there is, for planes
@@ -84,8 +84,8 @@ class Targets:
     def _read(self, views: np.ndarray) -> Planes:
         width, dtype = row_format(self.cache, self.of_features)
         size = len(views) * len(self.cache) * width * dtype.itemsize
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        scratch = tempfile.gettempdir() if size > ROOM * memory else None
+        together = 1 if isinstance(self.cache.views, CropFlip) else 2  # an epoch's, and the next one's meanwhile
+        scratch = tempfile.gettempdir() if together * size > ROOM * memory() else None
         return Planes(self.cache, views, scratch=scratch, features=self.of_features)
 
     def _place(self, codes: torch.Tensor) -> torch.Tensor:

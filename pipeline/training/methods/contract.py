@@ -60,8 +60,8 @@ class Context:
         return samplers.instance_balanced(self.seed, epoch, self.sample_id)
 
     def class_balanced(self, epoch: int) -> np.ndarray:
-        """N draws, each class as likely as any other: rows, int64 [N]."""
-        return samplers.class_sampled(self.seed, epoch, self.label, np.ones(len(self.class_counts)))
+        """N draws, each class that has samples as likely as any other (an expert's has not all): rows, int64 [N]."""
+        return samplers.class_sampled(self.seed, epoch, self.label, (self.class_counts > 0).astype(float))
 
     def first_epoch(self, share: float) -> int:
         """The epoch, from 0, that begins after `share` of all epochs."""
