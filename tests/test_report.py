@@ -102,7 +102,8 @@ def test_a_report_says_of_every_run_what_was_run_and_what_it_reached(report, com
     ]
     for one, run in zip(found, compared):
         last = run.summary()["last"]
-        assert one["last"] == {"epoch": 20, "all": last["top1"], **{group: last[group] for group in ("many", "medium", "few")}}
+        scores = {"all": last["top1"], **{group: last[group] for group in ("many", "medium", "few")}}
+        assert one["last"] == {"epoch": 20, **{name: round(score, 4) for name, score in scores.items()}}
         assert one["precision"] == "float32" and one["seconds"] == 12.3 and one["commit"] == runs.commit()
         assert one["command"] == run.environment()["command"] and one["device"].startswith("cpu (")
 

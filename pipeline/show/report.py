@@ -68,7 +68,10 @@ def what_was_run(run: runs.Run) -> dict:
     """A run in one object: what it was, by which command, and what it reached."""
     config, summary, environment = run.config(), run.summary(), run.environment()
     ratio = config.data.imbalance_ratio
-    scores = {name: {column: summary[name][key] for column, key in COLUMNS.items()} for name in ("last", "best")}
+    scores = {
+        name: {column: None if (score := summary[name][key]) is None else round(score, 4) for column, key in COLUMNS.items()}
+        for name in ("last", "best")
+    }
     return {
         "data": config.name if ratio is None else config.name.removesuffix(f"-{ratio:g}"),
         "ratio": ratio,
