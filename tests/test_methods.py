@@ -318,8 +318,8 @@ def test_verifying_compares_the_features_too(tmp_path, ensemble, teacher_run, mo
     shutil.copytree(teacher_run, tmp_path / "renamed")
     with pytest.raises(UserError, match="features .* named jittered, teacher; found jittered, renamed"):
         verify_cache(str(ensemble), [str(tmp_path / "renamed"), teachers[1]], 2, None, (), tiny.CPU)
-    plane = Cache.feature_plane
-    monkeypatch.setattr(Cache, "feature_plane", lambda self, name, view: np.roll(plane(self, name, view), 1, axis=0))
+    plane = Cache.stored_feature_plane
+    monkeypatch.setattr(Cache, "stored_feature_plane", lambda self, name, view: np.roll(plane(self, name, view), 1, axis=0))
     assert not verify_cache(str(ensemble), teachers, 2, None, (), tiny.CPU)["passed"]
 
 
