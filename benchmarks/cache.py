@@ -1,4 +1,4 @@
-"""What a view of a sample costs: bytes, error of the BKD target, and the rate of writing and of reading it.
+"""What an answer costs: bytes, error of the BKD target, and the rate of writing and of reading it.
 
     python benchmarks/cache.py --store STORE.zarr --out results
 
@@ -54,7 +54,7 @@ except ImportError:
 BATCH = 256
 HALF = {"name": "probability", "dtype": "float16"}
 COLUMNS = {
-    "bytes": ("bytes / view", "{:.1f}"),
+    "bytes": ("bytes / answer", "{:.1f}"),
     "total_variation": ("TV of q", "{:.2g}"),
     "divergence": ("KL of q", "{:.2g}"),
     "written": ("write, answers/s", "{:,.0f}"),
@@ -62,7 +62,7 @@ COLUMNS = {
     "of_memmap": ("× memmap's time", "{:.2g}"),
 }
 PLANE_COLUMNS = {
-    "bytes": ("bytes / view", "{:.1f}"),
+    "bytes": ("bytes / answer", "{:.1f}"),
     "total_variation": ("TV of q", "{:.2g}"),
     "write_us": ("write, µs/view", "{:.1f}"),
     "read_s": ("read plane, s", "{:.2f}"),

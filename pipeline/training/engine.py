@@ -229,7 +229,7 @@ def _resume(run: runs.Run, task: Task, optimisation: Optimisation) -> tuple[int,
         raise UserError(f"{run.folder} has lost state.safetensors, which --resume needs; restore it, or name another folder")
     if task.ranks.first:
         run.rewind_metrics(first)
-        if first and best["epoch"] == first:  # it ended between the two files, perhaps: then the last epoch's is the best's
+        if best["epoch"] == first:  # it ended between the two files, perhaps: then the last epoch's is the best's
             if not run.has("best.safetensors") or run.load_tensors("best")[1]["epoch"] != first:
                 run.save_tensors("best", run.load_tensors("last")[0], epoch=first)
     task.ranks.wait()
