@@ -72,8 +72,7 @@ class Environment(BaseModel):
     """What other commands read of environment.json."""
 
     command: str
-    commit: str | None = None
-
+    commit: str | None = None  # runs of earlier versions do not say it
     stage: Literal["teacher", "student"]
     device: str
     packages: dict[str, str]
