@@ -216,9 +216,12 @@ def evaluate(run, checkpoint, overrides, device, out, as_json):
 
     Score a run's checkpoint on its test set again: top-1, top-5 and calibration by shot group, every class, confusions.
     """
+    from offline_bkd.pipeline import runs
     from offline_bkd.pipeline.evaluate import ask_run
     from offline_bkd.pipeline.show import evaluation, terminal
 
+    if out:
+        runs.make_folder(Path(out))  # what cannot be one is refused before the work
     with progress_aside(as_json):
         answered = ask_run(run, checkpoint, overrides, choose_device(device))
     written = evaluation.keep_evaluation(answered, out)

@@ -11,21 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .calibration import calibration_error
 from .format import CacheError, reason, whole_numbers
 from .planes import row_format
+from .shots import SHOTS, of_groups, shot
 from .storage import new_file
 
-MANY, FEW = 100, 20  # training samples: many-shot has more than MANY, few-shot fewer than FEW
-SHOTS = "many", "medium", "few"
-_BINS = 15  # of the expected calibration error
 _BATCH_CELLS = 1 << 22  # probabilities decoded at a time, and cells of a row group, which is of at most so many batches:
 _BATCHES = 1000
-
-
-def shot(class_counts) -> np.ndarray:
-    """The shot group of classes with `class_counts` training samples [C]: positions in SHOTS, int64 [C]."""
-    counts = np.asarray(class_counts)
-    return np.where(counts > MANY, 0, np.where(counts < FEW, 2, 1))
 
 
 def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False):
@@ -234,8 +227,6 @@ def _quality(cache, views):
         confidence.append(answer.max(1))
         correct.append(answer.argmax(1) == cache.label[positions])
     confidence, correct = np.concatenate(confidence).astype(np.float64), np.concatenate(correct)
-    group = np.tile(shot(cache.class_counts)[cache.label], len(views))
-    groups = {"all": np.ones(len(group), bool)} | {name: group == i for i, name in enumerate(SHOTS)}
     return {
         name: {
             "samples": int(chosen.sum()) // len(views),
@@ -243,13 +234,6 @@ def _quality(cache, views):
             "confidence": float(confidence[chosen].mean()),
             "calibration_error": calibration_error(confidence[chosen], correct[chosen]),
         }
-        for name, chosen in groups.items()
+        for name, chosen in of_groups(np.tile(cache.label, len(views)), cache.class_counts).items()
         if chosen.any()
     }
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error over 15 equal bins of confidence: Σ share · |accuracy − confidence|."""
-    place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    gap = np.bincount(place, correct - confidence, minlength=_BINS)
-    return float(np.abs(gap).sum() / len(confidence))

@@ -91,11 +91,6 @@ def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, cl
     return model.eval()
 
 
-def evaluate_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: torch.device) -> dict:
-    """The scores of what `ask_run` gets."""
-    return ask_run(folder, checkpoint, overrides, device).scores
-
-
 def ask_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: torch.device) -> Evaluation:
     """Asks a complete run's checkpoint about its test set, or another that `overrides` name.
 

@@ -1,15 +1,14 @@
 """Scores of a network's answers: accuracy over all classes, by shot group and by class; calibration; confusion.
 
-M test images, C classes. Groups follow Liu et al. (2019): many-shot classes have more than 100 training samples, medium 20
-to 100, few below 20. All scores are in percent.
+M test images, C classes. All scores are in percent.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-SHOTS = ("many", "medium", "few")
-BINS = 15  # of equal width, as in Guo et al. (2017)
+from offline_bkd.cache.calibration import BINS, calibration_error, confidence_bin
+from offline_bkd.cache.shots import of_groups, shot_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,25 +30,23 @@ class Pairs:
     images: np.ndarray  # int64 [P], how many of `label` were taken for `predicted`
 
 
-def shot_groups(class_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Which classes are in each group, by training samples `class_counts` [C]: bool [C] each."""
-    counts = np.asarray(class_counts)
-    return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
-
-
 def scores(answers: Answers, class_counts: np.ndarray) -> dict:
     """`top1` of samples; `many` `medium` `few`, means of their classes'; `per_class` [C]; `top5` and `ece`, all and by group.
 
     `ece` is the expected calibration error over the images of a group's classes. A group or class without test images
     has None.
     """
-    per_class = accuracy_by_class(answers.predicted == answers.label, answers.label, len(class_counts))
+    right = answers.predicted == answers.label
+    per_class = accuracy_by_class(right, answers.label, len(class_counts))
     return {
-        "top1": 100 * float((answers.predicted == answers.label).mean()),
+        "top1": 100 * float(right.mean()),
         **_by_group(per_class, class_counts),
         "per_class": [None if np.isnan(value) else float(value) for value in per_class],
         "top5": top5(answers, class_counts),
-        "ece": {group: calibration_error(bins) for group, bins in calibration(answers, class_counts).items()},
+        "ece": {
+            group: 100 * calibration_error(answers.confidence[chosen], right[chosen]) if chosen.any() else None
+            for group, chosen in of_groups(answers.label, class_counts).items()
+        },
     }
 
 
@@ -75,12 +72,8 @@ def _by_group(per_class: np.ndarray, class_counts: np.ndarray) -> dict[str, floa
 
 def calibration(answers: Answers, class_counts: np.ndarray) -> dict[str, list[dict]]:
     """By "all" and shot group: of each of BINS intervals of confidence its images, their mean confidence and accuracy."""
-    right = answers.predicted == answers.label
-    groups = {"all": np.ones(len(right), bool)}
-    groups |= {group: members[answers.label] for group, members in shot_groups(class_counts).items()}
-    bins = np.clip(np.ceil(answers.confidence.astype(float) * BINS).astype(int) - 1, 0, BINS - 1)  # (0, 1/15], (1/15, …
-    found = {}
-    for group, chosen in groups.items():
+    right, bins, found = answers.predicted == answers.label, confidence_bin(answers.confidence), {}
+    for group, chosen in of_groups(answers.label, class_counts).items():
         images = np.bincount(bins[chosen], minlength=BINS)
         sums = [np.bincount(bins[chosen], values[chosen], BINS) for values in (answers.confidence, right)]
         found[group] = [
@@ -90,13 +83,6 @@ def calibration(answers: Answers, class_counts: np.ndarray) -> dict[str, list[di
             for count, sure, good in zip(images, *sums)
         ]
     return found
-
-
-def calibration_error(bins: list[dict]) -> float | None:
-    """Expected calibration error (Guo et al., 2017, eq. 3), of one part of `calibration`; None where it has no images."""
-    images = sum(part["images"] for part in bins)
-    gaps = [part["images"] * abs(part["accuracy"] - part["confidence"]) for part in bins if part["images"]]
-    return sum(gaps) / images if images else None
 
 
 def confusion(answers: Answers, classes: int) -> Pairs:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from offline_bkd.pipeline import UserError, metrics, runs
+from offline_bkd.cache.shots import shot_groups
+from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ImageSource
 from offline_bkd.pipeline.evaluate import infer, load_model
@@ -93,7 +94,7 @@ def _refuse_unfit(members: Sequence[torch.nn.Module], identities: Sequence[dict]
         return
     if len(experts) < len(members):
         raise UserError("experts and teachers of all classes cannot share a cache; name the ones or the others")
-    for shot, group in metrics.shot_groups(training_set.class_counts).items():
+    for shot, group in shot_groups(training_set.class_counts).items():
         if (np.sum(experts, axis=0)[group] != 1).any():
             named = ", ".join(one["expert"] for one in identities)
             raise UserError(

@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from offline_bkd.cache import Cache, CacheError, open_cache, philox
 from offline_bkd.cache.features import MAX_ERROR, decode
+from offline_bkd.cache.shots import shot_groups
 from offline_bkd.cache.target import class_weight, total_variation
-from offline_bkd.pipeline import UserError, metrics, runs
+from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.dump import refuse_other
@@ -85,7 +86,7 @@ def verify_cache(
         "features": {name: float(found.mean()) for name, found in distance.items()},
         "shots": {
             group: float(by_class[members].mean())
-            for group, members in metrics.shot_groups(training_set.class_counts).items()
+            for group, members in shot_groups(training_set.class_counts).items()
             if members.any()
         },
         "classes": dict(zip(cache.classes, by_class.tolist())),

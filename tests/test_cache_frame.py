@@ -10,6 +10,7 @@ import pytest
 from cache_store import CLASSES, answers, arguments, dump, fill, identity
 
 from offline_bkd.cache import CacheError, RandomResizedCrop, create_cache, format, frame, open_cache
+from offline_bkd.cache.calibration import calibration_error
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +255,9 @@ def test_the_summary_of_an_unfinished_store_counts_what_is_done(tmp_path):
 
 def test_calibration_error_is_zero_for_a_calibrated_teacher_and_the_gap_for_an_overconfident_one():
     confidence, correct = np.full(100, 0.75), np.arange(100) < 75
-    assert frame.calibration_error(confidence, correct) == pytest.approx(0)
-    assert frame.calibration_error(np.full(100, 1.0), correct) == pytest.approx(0.25)
-    both = frame.calibration_error(np.repeat([0.95, 0.55], 50), np.repeat([True, False], 50))
+    assert calibration_error(confidence, correct) == pytest.approx(0)
+    assert calibration_error(np.full(100, 1.0), correct) == pytest.approx(0.25)
+    both = calibration_error(np.repeat([0.95, 0.55], 50), np.repeat([True, False], 50))
     assert both == pytest.approx(0.5 * 0.05 + 0.5 * 0.55)
 
 

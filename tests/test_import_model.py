@@ -17,7 +17,7 @@ from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.dump import dump_logits
-from offline_bkd.pipeline.evaluate import evaluate_run, infer, load_model
+from offline_bkd.pipeline.evaluate import ask_run, infer, load_model
 from offline_bkd.pipeline.import_model import import_model, refuse_other_order
 from offline_bkd.pipeline.show.report import write_report
 from offline_bkd.pipeline.train import train_student, train_teacher
@@ -92,7 +92,7 @@ def test_a_checkpoints_network_answers_as_before(tmp_path, trained_run, network,
         assert all(torch.equal(tensors[f"network.{name}"], value) for name, value in halved.items())
     else:
         assert run.summary()["digest"] == original["digest"], "every tensor, and how pixels are normalised"
-    assert evaluate_run(str(run.folder), "best", (), tiny.CPU) == scores
+    assert ask_run(str(run.folder), "best", (), tiny.CPU).scores == scores
     assert run.summary()["source"]["file"] == "weights.ckpt" and len(run.summary()["source"]["sha256"]) == 64
     assert ("criterion.weight" in (run.folder / "log.txt").read_text()) == (form == "Lightning's"), "what is left out is said"
 

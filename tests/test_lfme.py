@@ -10,11 +10,12 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import chisquare
 
 from offline_bkd.cache import CacheError, open_cache
-from offline_bkd.pipeline import UserError, metrics, runs, schema
+from offline_bkd.cache.shots import shot_groups
+from offline_bkd.pipeline import UserError, runs, schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch
 from offline_bkd.pipeline.dump import dump_logits
-from offline_bkd.pipeline.evaluate import evaluate_run, infer
+from offline_bkd.pipeline.evaluate import ask_run, infer
 from offline_bkd.pipeline.teachers import load_teacher
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import losses
@@ -142,7 +143,7 @@ def test_its_samples_are_drawn_class_by_class(graded):
 def test_an_expert_learns_and_is_judged_on_its_own_classes(experts):
     whole, test, _ = datasets.load(tiny.experiment().data)
     for shot, folder in zip(SHOTS, experts):
-        members = metrics.shot_groups(whole.class_counts)[shot]
+        members = shot_groups(whole.class_counts)[shot]
         train, _, _ = datasets.load(tiny.experiment().data, shot)
         np.testing.assert_array_equal(train.sample_id, whole.sample_id[members[whole.label]])
         summary = runs.open_run(folder).summary()
@@ -153,7 +154,7 @@ def test_an_expert_learns_and_is_judged_on_its_own_classes(experts):
         assert [scores[other] is None for other in SHOTS] == [other != shot for other in SHOTS]
         assert scores["top1"] == pytest.approx(scores[shot]), "forty test images a class"
         assert [score is None for score in scores["per_class"]] == (~members).tolist()
-        assert evaluate_run(str(folder), "last", (), tiny.CPU) == {k: v for k, v in scores.items() if k != "epoch"}
+        assert ask_run(str(folder), "last", (), tiny.CPU).scores == {k: v for k, v in scores.items() if k != "epoch"}
         model, identity = load_teacher(str(folder), whole)
         assert identity["expert"] == shot and model.members.tolist() == members.tolist()
         logits = model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
@@ -168,7 +169,7 @@ def test_a_row_of_the_cache_holds_every_experts_answer(experts, experts_cache):
     images = open_images(train, experiment.views, tiny.CPU, 0)
     plane = cache.plane(5)
     for shot, folder in zip(SHOTS, experts):
-        members = metrics.shot_groups(train.class_counts)[shot]
+        members = shot_groups(train.class_counts)[shot]
         model, _ = load_teacher(str(folder), train)
         logits = infer(model, images, np.arange(len(train)), np.full(len(train), 5), 512)[:, members]
         expected = softmax(logits.double().numpy() / T, axis=1)
@@ -193,7 +194,7 @@ def test_what_is_told_of_an_experts_cache_is_of_the_expert_of_each_samples_class
     cache = open_cache(experts_cache)
     frame = cache.to_pandas(view=5, probabilities=True)
     found = frame.filter(like="p_").to_numpy()
-    for shot, members in metrics.shot_groups(cache.class_counts).items():
+    for shot, members in shot_groups(cache.class_counts).items():
         rows = (frame["shot"] == shot).to_numpy()
         own = found[rows][:, members] / found[rows][:, members].sum(1, keepdims=True)
         np.testing.assert_allclose(frame["confidence"][rows], own.max(1), rtol=1e-5)

@@ -9,8 +9,9 @@ import pytest
 import tiny
 from PIL import Image
 
+from offline_bkd.cache.shots import shot_groups
 from offline_bkd.cache.views import RandomResizedCrop
-from offline_bkd.pipeline import UserError, metrics, schema
+from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import DecodedImages
 from offline_bkd.pipeline.show import progress
@@ -252,7 +253,7 @@ def test_shot_groups_are_those_of_the_published_sets(tmp_path, layout):
         section = schema.INaturalist(name="inaturalist", root=str(tmp_path), train="train.json", test="val.json")
     train, _, _ = datasets.load(section)
     assert len(train) == 245 and train.class_counts.tolist() == counts
-    groups = {name: np.flatnonzero(members).tolist() for name, members in metrics.shot_groups(train.class_counts).items()}
+    groups = {name: np.flatnonzero(members).tolist() for name, members in shot_groups(train.class_counts).items()}
     assert groups == {"many": [1], "medium": [3, 4], "few": [0, 2]}
 
 

@@ -15,7 +15,7 @@ from offline_bkd.cache.planes import Planes
 from offline_bkd.pipeline import UserError, dry_run, runs
 from offline_bkd.pipeline.data.color_jitter import ColorJitter, adjust
 from offline_bkd.pipeline.dump import dump_logits
-from offline_bkd.pipeline.evaluate import evaluate_run
+from offline_bkd.pipeline.evaluate import ask_run
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.show.report import write_report
 from offline_bkd.pipeline.train import train_student, train_teacher
@@ -116,7 +116,7 @@ def test_two_branches_of_torchvisions_resnet_learn_resume_and_score_as_they_were
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
     scores = runs.open_run(tmp_path / "cut").summary()["last"]
     assert scores["top1"] > 15 and scores.pop("epoch") == 3
-    assert evaluate_run(str(tmp_path / "cut"), "last", (), tiny.CPU) == scores
+    assert ask_run(str(tmp_path / "cut"), "last", (), tiny.CPU).scores == scores
 
 
 @pytest.mark.parametrize("method", ["crt", "cbd", "bbn", "jittered"])
@@ -257,7 +257,7 @@ def test_a_sample_that_an_epoch_repeats_is_seen_under_several_views(tmp_path, en
 )
 def test_scoring_again_refuses_what_is_another_network_or_has_no_effect(teacher_run, override, message):
     with pytest.raises(UserError, match="is scored as it was trained, but " + re.escape(message)) as error:
-        evaluate_run(str(teacher_run), "last", (override,), tiny.CPU)
+        ask_run(str(teacher_run), "last", (override,), tiny.CPU)
     assert "-o may say where its test images are (data) and teacher.training.precision" in str(error.value)
 
 
@@ -276,14 +276,14 @@ def test_other_test_images_are_scored_by_the_shot_groups_that_the_network_was_tr
     for expert in "null", "medium":
         run = str(tmp_path / expert)
         train_teacher(tiny.experiment(data, f"teacher.expert={expert}", "teacher.training.epochs=1"), run, tiny.CPU)
-        scores = evaluate_run(run, "last", ("data.train=fewer", "data.test=more", "data.workers=1"), tiny.CPU)
+        scores = ask_run(run, "last", ("data.train=fewer", "data.test=more", "data.workers=1"), tiny.CPU).scores
         groups = [scores[shot] is not None for shot in ("many", "medium", "few")]
         assert groups == ([True] * 3 if expert == "null" else [False, True, False]), "not those of data.train=fewer"
         assert scores["per_class"][1] in {0, 25, 50, 75, 100}, "g has four images there"
         with pytest.raises(UserError, match="trained on images of 8 x 8 pixels, found 16 x 16; score it on images that"):
-            evaluate_run(run, "last", ("data.test=large",), tiny.CPU)
+            ask_run(run, "last", ("data.test=large",), tiny.CPU)
     with pytest.raises(UserError, match="digits"):
-        evaluate_run(run, "last", ("data={name: digits}",), tiny.CPU)
+        ask_run(run, "last", ("data={name: digits}",), tiny.CPU)
 
 
 def test_scoring_again_and_a_backbone_refuse_other_classes(tmp_path, teacher_run):
@@ -293,7 +293,7 @@ def test_scoring_again_and_a_backbone_refuse_other_classes(tmp_path, teacher_run
     del summary["checksum"]
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(UserError, match="knows other classes than digits; use the data it was trained on"):
-        evaluate_run(str(tmp_path / "run"), "last", (), tiny.CPU)
+        ask_run(str(tmp_path / "run"), "last", (), tiny.CPU)
     config = tiny.experiment("student.method={name: crt}")
     with pytest.raises(UserError, match="was trained on other data than this digits; use the same data"):
         train_student(config, None, str(tmp_path / "crt"), tiny.CPU, backbone=str(tmp_path / "run"))

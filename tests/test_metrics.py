@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_k_accuracy_score
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from offline_bkd.cache.shots import shot_groups
 from offline_bkd.pipeline import metrics
 from offline_bkd.pipeline.evaluate import answers_of
 
@@ -27,7 +28,7 @@ def answers(logits):
 
 
 def test_groups_are_by_training_samples_with_100_and_20_in_the_middle():
-    groups = metrics.shot_groups(COUNTS)
+    groups = shot_groups(COUNTS)
     assert groups["many"].tolist() == [True, True] + [False] * 5
     assert groups["medium"].tolist() == [False, False, True, True] + [False] * 3
     assert groups["few"].tolist() == [False] * 4 + [True] * 3

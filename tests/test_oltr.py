@@ -10,7 +10,7 @@ from offline_bkd.pipeline import UserError, runs, schema
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch, open_images
-from offline_bkd.pipeline.evaluate import evaluate_run, load_model
+from offline_bkd.pipeline.evaluate import ask_run, load_model
 from offline_bkd.pipeline.models import build_model, classifier, memory, new_parts
 from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
 from offline_bkd.pipeline.train import train_student, train_teacher
@@ -239,7 +239,7 @@ def test_it_learns_from_a_backbone_and_scores_as_it_was_saved(tmp_path, teacher_
     run = runs.open_run(tmp_path / "oltr")
     summary, records = run.summary(), run.metrics()
     assert summary["method"] == "oltr" and summary["image_size"] == [8, 8] and records[-1]["loss"] < records[0]["loss"]
-    assert evaluate_run(str(run.folder), "last", (), tiny.CPU) == {k: v for k, v in summary["last"].items() if k != "epoch"}
+    assert ask_run(str(run.folder), "last", (), tiny.CPU).scores == {k: v for k, v in summary["last"].items() if k != "epoch"}
     before, after = (runs.Run(folder).load_tensors("last")[0] for folder in (teacher_run, tmp_path / "oltr"))
     assert not torch.equal(before["network.conv1.weight"], after["network.conv1.weight"]), "all of the backbone learns"
     assert after["network.blocks.3.mask.weight"].abs().sum() > 0

@@ -12,12 +12,14 @@ import pytest
 import tiny
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from offline_bkd.cache.storage import LocalStorage
+from offline_bkd.cli import main
 from offline_bkd.pipeline import UserError, runs, train
-from offline_bkd.pipeline.evaluate import evaluate, evaluate_run
+from offline_bkd.pipeline.evaluate import ask_run, evaluate
 from offline_bkd.pipeline.train import train_teacher
 
 READERS = {
@@ -82,7 +84,7 @@ def test_a_run_without_checksums_as_earlier_versions_wrote_it_is_read_and_resume
     for name, source in (("old", teacher_run), ("cut", cut_run)):
         shutil.copytree(source, tmp_path / name)
         without_checksums(tmp_path / name)
-    scores = evaluate_run(str(tmp_path / "old"), "best", (), tiny.CPU)
+    scores = ask_run(str(tmp_path / "old"), "best", (), tiny.CPU).scores
     assert scores["top1"] == runs.open_run(tmp_path / "old").summary()["best"]["top1"]
     train_teacher(tiny.experiment("teacher.training.epochs=4"), str(tmp_path / "cut"), tiny.CPU, resume=True)
     assert [record["epoch"] for record in runs.open_run(tmp_path / "cut").metrics()] == [1, 2, 3, 4]
@@ -100,7 +102,7 @@ def test_files_with_checksums_stay_plain(teacher_run):
 def test_the_best_checkpoint_of_another_run_is_refused(run, cut_run):
     shutil.copy(cut_run / "best.safetensors", run.folder)
     with pytest.raises(UserError, match="best.safetensors in .* is not the checkpoint its summary.json describes"):
-        evaluate_run(str(run.folder), "best", (), tiny.CPU)
+        ask_run(str(run.folder), "best", (), tiny.CPU)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,16 @@ def test_a_run_cannot_lie_at_an_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="s3://bucket/teacher is an address, where only caches may lie; name a folder"):
         train_teacher(tiny.experiment(), "s3://bucket/teacher", tiny.CPU)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_nor_can_what_is_shown_of_runs(tmp_path, monkeypatch, teacher_run, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("offline_bkd.pipeline.evaluate.infer", lambda *_, **__: pytest.fail("it was asked before"))
+    result = CliRunner().invoke(main, [command, str(teacher_run), "--out", "s3://bucket/shown"])
+    assert result.exit_code == 2
+    assert "--out s3:/bucket/shown is an address, where only caches may lie; name a folder" in result.output
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from offline_bkd.cache import open_cache
 from offline_bkd.pipeline import UserError, runs, schema
 from offline_bkd.pipeline.dump import dump_logits
-from offline_bkd.pipeline.evaluate import evaluate_run
+from offline_bkd.pipeline.evaluate import ask_run
 from offline_bkd.pipeline.models import build_model, classifier
 from offline_bkd.pipeline.train import train_student, train_teacher
 
@@ -199,4 +199,4 @@ def test_a_vision_transformer_teaches_a_convnext_from_its_cache(tmp_path):
     train_student(experiment, str(tmp_path / "cache.zarr"), str(tmp_path / "student"), tiny.CPU)
     for name in ("teacher", "student"):
         scores = runs.open_run(tmp_path / name).summary()["last"]
-        assert evaluate_run(str(tmp_path / name), "last", (), tiny.CPU) == {k: v for k, v in scores.items() if k != "epoch"}
+        assert ask_run(str(tmp_path / name), "last", (), tiny.CPU).scores == {k: v for k, v in scores.items() if k != "epoch"}

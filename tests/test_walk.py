@@ -417,7 +417,7 @@ def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
     ],
 )
 def test_a_damaged_run_is_named(tmp_path, teacher_run, file, damage, message):
-    from offline_bkd.pipeline.evaluate import evaluate_run
+    from offline_bkd.pipeline.evaluate import ask_run
 
     shutil.copytree(teacher_run, tmp_path / "run")
     path = tmp_path / "run" / file
@@ -436,7 +436,7 @@ def test_a_damaged_run_is_named(tmp_path, teacher_run, file, damage, message):
     else:
         path.write_text(damage)
     with pytest.raises(UserError, match=message):
-        evaluate_run(str(tmp_path / "run"), "last", (), tiny.CPU)
+        ask_run(str(tmp_path / "run"), "last", (), tiny.CPU)
 
 
 def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_written(tmp_path):

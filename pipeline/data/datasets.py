@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from offline_bkd.cache import philox
-from offline_bkd.pipeline import UserError, config, metrics, schema, torchrun
+from offline_bkd.cache.shots import shot_groups
+from offline_bkd.pipeline import UserError, config, schema, torchrun
 from offline_bkd.pipeline.data.dataset import MOST_CLASSES, Dataset
 from offline_bkd.pipeline.data.folders import load_folders
 from offline_bkd.pipeline.data.lists import load_image_list, load_inaturalist
@@ -66,7 +67,7 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
         _print_notes(*notes)
         others[name] = part.take(np.arange(len(part)), notes)
     if shot is not None:
-        members = metrics.shot_groups(training.class_counts)[shot]
+        members = shot_groups(training.class_counts)[shot]
         for name, part in {"training": training, **others}.items():
             if not members[part.label].any():
                 raise UserError(f"{part.name}: the {name} part has no {shot}-shot classes; leave out their expert")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -14,13 +15,20 @@ from offline_bkd.pipeline.runs.checksums import JSON_FILE, Form, add_checksum, p
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder for what is shown of runs. Raises UserError if it cannot be made, or is a run's own."""
+    """Makes a folder for what is shown of runs. Raises UserError if it cannot be made, is an address or a run's own."""
+    refuse_address(folder)
     if (folder / "config.yaml").exists():
         raise UserError(f"--out {folder} is a run's folder; name another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}; name another folder")
+
+
+def refuse_address(folder: str | Path) -> None:
+    """Raises UserError for one of an object store, which would become a local folder of that name."""
+    if re.match(r"\w+:/", str(folder)):  # of the two slashes a Path keeps one
+        raise UserError(f"--out {folder} is an address, where only caches may lie; name a folder")
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -13,7 +13,7 @@ from offline_bkd.cache.storage import LocalStorage
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.runs.checksums import YAML_FILE, add_checksum
-from offline_bkd.pipeline.runs.files import write_json, write_whole
+from offline_bkd.pipeline.runs.files import refuse_address, write_json, write_whole
 from offline_bkd.pipeline.runs.folder import Run
 from offline_bkd.pipeline.runs.record import difference, environment, settings
 from offline_bkd.pipeline.schema import Experiment
@@ -24,8 +24,7 @@ def refuse_taken(folder: str | Path, resume: bool | None) -> None:
 
     `resume`: None of a command that never goes on.
     """
-    if "://" in str(folder):
-        raise UserError(f"--out {folder} is an address, where only caches may lie; name a folder")
+    refuse_address(folder)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt
 
+from offline_bkd.cache.shots import SHOTS, shot_groups
 from offline_bkd.pipeline import UserError, metrics, runs
 from offline_bkd.pipeline.evaluate import Evaluation
 from offline_bkd.pipeline.show import pictures, tables, terminal
@@ -123,9 +124,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
     """A sentence, the scores by shot group, and the worst confusions."""
     scores = evaluation.scores
     images = len(evaluation.answers.label)
-    groups = ", ".join(f"{group}-shot {scores[group]:.1f}" for group in metrics.SHOTS if scores[group] is not None)
+    groups = ", ".join(f"{group}-shot {scores[group]:.1f}" for group in SHOTS if scores[group] is not None)
     where = f"{evaluation.run.folder} ({evaluation.checkpoint} epoch)"
-    columns = ["all", *metrics.SHOTS]
+    columns = ["all", *SHOTS]
     rows = [
         ["%", *columns],
         ["top-1", *(tables.percent(scores[key]) for key in terminal.COLUMNS.values())],
@@ -141,7 +142,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def _class_rows(evaluation: Evaluation, pairs: metrics.Pairs) -> list[list[str]]:
     answers, counts, classes = evaluation.answers, evaluation.class_counts, evaluation.classes
-    groups = metrics.shot_groups(counts)
+    groups = shot_groups(counts)
     tested = np.bincount(answers.label, minlength=len(classes))
     top1 = metrics.accuracy_by_class(answers.predicted == answers.label, answers.label, len(classes))
     top5 = metrics.accuracy_by_class(answers.in_top5, answers.label, len(classes))

@@ -12,7 +12,8 @@ from string import Template
 
 import numpy as np
 
-from offline_bkd.pipeline import metrics, runs, schema
+from offline_bkd.cache.shots import shot_groups
+from offline_bkd.pipeline import runs, schema
 from offline_bkd.pipeline.show import pictures
 from offline_bkd.pipeline.show.evaluation import KeptEvaluation, kept_evaluation
 from offline_bkd.pipeline.show.seeds import Seeds
@@ -105,7 +106,7 @@ def _confusion(kept: dict[str, KeptEvaluation]) -> str:
 
 
 def _every_class(lines: Sequence[Seeds], classes: Sequence[str], counts: np.ndarray) -> str:
-    groups = metrics.shot_groups(counts)
+    groups = shot_groups(counts)
     shots = [
         "" if not count else next(group for group in groups if groups[group][index]) for index, count in enumerate(counts)
     ]

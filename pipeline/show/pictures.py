@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from offline_bkd.cache.shots import SHOTS, shot_groups
 from offline_bkd.pipeline import metrics, runs
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -20,7 +21,7 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # as many as have
 MARKERS = ("o", "s", "^", "D", "v")
 PNG_END = b"IEND\xaeB`\x82"
 
-GROUPS = {"all classes": "all", **{f"{group}-shot classes": group for group in metrics.SHOTS}}  # as titles
+GROUPS = {"all classes": "all", **{f"{group}-shot classes": group for group in SHOTS}}  # as titles
 
 Epochs = list[dict]  # the records of a run's metrics.jsonl
 Plot = Callable[[object], None]  # fills matplotlib axes
@@ -171,7 +172,7 @@ def _running_mean(accuracy: np.ndarray, window: int) -> np.ndarray:
 def _mark_shot_groups(axes, sorted_counts: np.ndarray) -> None:
     """Shades the medium-shot classes, and names each group inside its own band, upright where that is narrow."""
     start, inches = 0, axes.figure.get_figwidth() - 1
-    for group, members in metrics.shot_groups(sorted_counts).items():
+    for group, members in shot_groups(sorted_counts).items():
         if not members.any():
             continue
         end = start + members.sum()
@@ -227,9 +228,9 @@ def plot_confusion(axes, pairs: metrics.Pairs, class_counts: np.ndarray, classes
         axes.set_xticks(range(cells), names, rotation=90, fontsize=7)
         axes.set_yticks(range(cells), names, fontsize=7)
         return
-    ends = np.cumsum([members.sum() for members in metrics.shot_groups(class_counts[order]).values()]) * cells / len(order)
+    ends = np.cumsum([members.sum() for members in shot_groups(class_counts[order]).values()]) * cells / len(order)
     middles = (ends + [0, *ends[:-1]]) / 2 - 0.5
-    shown = [(middle, group) for middle, group, width in zip(middles, metrics.SHOTS, np.diff([0, *ends])) if width]
+    shown = [(middle, group) for middle, group, width in zip(middles, SHOTS, np.diff([0, *ends])) if width]
     axes.set_xticks([middle for middle, _ in shown], [group for _, group in shown])
     axes.set_yticks([middle for middle, _ in shown], [group for _, group in shown], rotation=90, va="center")
     for end in ends[:-1]:

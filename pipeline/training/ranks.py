@@ -24,9 +24,6 @@ class Share:
     batch_size: int
     idle_step: int | None = None  # the step in which the rank has no image of its own, and runs some that do not count
 
-    def part(self, step: int) -> np.ndarray:
-        return self.rows[step * self.batch_size : (step + 1) * self.batch_size]
-
 
 class Ranks:
     """This process among `world`; the first writes what a run writes."""

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from offline_bkd.pipeline import metrics, schema
+from offline_bkd.cache.shots import shot_groups
+from offline_bkd.pipeline import schema
 from offline_bkd.pipeline.data.images import Batch
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods.contract import Context, StepLoss, classified
@@ -19,7 +20,7 @@ class MultipleExperts:
             context.epochs,
             settings.theta,
         )
-        shots = [members for members in metrics.shot_groups(context.class_counts).values() if members.any()]
+        shots = [members for members in shot_groups(context.class_counts).values() if members.any()]
         self.groups = [torch.from_numpy(np.flatnonzero(members)).to(context.device) for members in shots]
         self.group_of = torch.from_numpy(np.argmax(shots, axis=0)).to(context.device)  # int64 [C]
         self.network = Graded(context.model, context.epochs, len(self.groups)).to(context.device)
