@@ -27,7 +27,7 @@ class Dense:
 
     logit: the logits over T less the largest of their row, float16, so that p = softmax(logit). A float keeps the ratio
     of small numbers as well as that of large ones, and the class that counts most is exact: at every temperature, and for
-    any class weights ω, the total variation of the target is at most 2^-11 (log C + log max ω / min ω), and usually a
+    any class weights w, the total variation of the target is at most 2^-11 (log C + log max w / min w), and usually a
     tenth of that. A probability that float32 has as zero is -inf.
 
     probability: the probabilities themselves. float32 is exact. float16 keeps 11 bits of a probability above 6e-5, and

@@ -34,7 +34,7 @@ class Klt:
 
     A classifier's logits are an affine map of a feature, so few coefficients carry them, and one uniform step for all
     is optimal at high rate. `max_error` bounds what that costs: the mean total variation of the Balanced Knowledge
-    Distillation target q = ω p / Σ ω p from the exact one, in every block. A block that would exceed it is rounded
+    Distillation target q = w p / Σ w p from the exact one, in every block. A block that would exceed it is rounded
     to half the step, or a quarter: the marker's `shift` is 2 for the whole step, 1, or 0. One that exceeds it even so, whose
     answers are unlike those that the codebook was fitted to, is stored as it is, float32, beside its codes.
 
@@ -53,7 +53,7 @@ class Klt:
     exact_blocks: bool = False  # whether blocks may be stored as they are; earlier, a dump stopped there
     decoder: Decoder | None = None
     prediction: np.ndarray | None = None  # float32 [R], in [0, 1]
-    class_weight: np.ndarray | None = None  # ω, float64 [C]
+    class_weight: np.ndarray | None = None  # w, float64 [C]
 
     plain = False
     array = "code"
@@ -189,7 +189,7 @@ class Klt:
         weight = self.class_weight.astype(np.float32)
         q = probability * weight
         q *= (1 / (probability @ weight))[:, None]
-        # ω is folded into the mean row: the softmax is that of q itself.
+        # w is folded into the mean row: the softmax is that of q itself.
         q -= _decoded(codes, self._weighted_matrix)
         return 0.5 * np.abs(q, out=q).sum(1, dtype=np.float64)
 

@@ -1,21 +1,21 @@
-"""The BKD target q = ω p / Σ ω p, by which encodings are judged: what it costs to store p in fewer bits.
+"""The BKD target q = w p / Σ w p, by which encodings are judged: what it costs to store p in fewer bits.
 
 B rows, C classes.
 """
 
 import numpy as np
 
-BETA = 0.9999  # of the effective number of samples, in the class weights ω
+BETA = 0.9999  # of the effective number of samples, in the class weights w
 _SAFE = 60  # logits whose exponential neither overflows nor vanishes, nor their sum
 
 
 def class_weight(class_counts) -> np.ndarray:
-    """ω_c = (1 − β) / (1 − β^n_c), the inverse effective number of samples, float64 [C]. No sample counts as one."""
+    """w_c = (1 − β) / (1 − β^n_c), the inverse effective number of samples, float64 [C]. No sample counts as one."""
     return (1 - BETA) / (1 - BETA ** np.maximum(np.asarray(class_counts, np.float64), 1))
 
 
 def total_variation(exact: np.ndarray, rebuilt: np.ndarray, weight=1.0) -> np.ndarray:
-    """½ Σ |q − q̃| of q = ω p / Σ ω p for probabilities [B, C] and their rebuilt ones, float64 [B]."""
+    """½ Σ |q − q̃| of q = w p / Σ w p for probabilities [B, C] and their rebuilt ones, float64 [B]."""
     q, rebuilt = exact * np.asarray(weight, np.float32), rebuilt * np.asarray(weight, np.float32)
     q /= q.sum(-1, keepdims=True)
     rebuilt /= rebuilt.sum(-1, keepdims=True)

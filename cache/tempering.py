@@ -60,9 +60,9 @@ def refuse_temperature(cache, temperature: float) -> None:
 
 
 def retempering_error(limits, ratio: float, weight: np.ndarray) -> float:
-    """A bound of the mean total variation of q = ω p / Σ ω p when p is taken to the power `ratio`, T / T'.
+    """A bound of the mean total variation of q = w p / Σ w p when p is taken to the power `ratio`, T / T'.
 
-    limits: the least log-probabilities [B, C] that were stored, those that are read, and the greatest.  weight: ω [C].
+    limits: the least log-probabilities [B, C] that were stored, those that are read, and the greatest.  weight: w [C].
     """
     logs = ratio * limits[1] + np.log(weight)
     top = np.log(weight) - logs.max(1, keepdims=True)

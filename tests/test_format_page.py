@@ -115,7 +115,7 @@ def test_a_store_is_read_by_the_page_alone(tmp_path, small_blocks, encoding):
                 assert distance.mean() == pytest.approx(stated["mean"], abs=2e-5)
                 assert distance.max() == pytest.approx(stated["worst"], abs=5e-4)
             else:
-                # of logits the bound is 2^-11 (log 5 + log ω), and ω are up to 6
+                # of logits the bound is 2^-11 (log 5 + log w), and w are up to 6
                 assert distance.max() < {"float16": 2.0**-11, "float32": 2.0**-23, None: 3.4 * 2**-11}[encoding.get("dtype")]
         np.testing.assert_allclose(store.feature("teacher", view), cache.feature_plane("teacher", view), atol=1e-6)
 
