@@ -1,4 +1,4 @@
-# make demo   sets up .venv and runs all three stages on handwritten digits
+# make demo   sets up .venv; trains, dumps and compares students on handwritten digits
 # make test   sets up .venv and runs the tests
 # make lint   sets up .venv and runs ruff and mypy
 

@@ -36,7 +36,7 @@ class CropFlip:
 
     name: Literal["crop_flip"] = "crop_flip"
     pad: int = 4  # pixels, from 0 to 64
-    flip: bool = True  # every crop mirrored, too
+    flip: bool = True  # mirroring: crop_flip has every crop mirrored too, of random_resized_crop half of the crops are
 
     def __post_init__(self):
         if not 0 <= self.pad <= 64:

@@ -21,12 +21,13 @@ An experiment is one YAML file. It is checked as a whole before anything runs; a
 nearest one that does. `configs/` has examples, of which `configs/digits.yaml` is a short complete one. This page is written
 from the schema by `python docs/configuration.py`.
 
-`-o KEY=VALUE` overrides one key, `-o student.training.epochs=20`, or a whole section,
-`-o "views={name: crop_flip, pad: 2}"`. A file that has a `base`, a path from its own folder, holds only what differs from that
-file; `-o base=FILE`, a path from the current folder, puts another in the base's place. One rule is for both:
+`-o KEY=VALUE` overrides one key, `-o student.training.epochs=20`. A section in braces, `-o "views={name: crop_flip, pad: 2}"`,
+stands in the place of the whole section: keys that it leaves out have their defaults. A file that has a `base`, a path from
+its own folder, holds only what differs from that file; `-o base=FILE`, a path from the current folder, puts another in the
+base's place. One rule is for both:
 
-> A file over its base, and all overrides together over the file, replace what they name; a section that is given another
-> `name` keeps the keys that its kinds all have, and else starts from its own defaults.
+> A file over its base, and all overrides of single keys together over the file, replace what they name; a section that is
+> given another `name` keeps the keys that its kinds all have, and else starts from its own defaults.
 
 So `-o data.name=cifar100` keeps `imbalance_ratio`, `mean`, `std` and the other keys that every data set has, to be given anew
 where they should change; and `-o student.method.name=kd` begins with the values of `kd`'s own paper, since methods share no

@@ -1,7 +1,8 @@
 """From a YAML file, its bases and overrides to an experiment, checked as a whole before anything runs.
 
 One rule: a file over its base, and all overrides together over the file, replace what they name; a section that is given
-another `name` keeps the keys that its kinds all have (those of `Data`, of `Network`) and else starts from its own defaults.
+another `name` keeps the keys that its kinds all have (those of `Data`, of `Network`) and else starts from its own defaults. An
+override that gives a section whole, in braces, stands in its place.
 """
 
 import copy

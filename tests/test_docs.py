@@ -155,7 +155,7 @@ def test_the_lines_for_a_training_loop_work(cache):
     begun = linear.weight.detach().clone()
     values = {
         "images": images,
-        "network": lambda image: linear(image.flatten(1) / 255),
+        "network": lambda image: linear(image.flatten(1)),
         "optimiser": torch.optim.SGD(linear.parameters(), lr=0.1),
     }
     exec(lines.replace("runs/digits/cache.zarr", str(cache)), values)

@@ -31,7 +31,7 @@ class Data(Section):
     # the part by which epochs are chosen: held out, a share of each class's training images (0.1) or so many of them (20);
     # or its own files, given as those of `test`
     validation: Annotated[int | float | str | None, BeforeValidator(_validation)] = None
-    mean: PerChannel | None = None  # of pixels in [0, 1]; null: the network's own, for all but timm's that of ImageNet
+    mean: PerChannel | None = None  # of pixels in [0, 1]; null: ImageNet's, or that of timm's configuration
     std: PositivePerChannel | None = None  # likewise
     workers: Annotated[int, Strict(), Field(ge=0)] = 2  # decoding processes, where images are decoded as needed
 

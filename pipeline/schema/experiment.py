@@ -19,11 +19,13 @@ class TrainedNetwork(Section):
     model: Model  # the network
     method: AnyMethod  # what is minimised
     training: Training = Training()  # by what steps
-    # random colour changes of training images: mild as in the public code of cRT and OLTR, strong as of half of CBD's teachers
+    # random colour changes of training images: mild as in the public code of cRT and OLTR, strong as of half of CBD's
+    # teachers; not for a student that learns from a cache, which holds no answers to changed images
     color_jitter: Annotated[
         Literal[False, "mild", "strong"], BeforeValidator(lambda value: "strong" if value is True else value)
     ] = False
-    expert: Literal["many", "medium", "few"] | None = None  # learns the classes of this shot group alone, to teach method lfme
+    # of a teacher: it learns the classes of this shot group alone, for method lfme
+    expert: Literal["many", "medium", "few"] | None = None
 
     @model_validator(mode="after")
     def _fits(self):

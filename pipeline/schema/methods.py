@@ -121,7 +121,7 @@ class LFME(Method):
     learns_from = "experts"
     draws = "samples"
     name: Literal["lfme"]
-    theta: Fraction = 0.3  # an expert teaches in full until the student is right this many times as often
+    theta: Fraction = 0.3  # an expert's loss counts in full while the student's accuracy is below theta times its own
 
 
 class OLTR(Method):

@@ -13,7 +13,8 @@ class Network(Section):
 
     projection: Positive | None = None  # a layer (linear, ReLU) of this width before the classifier
     cosine_scale: Annotated[float, Field(gt=0)] | None = None  # null: a linear classifier; a number: s of a cosine classifier
-    # how its weights are drawn, whose length divides their gradient: of length one (LDAM's code), or Glorot's uniform (CBD's)
+    # the first weights of a cosine classifier: unit, of length one (LDAM's code); glorot, Glorot's uniform (CBD's). The longer
+    # they are, the more slowly they learn
     cosine_init: Literal["unit", "glorot"] = "unit"
     zero_init_residual: bool = False  # a ResNet's blocks begin as their shortcuts: the last scale of each is zero (CBD's code)
     memory: bool = False  # OLTR's modulated attention before pooling and memory of class centroids after it
@@ -80,7 +81,7 @@ class TimmModel(LibraryModel):
     """
 
     name: Literal["timm"]
-    input_size: Positive | None = None  # side of its images in pixels, of an architecture that takes one size alone
+    input_size: Positive | None = None  # side of its images in pixels, for an architecture that is built for one size
     patch_size: Positive | None = None  # pixels
     drop_path: Fraction | None = None  # how often a block is left out in training, at the last one
 

@@ -42,12 +42,12 @@ class Training(Section):
 
     epochs: Positive = 200  # in each the sampler visits as many samples as there are
     batch_size: Positive = 128  # samples a step; the last batch of an epoch may be smaller
-    # crops made of an image file when it is decoded, one after the other in a batch: a sample then comes in one of so many
-    # epochs, so often. For images that are decoded as needed and methods that visit every sample once an epoch
+    # crops that are made each time an image file is decoded. With k, an epoch visits one k-th of the samples, each k times.
+    # For images that are decoded as needed and methods that visit every sample once an epoch
     views_per_decode: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the base learning rate, which the schedule changes
     schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")  # of that rate
-    # share of the learning rate that all but the classifier, a projection and what OLTR adds learns at; 0: its weights stay
+    # the backbone's learning rate as a share of that of the classifier, a projection and what OLTR adds; 0: its weights stay
     backbone_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     # sgd decays every parameter, as the papers do; adamw all but biases and scales, as transformers are trained
     optimizer: Literal["sgd", "adamw"] = "sgd"
