@@ -5,7 +5,8 @@ needs to know nothing else of a store before it trusts shapes, types and codecs.
 
     zarr.json                     attributes: cache_format, encoding, identity
     sample_id [N], label [N], image_size [N, 2]     int64
-    probability [V, N, C]         encoding `probability`: one chunk is one view of one block of samples
+    logit [V, N, C]               encoding `logit`: one chunk is one view of one block of samples
+    probability [V, N, C]         encoding `probability`: likewise
     code [V, N, S]                encoding `klt`: likewise, with codebook/mean [C], basis [R, C], prediction [R]
     feature/<name> [V, N, D]      int8, where there are features: likewise
     done/store                    marker: the files above are written, but the chunks of views

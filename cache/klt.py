@@ -13,7 +13,7 @@ from numcodecs.zstd import Zstd
 
 from .format import PLAIN, CacheError, array_document, group_document
 from .pieces import on_all_cores, pieces
-from .target import class_weight, row_sums, softmax, total_variation
+from .target import class_weight, no_distribution, row_sums, softmax, total_variation
 from .tempering import accepted_factors
 
 _FLOOR = 1e-12  # of a probability before its logarithm; no class weight brings back what is smaller
@@ -254,6 +254,9 @@ class Klt:
         if fit.ndim != 3 or len(fit) != 1 + len(others) or not fit.shape[1] or fit.shape[2] != len(class_counts):
             expected = f"[{1 + len(others)}, samples, {len(class_counts)}]"
             raise ValueError(f"fit must give probabilities {expected}, found {list(fit.shape)}")
+        for view, probability in zip((reference, *others), fit):
+            if wrong := no_distribution(probability):
+                raise ValueError(f"view {view}: an answer is not a distribution ({wrong[1]}); mend the teacher's output")
         weight, logs = class_weight(class_counts), centred_log(fit)
         order = np.random.default_rng(0).permutation(fit.shape[1])
         half, other = (order[: len(order) // 2], order[len(order) // 2 :]) if len(order) > 1 else (order, order)
@@ -348,10 +351,10 @@ def _step(coefficients, probability, mean, basis, weight, target):
     high = 4 * max(float(np.abs(coefficients).max()), 1e-3)
     if error(high) <= target:
         return high  # one row would do for all
-    low = high
+    low, least = high, max(1e-6 * high, 1e-9)  # below which no code holds the largest coefficient
     while error(low) > target:
         high, low = low, low / 2
-        if low < 1e-6 * high or low < 1e-9:
+        if low < least:
             raise CacheError(
                 f"no codebook reaches max_error with {probability.shape[1]} samples to fit it to; "
                 "give more, or a larger max_error, or dump as probability"

@@ -26,7 +26,8 @@ from .format import (
     to_bytes,
 )
 
-DOCUMENT_BYTES = 64 << 20  # more than any real metadata document or marker
+DOCUMENT_BYTES = 64 << 20  # more than any real metadata document
+MARKER_BYTES = 1 << 20  # more than any real marker
 _RESTORE = "restore it from a copy, or dump it again"
 FOREIGN = "dump one with cli.py dump-logits"
 
@@ -182,10 +183,10 @@ def _read_whole(storage, name, document, files):
     """An array that was written when the store was made: one chunk, of plain numbers and their crc32c."""
     shape, dtype = document["shape"], np.dtype(document["data_type"])
     key = f"{name}/c{'.0' * len(shape)}"
-    data, where = storage.read(key), f"{storage}: {key}"
-    size = math.prod(shape) * dtype.itemsize + 4
+    size, where = math.prod(shape) * dtype.itemsize + 4, f"{storage}: {key}"
+    data = storage.read(key, size + 1)
     if data is not None and len(data) != size:
-        raise CorruptCacheError(f"{where} is damaged: it has {len(data)} bytes of {size}; {_RESTORE}")
+        raise CorruptCacheError(f"{where} is damaged: it has {storage.size(key)} bytes of {size}; {_RESTORE}")
     check_chunk(files.get(key, {}), data, where, _RESTORE)
     return np.frombuffer(data[:-4], dtype.newbyteorder("<")).astype(dtype).reshape(shape)
 

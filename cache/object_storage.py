@@ -123,13 +123,13 @@ class ObjectStorage:
             return None
 
     def read_several(self, keys: list[str], limit: int) -> list:
-        """`read` of each key, many at once; of an object of more than `limit` bytes only so many."""
+        """`read` of each key, many at once."""
         with ThreadPoolExecutor(_REQUESTS) as threads:
             return list(threads.map(lambda key: self.read(key, limit), keys))
 
-    def open(self, key: str):
-        """The bytes at `key` as a file, fetched whole, or None if there is no such object."""
-        data = self.read(key)
+    def open(self, key: str, limit: int | None = None):
+        """The bytes at `key` as a file, fetched as `read` does, or None if there is no such object."""
+        data = self.read(key, limit)
         return None if data is None else io.BytesIO(data)
 
     def size(self, key: str) -> int | None:

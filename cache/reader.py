@@ -16,7 +16,7 @@ import numpy as np
 from . import features, parts, tempering
 from .encodings import Dense
 from .format import CacheError, CorruptCacheError, LostCacheError, read_marker, reason, whole_numbers
-from .metadata import DOCUMENT_BYTES, FOREIGN, check_chunk, load_metadata, read_document
+from .metadata import FOREIGN, MARKER_BYTES, check_chunk, load_metadata, read_document
 from .storage import open_storage
 
 _MARKER = re.compile(r"(0|[1-9]\d{0,6})\.(0|[1-9]\d{0,6})")
@@ -197,7 +197,7 @@ class Cache:
         for start in range(0, len(blocks), _AT_ONCE):
             pairs = blocks[start : start + _AT_ONCE]
             with self._reading(self):
-                found = self._storage.read_several([f"done/{view}.{block}" for view, block in pairs], DOCUMENT_BYTES)
+                found = self._storage.read_several([f"done/{view}.{block}" for view, block in pairs], MARKER_BYTES)
             for (view, block), data in zip(pairs, found, strict=True):
                 if data is not None:  # else it was taken away since, to be written anew
                     yield (view, block), self._parse_marker(view, block, data), len(data)
@@ -299,7 +299,8 @@ class Cache:
         """A compressed chunk: the rows of columns, int8 [rows, S], that are of the block. Zarr reads it as well."""
         rows, key = self.layout.rows(block), self.layout.chunk(self.encoding.array, view, block)
         where = self._where(view, block)
-        data = self._storage.read(key)
+        size = self.layout.block_rows * self.encoding.columns(self.layout.classes)
+        data = self._storage.read(key, size + size // 64 + 1024)  # more than zstd makes of what it cannot compress
         check_chunk(marker["files"].get(key, {}), data, where, _redo(view, block))
         try:
             return self.encoding.decompress(data[:-4], self.layout.block_rows)[: _length(rows)]
@@ -314,7 +315,7 @@ class Cache:
         where, key = self._where(view, block, array), self.layout.chunk(array, view, block)
         expected = self._marker(view, block)["files"].get(key, {})
         size = self.layout.plain_bytes(out.shape[1], out.dtype)
-        file = self._storage.open(key)
+        file = self._storage.open(key, size + 1)
         if file is None:
             raise CorruptCacheError(f"{where} is missing, though it was written; {_redo(view, block)}")
         with file:

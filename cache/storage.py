@@ -12,7 +12,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
@@ -72,26 +72,21 @@ class LocalStorage:
     def __str__(self):
         return str(self.root)
 
-    def read(self, key: str):
-        """The bytes at `key`, uint8 [size], or None if there is no such file."""
+    def read(self, key: str, limit: int | None = None):
+        """The bytes at `key`, uint8 [size], or the first `limit` of them; None if there is no such file."""
         file = self.open(key)
         if file is None:
             return None
         with file:
-            return np.frombuffer(file.readall(), np.uint8)
+            whole = limit is None or os.fstat(file.fileno()).st_size <= limit
+            return np.frombuffer(file.readall() if whole else file.read(limit), np.uint8)
 
     def read_several(self, keys: list[str], limit: int) -> list:
-        """`read` of each key; of a file of more than `limit` bytes only so many."""
-        found = []
-        for key in keys:
-            file = self.open(key)
-            with file or nullcontext():
-                size = 0 if file is None else min(limit, os.fstat(file.fileno()).st_size)
-                found.append(None if file is None else np.frombuffer(file.read(size), np.uint8))
-        return found
+        """`read` of each key."""
+        return [self.read(key, limit) for key in keys]
 
-    def open(self, key: str):
-        """The bytes at `key` as a file, unbuffered, or None if there is no such file."""
+    def open(self, key: str, limit: int | None = None):
+        """The bytes at `key` as a file, unbuffered, or None if there is no such file. It is not read, whatever the `limit`."""
         try:
             file = open(self.root / key, "rb", buffering=0, opener=_at_once)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -205,29 +200,30 @@ class RemoteStorage:
         except Exception as error:
             raise OSError(errno.EIO, str(error), self.url) from error
 
-    def read(self, key: str):
-        """The bytes at `key`, uint8 [size], or None if there is no such object."""
+    def read(self, key: str, limit: int | None = None):
+        """The bytes at `key`, uint8 [size], or the first `limit` of them; None if there is no such object."""
         try:
-            return np.frombuffer(self._ask(self.fs.cat_file, self._path(key)), np.uint8)
+            cut = limit is not None and self._ask(self.fs.size, self._path(key)) > limit
+            return np.frombuffer(self._ask(self.fs.cat_file, self._path(key), **({"end": limit} if cut else {})), np.uint8)
         except FileNotFoundError:
             return None
 
     def read_several(self, keys: list[str], limit: int) -> list:
-        """`read` of each key, all at once; of an object of more than `limit` bytes only so many."""
+        """`read` of each key, all at once."""
         paths = [self._path(key) for key in keys]
         found = self._ask(self.fs.cat_ranges, paths, 0, limit, on_error="return") if paths else []
         for place, data in enumerate(found):
             if isinstance(data, FileNotFoundError):
                 found[place] = None
             elif isinstance(data, Exception):  # also that an empty object has no such range
-                found[place] = self.read(keys[place])
+                found[place] = self.read(keys[place], limit)
             else:
                 found[place] = np.frombuffer(data, np.uint8)
         return found
 
-    def open(self, key: str):
-        """The bytes at `key` as a file, fetched whole, or None if there is no such object."""
-        data = self.read(key)
+    def open(self, key: str, limit: int | None = None):
+        """The bytes at `key` as a file, fetched as `read` does, or None if there is no such object."""
+        data = self.read(key, limit)
         return None if data is None else io.BytesIO(data)
 
     def size(self, key: str) -> int | None:

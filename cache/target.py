@@ -6,6 +6,7 @@ B rows, C classes.
 import numpy as np
 
 BETA = 0.9999  # of the effective number of samples, in the class weights w
+_SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near
 _SAFE = 60  # logits whose exponential neither overflows nor vanishes, nor their sum
 
 
@@ -20,6 +21,16 @@ def total_variation(exact: np.ndarray, rebuilt: np.ndarray, weight=1.0) -> np.nd
     q /= q.sum(-1, keepdims=True)
     rebuilt /= rebuilt.sum(-1, keepdims=True)
     return 0.5 * np.abs(q - rebuilt).sum(-1, dtype=np.float64)
+
+
+def no_distribution(probability: np.ndarray) -> tuple[int, str] | None:
+    """The first row of `probability` [B, C] that is no distribution, and what was found in it; None where all are."""
+    # NaN fails every comparison, and an infinity fails the sum.
+    sums = probability @ np.ones(probability.shape[1], np.float32)
+    if np.abs(sums - 1).max() <= _SUM_TOLERANCE and probability.min() >= 0:
+        return None
+    row = int(np.flatnonzero(~((np.abs(sums - 1) <= _SUM_TOLERANCE) & (probability.min(1) >= 0)))[0])
+    return row, f"from {probability[row].min()} to {probability[row].max()}, sum {sums[row]}"
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

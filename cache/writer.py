@@ -31,12 +31,12 @@ from .format import (
 )
 from .reader import Cache
 from .storage import ZarrStorage, open_storage
+from .target import no_distribution
 
 _NAMES = {"zarr.json", "done", "sample_id", "label", "image_size", "feature"}
 _CREATION = range(1 << 62, (1 << 62) + 1)  # of the lock's numbers; those below stand for the blocks of all views
 _ALL = range(_CREATION.stop)
 _WAIT = 0.2  # s at least, between looks at a store that another process creates
-_SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near
 
 
 def create_cache(
@@ -89,7 +89,12 @@ def _open_writer(url, contents, fit, resume, joint):
         else:
             layout = contents.layout(fit)  # which may fail: before anything is there
             lock = _lock(storage, [_ALL])
-            _create(storage, contents, layout)
+            if storage.size(STORE_MARKER) is None:
+                _create(storage, contents, layout)
+            elif not resume:  # fitting takes long
+                raise CacheError(
+                    f"{url} was made by another process meanwhile; resume its dump (--resume) or name another folder"
+                )
     cache = Cache(storage)
     others, notes = cache.identity.mixed(contents.identity)
     differences = cache.identity.differences(contents.identity) + others + contents.differences(cache)
@@ -161,12 +166,14 @@ class _Contents:
         widths = widths or {}
         features.check(widths)
         self.identity = identity
-        self.sample_id, self.label, self.image_size = (
-            np.ascontiguousarray(values, np.int64) for values in (sample_id, label, image_size)
-        )
+        self.sample_id = whole_numbers(sample_id, "sample_id")
+        self.label, self.image_size = (np.ascontiguousarray(values, np.int64) for values in (label, image_size))
         count = len(self.sample_id)
         if count == 0 or len(np.unique(self.sample_id)) != count:
             raise ValueError(f"sample_id must be distinct and not empty, found {count} of which some are equal")
+        if self.sample_id.min() < 0 or self.sample_id.max() >= 2**32:  # a word of the generator that crops follow from
+            found = f"{self.sample_id.min()} to {self.sample_id.max()}"
+            raise ValueError(f"sample_id must be in [0, 2^32), found {found}; number the samples")
         if self.label.shape != (count,) or self.image_size.shape != (count, 2):
             raise ValueError(
                 f"label must be [{count}] and image_size [{count}, 2], "
@@ -370,14 +377,10 @@ class CacheWriter:
         return stored, values | ({"features": errors} if errors else {})
 
     def _check(self, probability, view, rows):
-        # NaN fails every comparison, and an infinity fails the sum.
-        sums = probability @ np.ones(probability.shape[1], np.float32)
-        if np.abs(sums - 1).max() <= _SUM_TOLERANCE and probability.min() >= 0:
-            return
-        row = np.flatnonzero(~((np.abs(sums - 1) <= _SUM_TOLERANCE) & (probability.min(1) >= 0)))[0]
-        found = f"from {probability[row].min()} to {probability[row].max()}, sum {sums[row]}"
-        sample = self.cache.sample_id[rows.start + row]
-        raise ValueError(f"sample {sample}, view {view}: not a distribution ({found}); mend the teacher's output")
+        if wrong := no_distribution(probability):
+            row, found = wrong
+            sample = self.cache.sample_id[rows.start + row]
+            raise ValueError(f"sample {sample}, view {view}: not a distribution ({found}); mend the teacher's output")
 
     def _check_features(self, name, vectors, view, rows):
         wrong = features.unusable(vectors)

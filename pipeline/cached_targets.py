@@ -144,6 +144,7 @@ class CachedTargets(torch.utils.data.Dataset):
         if not self.whole:
             (view,) = set(self.cache.views.draw(self.seed, epoch, self.cache.sample_id).tolist())
             if self._epoch[1] != view:
+                self._epoch[:] = -1  # until the plane is whole, no item has a target
                 self.cache.stored_plane(view, self._planes[0])
                 self._epoch[1] = view
         self._epoch[0] = epoch
@@ -152,6 +153,8 @@ class CachedTargets(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, item: int) -> CachedSample:
+        if self._epoch[0] < 0:
+            raise CacheError(f"no view of {self.cache} is loaded, since set_epoch failed; call it again")
         image, label = self.dataset[item]
         row, sample_id = int(self.rows[item]), int(self.sample_id[item])
         if int(label) != self.cache.label[row]:

@@ -115,8 +115,8 @@ def dump(
     network: an nn.Module, or any callable, from uint8 images [B, 3, S, S] to logits [B, C]; it normalises them itself.
     data: an experiment, whose training part is meant, or a part of a data set.  encoding: as in `cache.encoding`; None: the
     default.  teacher: says whose answers they are, where a digest of a module's weights cannot.  blocks: only these
-    (view, block), while other processes write others; none of them creates the store (see `dump_logits`).  device: None:
-    where the network is. It is lent: in the end it is where it was, and in the mode, training or evaluation, that it was in.
+    (view, block), while other processes write others; whoever comes first creates the store (see `dump_logits`).  device:
+    None: where the network is. It is lent: in the end it is where it was, in the mode, training or evaluation, that it was in.
 
     Raises UserError where the network cannot be told from another or does not answer logits, and for settings that make no
     sense, CacheError where the store cannot be written.

@@ -139,6 +139,24 @@ def test_more_samples_than_the_file_of_ids_has_are_refused(url):
     refused(url, "sample_id is damaged: it has 1099511627776 bytes")
 
 
+def test_files_that_are_longer_than_they_may_be_are_refused_unread(url, tmp_path):
+    os.truncate(url / "label/c.0", 1 << 40)
+    refused(url, "label/c.0 is damaged: it has 1099511627776 bytes of 2884")
+    for name, encoding in ("plain", "logit"), ("coded", "klt"):
+        given = {"encoding": {"name": encoding}, "fit": lambda views: np.stack([answers(view) for view in views])}
+        dump(tmp_path / name, identity=identity(views=CropFlip(pad=0)), **given)
+    os.truncate(tmp_path / "plain/logit/c.0.0.0", 1 << 40)
+    refused(tmp_path / "plain", "is damaged: it has 1099511627776 bytes of 3604")
+    os.truncate(tmp_path / "coded/code/c.0.0.0", 1 << 40)
+    refused(tmp_path / "coded", "is damaged: it has")
+    os.truncate(tmp_path / "plain/done/0.0", 1 << 40)
+    tracemalloc.start()
+    with pytest.raises(CacheError, match="the marker done/0.0 of .* is damaged"):
+        open_cache(tmp_path / "plain").survey()
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
 def replace_label(url, label):
     import google_crc32c
 

@@ -342,6 +342,8 @@ def test_a_bound_that_no_codebook_reaches_is_refused(tmp_path):
     [
         ({"fit": None}, "encoding klt is fitted to the teacher: give `fit`"),
         ({"fit": lambda views: np.ones((1, 600, 40))}, r"probabilities \[4, samples, 40\], found \[1, 600, 40\]"),
+        ({"fit": lambda views: np.full((4, 600, 40), np.nan)}, r"view 8: an answer is not a distribution \(from nan"),
+        ({"fit": lambda views: np.ones((4, 600, 40))}, r"not a distribution \(from 1.0 to 1.0, sum 40.0\); mend the teacher"),
         ({"fit": lambda views: np.ones((600, 40))}, r"probabilities \[4, samples, 40\], found \[600, 40\]"),
         ({"encoding": {"name": "klt", "max_error": 0}}, "max_error is a mean total variation between 0 and 1, found 0"),
         ({"encoding": {"name": "klt", "max_error": "0.1"}}, "max_error is a mean total variation .* found '0.1'"),
@@ -351,6 +353,19 @@ def test_a_bound_that_no_codebook_reaches_is_refused(tmp_path):
 def test_what_makes_no_codebook_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         create_cache(tmp_path / "s", **klt_arguments(teacher(), **changes))
+
+
+def test_a_store_that_another_process_made_while_the_codebook_was_fitted_is_kept(tmp_path):
+    probability = teacher()
+
+    def fit(views):
+        dump(tmp_path / "s", probability, identity=identity(classes=tuple(f"class {c}" for c in range(40)), temperature=3.0))
+        return np.stack([probability(view) for view in views])
+
+    with pytest.raises(CacheError, match="was made by another process meanwhile; resume its dump"):
+        create_cache(tmp_path / "s", **klt_arguments(probability, fit=fit))
+    cache = open_cache(tmp_path / "s")
+    assert cache.complete and cache.temperature == 3 and cache.verify_checksums() == []
 
 
 def test_the_codebook_is_fitted_to_the_reference_and_views_far_from_it():

@@ -165,6 +165,27 @@ def test_an_epoch_is_a_whole_number(cache, digits):
             data.set_epoch(epoch)
 
 
+def test_a_plane_that_was_not_read_whole_gives_no_targets(resized, monkeypatch):
+    training, _, path = resized
+    data, cache = CachedTargets(path, pairs_of(training)), open_cache(path)
+    views = [int(cache.views.draw(0, epoch, cache.sample_id)[0]) for epoch in range(10)]
+    other = next(epoch for epoch, view in enumerate(views) if view != views[0])
+
+    def cut_short(view, out):
+        out[:1] = 7
+        raise CacheError("the connection was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.cache, "stored_plane", cut_short)
+        with pytest.raises(CacheError, match="the connection was lost"):
+            data.set_epoch(other)
+        with pytest.raises(CacheError, match="no view of .* is loaded, since set_epoch failed; call it again"):
+            data[0]
+    for epoch in 0, other:
+        data.set_epoch(epoch)
+        np.testing.assert_allclose(data[0].target, cache.plane(views[epoch])[0], atol=1e-6)
+
+
 def test_what_is_no_whole_image_or_no_view_has_no_crop():
     crop, image = ViewCrop(tiny.experiment().views), np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
     planar, alone = image.transpose(2, 0, 1), image[..., 0]
