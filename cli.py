@@ -98,7 +98,11 @@ def choose_device(name: str):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if name == "cuda":
-        device = torch.device(name, torchrun.local_rank())
+        rank, count = torchrun.local_rank(), torch.cuda.device_count()
+        if rank >= count:
+            raise UserError(f"process {rank + 1} of this machine finds no GPU of its own, of {count}; start {count} at most")
+        torch.backends.cudnn.deterministic = True  # its fastest convolutions add in another order each time
+        device = torch.device(name, rank)
         torch.cuda.set_device(device)  # where what is gathered from all processes goes, too
         return device
     from offline_bkd.pipeline.allocation import keep_freed_memory

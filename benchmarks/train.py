@@ -57,7 +57,7 @@ class SimulatedTargets:
         self.basis = width and (torch.randn(width, classes, generator=generator) * 0.002).to(device)
         self.mean, self.temperature = torch.zeros(classes, device=device), T
 
-    def prepare(self, views, later):
+    def prepare(self, drawn, later):
         pass
 
     def probability(self, rows, views, temperature):
@@ -282,7 +282,8 @@ def growth(experiment, device, repeats) -> list[dict]:
 @click.option("--steps", default=20, show_default=True, help="Steps a turn, of the other networks.")
 def main(out, store, epochs, steps):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_freed_memory()  # as the commands do; the other ways have it too
+    keep_freed_memory()  # as the commands do, and the next; the other ways have both too
+    torch.backends.cudnn.deterministic = True
     root = os.environ.get("OFFLINE_BKD_DATA")
     train, test, experiment = load("cifar100-lt", root)
     ce, bkd, network = schema.CE(name="ce"), experiment.student.method, experiment.student.model

@@ -3,10 +3,6 @@
 V views, N samples, R codes a row, C classes, D features of all teachers together, B (sample, view) pairs.
 """
 
-import math
-import os
-import tempfile
-
 import numpy as np
 
 from . import features as feature_codes
@@ -17,26 +13,18 @@ class Planes:
     """The planes of `views` (default: all), held for random access: V·N·R codes in memory.
 
     With `features` they are those of the teachers' features, side by side in the order of `cache.features`, R = D.
-    With `scratch`, a folder on a fast disk, they lie there in a nameless file instead, and memory holds what the
-    operating system can spare. Raises what `stored_plane` raises, and CacheError where the store has no features or the
-    folder no room.
+    Raises what `stored_plane` raises, and CacheError where the store has no features.
 
     codes: [V, N, R], what is held, as stored.
     """
 
-    def __init__(self, cache, views=None, scratch=None, features=False):
+    def __init__(self, cache, views=None, features=False):
         if features and not cache.features:
             raise CacheError("the cache holds no features; dump them too (cache.features)")
         self._encoding, self._widths = cache.held, list(cache.features.values()) if features else None
         views = whole_numbers(range(cache.views.count) if views is None else views, "view", cache.views.count)
         width, dtype = row_format(cache, features)
-        shape = len(views), len(cache), width
-        if scratch is None:
-            self.codes = np.empty(shape, dtype)
-        else:
-            with tempfile.TemporaryFile(dir=scratch) as file:
-                make_room(file, math.prod(shape) * dtype.itemsize)
-                self.codes = np.memmap(file, dtype, "r+", shape=shape)
+        self.codes = np.empty((len(views), len(cache), width), dtype)
         self._place = np.full(cache.views.count, -1)
         self._place[views] = np.arange(len(views))
         for place, view in enumerate(views.tolist()):
@@ -60,19 +48,6 @@ class Planes:
             return self._encoding.decode(codes)
         parts = np.split(codes, np.cumsum(self._widths)[:-1], axis=1)
         return np.concatenate([feature_codes.decode(part) for part in parts], axis=1)
-
-
-def make_room(file, size: int) -> None:
-    """Take `size` bytes of the disk for the new `file`, which is to be mapped. Raises CacheError where they are not there.
-
-    A mapped file that finds no room when it is written to ends the process without a word.
-    """
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        raise CacheError(
-            f"{math.ceil(size / 1e6):,} MB of planes find no place: {error.strerror}; name another scratch folder"
-        ) from error
 
 
 def row_format(cache, features: bool) -> tuple[int, np.dtype]:

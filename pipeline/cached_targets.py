@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 
 from offline_bkd.cache import Cache, CacheError, CropFlip, RandomResizedCrop, open_cache
 from offline_bkd.cache.format import whole_numbers
-from offline_bkd.cache.planes import make_room, row_format
+from offline_bkd.cache.planes import row_format
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.training import losses
@@ -63,6 +63,19 @@ def whole_image(image: Image.Image | np.ndarray) -> Image.Image:
         return Image.fromarray(image)
     found = " ".join(str(getattr(image, name)) for name in ("dtype", "shape") if hasattr(image, name))
     raise ValueError(f"an image is PIL's or uint8 [H, W, 3], whole and not a tensor; found a {type(image).__name__} {found}")
+
+
+def _make_room(file: BinaryIO, size: int) -> None:
+    """Takes `size` bytes of the disk for the new `file`, which is to be mapped. Raises CacheError where they are not there.
+
+    A mapped file that finds no room when it is written to ends the process without a word.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise CacheError(
+            f"{math.ceil(size / 1e6):,} MB of planes find no place: {error.strerror}; name another scratch folder"
+        ) from error
 
 
 def _natural(value: int, what: str) -> int:
@@ -130,7 +143,7 @@ class CachedTargets(torch.utils.data.Dataset):
         self._shape, self._dtype = (planes, len(self.cache), width), np.dtype(dtype)
         for path, size in zip(self._files, (16, math.prod(self._shape) * self._dtype.itemsize)):
             with open(path, "xb") as file:
-                make_room(file, size)
+                _make_room(file, size)
         self._open()
         self._epoch[:] = -1
         if self.whole:

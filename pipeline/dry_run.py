@@ -17,7 +17,7 @@ from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.data import datasets
-from offline_bkd.pipeline.data.images import ImageSource, open_images
+from offline_bkd.pipeline.data.images import ImageSource, memory, open_images
 from offline_bkd.pipeline.dump import cache_paths
 from offline_bkd.pipeline.evaluate import infer
 from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
@@ -34,6 +34,7 @@ from offline_bkd.pipeline.teachers import load_teachers, notes_on_teachers
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods.distillation import refuse_width
 from offline_bkd.pipeline.training.optimisation import Optimisation
+from offline_bkd.pipeline.training.targets import ROOM
 
 TRIED = 512  # images that are read, and on which steps are timed
 SECONDS = 4.0  # about as long may the timed steps take; a batch that is slower is timed in part
@@ -76,8 +77,10 @@ def show_training_plan(
         row = _row_bytes(config, section, len(plan.training_set.classes), store)
         facts["store"] = _store_size(config, len(plan.training_set), row)
     if from_cache:
-        views = config.views.count if isinstance(config.views, CropFlip) else 2 * section.training.views_per_decode
-        held += len(plan.training_set) * (row or 0) * views
+        of_a_view = len(plan.training_set) * (row or 0)
+        most = isinstance(config.views, CropFlip) or section.method.draws == "samples"  # of the views come in one epoch
+        whole = most and of_a_view * config.views.count <= ROOM * memory()
+        held += of_a_view * (config.views.count if whole else 2)  # an epoch's, and the next one's meanwhile
     facts["memory"] = f"about {(runs.peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
     facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}"
     _show(config, facts, notes_on_training(section, store), role)

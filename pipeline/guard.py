@@ -175,7 +175,13 @@ def explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in ADVICE:
         advice, code = ADVICE[error.errno]
         return f"{error.filename or 'what is written'}: {error.strerror}; {advice}", code
-    return f"{message.splitlines()[-1]} ({type(error).__name__})", 1
+    return f"{_gist(message)} ({type(error).__name__})", 1
+
+
+def _gist(message: str) -> str:
+    """Of many lines the one that says what happened: torch begins with it, and ends with advice to whoever debugs it."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[0] if lines else message
 
 
 def reader_gone() -> bool:

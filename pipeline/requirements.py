@@ -1,6 +1,8 @@
 """What training asks of its settings and sources: refused or noted in one line before anything is written."""
 
 import copy
+import os
+import shutil
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ def refuse_device(training: Training, role: str, device: torch.device) -> None:
     """Raises UserError where the device cannot do what `training` asks for."""
     if training.compile == "cuda_graphs" and device.type != "cuda":
         raise UserError(f"{role}.training.compile: cuda_graphs needs a CUDA device, found {device.type}; set true or false")
+    if training.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang++"))):
+        raise UserError(f"{role}.training.compile needs a C++ compiler, and there is none; install g++, or set false")
 
 
 def refuse_sources(method: Method, cache: str | None, backbone: str | None) -> None:

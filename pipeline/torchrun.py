@@ -15,6 +15,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", 0)
 
 
+def local_world() -> int:
+    """How many processes of this machine there are."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
 def world() -> int:
     """How many processes there are."""
     return _number("WORLD_SIZE", 1)

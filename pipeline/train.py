@@ -56,6 +56,12 @@ class Inputs:
             return self.cache.digest
         return self.backbone.summary()["digest"] if self.backbone else None
 
+    @property
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """What the parts of the data set are."""
+        parts = {"training": self.training_set, "test": self.test_set, "validation": self.validation_set}
+        return {name: part.fingerprint for name, part in parts.items() if part is not None}
+
 
 def train_teacher(
     config: Experiment,
@@ -116,7 +122,7 @@ def _train(
         return train_network(config, role, inputs, out, device, ranks, resume, tracker=tracker)
     for folder, seeded in several.items():
         if ranks.first and runs.begun(Path(folder)):  # what cannot go on is refused before others begin
-            with runs.start_run(folder, seeded, role, device, resume, inputs.learns_from):
+            with runs.start_run(folder, seeded, role, device, resume, inputs.learns_from, inputs.fingerprints):
                 pass
     diverged = None
     for folder, seeded in several.items():
@@ -193,7 +199,7 @@ def train_network(
     network = ColorJitter(method.network, section.color_jitter) if section.color_jitter else method.network
     refuse_unfit(network, images, len(method.rows(0)), section.training.batch_size)
     refuse_shares(section.method.name, section.training.batch_size, ranks.world)
-    started = runs.start_run(out, config, role, device, resume, inputs.learns_from, label)
+    started = runs.start_run(out, config, role, device, resume, inputs.learns_from, inputs.fingerprints, label)
     with started if ranks.first else nullcontext(runs.Run(Path(out), label, silent=True)) as run:
         ranks.wait()  # until the first has begun
         if ranks.first and not run.has("log.txt"):

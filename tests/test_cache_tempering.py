@@ -53,7 +53,6 @@ def store(url, z, temperature, encoding, **changes):
 def student_of(cache):
     """Of a temperature: what a student's step gets, of every sample under view 1."""
     targets, views = Targets(cache, torch.device("cpu")), np.ones(len(cache), int)
-    targets.prepare(views, views)
     return lambda temperature: targets.probability(torch.arange(len(cache)), torch.from_numpy(views), temperature).numpy()
 
 

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from offline_bkd import cli
+from offline_bkd.pipeline import UserError, guard
 from offline_bkd.pipeline.dry_run import show_training_plan
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.show import progress
@@ -104,7 +105,13 @@ def test_each_process_of_torchrun_takes_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     assert cli.choose_device("auto") == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
+    assert torch.backends.cudnn.deterministic
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 3 of this machine finds no GPU of its own, of 2; start 2 at most"):
+        cli.choose_device("auto")
 
 
 def test_export_writes_what_pandas_shows(tmp_path, cache):
@@ -406,9 +413,12 @@ def test_under_nohup_a_closed_terminal_is_ignored():
     ],
 )
 def test_a_place_that_takes_no_file_is_named_with_the_way_out(number, message, code):
-    from offline_bkd.pipeline import guard
-
     assert guard.explained(OSError(number, os.strerror(number), "a/b")) == (message, code)
+
+
+def test_of_an_error_of_many_lines_the_first_is_said():
+    error = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere.\n\nSet X=1 to debug.\n")
+    assert guard.explained(error) == ("CUDA error: out of memory (RuntimeError)", 1)
 
 
 def test_an_error_that_quotes_what_a_terminal_obeys_shows_it_as_text(tmp_path):

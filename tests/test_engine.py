@@ -415,6 +415,12 @@ def test_the_share_of_time_spent_waiting_for_data_is_reported(tmp_path, monkeypa
     assert fast["peak_memory"] > 1e8, "bytes"
 
 
+def test_compilation_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="teacher.training.compile needs a C.. compiler, and there is none; install g.."):
+        train_teacher(tiny.experiment("teacher.training.compile=true"), str(tmp_path / "t"), tiny.CPU)
+
+
 def test_cuda_graphs_are_refused_where_there_is_no_cuda(tmp_path):
     with pytest.raises(UserError, match="teacher.training.compile: cuda_graphs needs a CUDA device, found cpu"):
         train_teacher(tiny.experiment("teacher.training.compile=cuda_graphs"), str(tmp_path / "t"), tiny.CPU)

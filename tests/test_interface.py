@@ -69,8 +69,7 @@ def test_a_plain_loop_has_the_losses_of_the_engine(cache, digits):
     def engines(rows, views, temperature):
         return targets.probability(rows, views, temperature)
 
-    targets, views = Targets(open_cache(cache), tiny.CPU), np.arange(config.views.count)
-    targets.prepare(views, views)
+    targets = Targets(open_cache(cache), tiny.CPU)
     np.testing.assert_allclose(found[:steps], losses_of(config, engines), rtol=2e-5)
 
 
@@ -121,8 +120,7 @@ def test_of_resized_crops_the_plane_of_the_epoch_is_held(resized):
 
 def test_another_temperature_is_the_engines(cache, digits):
     data = CachedTargets(cache, pairs_of(digits), temperature=4)
-    targets, views = Targets(open_cache(cache), tiny.CPU), np.arange(9)
-    targets.prepare(views, views)
+    targets = Targets(open_cache(cache), tiny.CPU)
     item = data[5]
     expected = targets.probability(torch.tensor([5]), torch.tensor([item.view]), 4.0)[0]
     torch.testing.assert_close(item.target, expected)

@@ -81,7 +81,6 @@ def test_targets_are_the_teachers_features_side_by_side(ensemble):
     held = Planes(store, features=True).rows(rows, views)
     np.testing.assert_allclose(held, np.concatenate(parts, axis=1), atol=1e-6)
     targets = Targets(store, tiny.CPU, features=True)
-    targets.prepare(views, views)
     found = targets.features(torch.from_numpy(rows), torch.from_numpy(views))
     np.testing.assert_allclose(found, held / np.sqrt(2), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)

@@ -15,7 +15,7 @@ import torch
 from train_in_ranks import trained
 
 from offline_bkd.pipeline import UserError, runs
-from offline_bkd.pipeline.training.ranks import Ranks, refuse_shares
+from offline_bkd.pipeline.training.ranks import Ranks, refuse_shares, synchronised
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +34,15 @@ def test_the_shares_of_all_ranks_are_the_epoch_batch_by_batch(samples, world, ba
         np.testing.assert_array_equal(np.concatenate(parts), whole)
     for share in shares:
         np.testing.assert_array_equal(share.views, views[np.argsort(rows)[share.rows]])
+
+
+def test_batch_statistics_of_all_ranks_keep_what_timm_s_layers_do_after_them():
+    timm = pytest.importorskip("timm")
+    model, images = timm.create_model("mobilenetv3_small_050", num_classes=3).eval(), torch.rand(2, 3, 64, 64)
+    expected = model(images)
+    converted = synchronised(model)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
+    torch.testing.assert_close(converted(images), expected)
 
 
 def launch(world: int, *arguments, **options) -> subprocess.Popen:

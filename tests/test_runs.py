@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_folders import folder_of_images
 
 from offline_bkd.cache.storage import LocalStorage
 from offline_bkd.cli import main
@@ -208,6 +209,18 @@ def test_nor_can_what_is_shown_of_runs(tmp_path, monkeypatch, teacher_run, comma
     assert result.exit_code == 2
     assert "--out s3:/bucket/shown is an address, where only caches may lie; name a folder" in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_its_images_wherever_they_lie_and_with_no_others(tmp_path):
+    folder_of_images(tmp_path / "here")
+    there, views = tmp_path / "there", "views={name: random_resized_crop, size: 8, count: 3}"
+    values, run = "data={name: imagefolder, root: %s, workers: 0}", str(tmp_path / "run")
+    train_teacher(tiny.experiment(values % (tmp_path / "here"), views), run, tiny.CPU)
+    (tmp_path / "here").rename(there)
+    train_teacher(tiny.experiment(values % there, views), run, tiny.CPU, resume=True)
+    next((there / "train").rglob("*.png")).unlink()
+    with pytest.raises(UserError, match=r"cannot resume .*/run: its training images are not those it began with; restore"):
+        train_teacher(tiny.experiment(values % there, views), run, tiny.CPU, resume=True)
 
 
 def test_how_images_are_read_does_not_tell_runs_apart():

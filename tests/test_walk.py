@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,24 +78,22 @@ def live_teacher(config, teacher_run):
     return gather
 
 
-def cached(path, config):
-    targets, views = Targets(open_cache(path), tiny.CPU), np.arange(config.views.count)
-    targets.prepare(views, views)
-    return targets.probability
+def cached(path):
+    return Targets(open_cache(path), tiny.CPU).probability
 
 
 @pytest.mark.parametrize("method", ["{name: kd}", "{name: bkd}", "{name: bkd, reweight_from: 0.5}"])
 def test_cached_training_is_training_with_a_live_teacher(method, teacher_run, cache):
     config = tiny.experiment(f"student.method={method}")
     online = losses_of(config, live_teacher(config, teacher_run))
-    np.testing.assert_array_equal(losses_of(config, cached(cache, config)), online)
+    np.testing.assert_array_equal(losses_of(config, cached(cache)), online)
     assert online[-8:].mean() < online[:8].mean(), "and it learns"
 
 
 def test_half_precision_targets_change_losses_by_no_more_than_their_rounding(tmp_path, teacher_run):
     config = tiny.experiment()
     dump_logits(config, [str(teacher_run)], str(tmp_path / "half.zarr"), tiny.CPU)
-    exact, rounded = losses_of(config, live_teacher(config, teacher_run), cached(tmp_path / "half.zarr", config)).T
+    exact, rounded = losses_of(config, live_teacher(config, teacher_run), cached(tmp_path / "half.zarr")).T
     error = np.abs(exact - rounded)
     assert 0 < error.max() < 2 * 2**-11 * exact.max(), "eleven bits of each probability"
 
@@ -107,8 +104,8 @@ def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, 
     dump_logits(config, [str(teacher_run)], str(path), tiny.CPU)
     store = open_cache(path)
     rows, views = torch.arange(464), torch.full((464,), 4)
-    np.testing.assert_allclose(cached(path, config)(rows, views), store.plane(4), atol=1e-5)
-    exact, coded = losses_of(config, live_teacher(config, teacher_run), cached(path, config)).T
+    np.testing.assert_allclose(cached(path)(rows, views), store.plane(4), atol=1e-5)
+    exact, coded = losses_of(config, live_teacher(config, teacher_run), cached(path)).T
     assert 0 < np.abs(exact - coded).max() < 0.02 * exact.max()
     report = verify_cache(str(path), [str(teacher_run)], 2, None, (), tiny.CPU)
     assert report["passed"] and 0 < report["mean"] <= 0.005 + 1e-4
@@ -234,26 +231,25 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
     cache.stored_plane = lambda view, out=None: read.append(view) or stored_plane(view, out)
     targets, drawn = Targets(cache, tiny.CPU), [config.views.draw(0, epoch, cache.sample_id) for epoch in range(4)]
     for epoch in range(3):
-        targets.prepare(drawn[epoch], drawn[epoch + 1])
+        targets.prepare((np.arange(6), drawn[epoch]), (np.arange(6), drawn[epoch + 1]))
         gathered = targets.probability(torch.arange(6), torch.from_numpy(drawn[epoch]))
         np.testing.assert_array_equal(gathered, open_cache(tmp_path / "cache.zarr").plane(int(drawn[epoch][0])))
-        assert len(targets.held) == 1
+        assert len(targets.codes) == 6
     targets.reader.shutdown()
     assert sorted(read) == [0, 1, 2], "each plane is read once; the fourth epoch begins with the plane that is held"
 
 
-def test_planes_too_large_for_memory_lie_in_a_scratch_file(cache, monkeypatch):
+def test_of_answers_that_memory_has_no_room_for_those_that_an_epoch_draws_are_held(tmp_path, cache, monkeypatch):
     from offline_bkd.pipeline.training import targets
 
-    config = tiny.experiment()
-    expected = losses_of(config, cached(cache, config))
-    scratch, planes = [], targets.Planes
+    held: list[np.ndarray] = []
+    train_student(tiny.experiment(), str(cache), str(tmp_path / "all"), tiny.CPU)
+    hold = targets.Targets._hold
     monkeypatch.setattr(targets, "ROOM", 0)
-    monkeypatch.setattr(
-        targets, "Planes", lambda *arguments, **named: scratch.append(named["scratch"]) or planes(*arguments, **named)
-    )
-    np.testing.assert_array_equal(losses_of(config, cached(cache, config)), expected)
-    assert scratch == [tempfile.gettempdir()]
+    monkeypatch.setattr(targets.Targets, "_hold", lambda self, pairs, codes: held.append(pairs) or hold(self, pairs, codes))
+    train_student(tiny.experiment(), str(cache), str(tmp_path / "drawn"), tiny.CPU)
+    assert runs.open_run(tmp_path / "drawn").summary()["digest"] == runs.open_run(tmp_path / "all").summary()["digest"]
+    assert len(held) == tiny.experiment().student.training.epochs and all(len(pairs) <= 464 for pairs in held)
 
 
 def test_verify_agrees_with_the_teacher_and_notices_another(tmp_path, teacher_run, cache):

@@ -8,8 +8,8 @@ Shapes: B samples a batch, S the side of a crop. Normalisation belongs to the mo
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
-from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline import UserError, torchrun
 from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.workers import in_workers
 
@@ -50,14 +50,25 @@ def open_images(dataset: Dataset, views: CropFlip | RandomResizedCrop, device: t
 
 
 def memory() -> int:
-    """Bytes of memory that this machine, or the container, has."""
+    """Bytes of memory that this process may take: its share of the machine's, or of the container's or the job's."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in "memory.max", "memory/memory.limit_in_bytes":  # of cgroups, version 2 and 1
+    for file in _limits():
         try:
-            limit = min(limit, int(Path("/sys/fs/cgroup", file).read_text()))
+            limit = min(limit, int(file.read_text()))
         except (OSError, ValueError):  # there is none, or "max"
             pass
-    return limit
+    return limit // torchrun.local_world()
+
+
+def _limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[Path]:
+    """Files that may limit this process's memory: of its cgroup, version 2 or 1, and of those above, as Slurm nests them."""
+    with suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+                own = top / path.strip("/")
+                yield from (folder / name for folder in (own, *own.parents) if folder.is_relative_to(top))
 
 
 class ResidentImages:
@@ -67,14 +78,14 @@ class ResidentImages:
 
     def __init__(self, dataset: Dataset, views: CropFlip, device: torch.device):
         self.views, self.device = views, device
-        padded, lock = None, Lock()
+        try:
+            size = dataset.size(0)
+        except UserError:
+            size = 0, 0  # `for_each` names it, with all others that cannot be read
+        padded = self._room(len(dataset), *size)
 
         def read(row: int) -> tuple[int, int]:
-            nonlocal padded
             pixels = np.asarray(dataset.decode(row))
-            with lock:
-                if padded is None:
-                    padded = self._room(len(dataset), *pixels.shape[:2])
             inner = padded[row, views.pad : -views.pad or None, views.pad : -views.pad or None]
             if inner.shape == pixels.shape:
                 inner[:] = pixels
@@ -93,13 +104,15 @@ class ResidentImages:
         self.padded = torch.from_numpy(padded).to(device)
 
     def _room(self, count: int, height: int, width: int) -> np.ndarray:
-        """For `count` images with their padding. Raises UserError where it is more than the memory."""
+        """For `count` images with their padding. Raises UserError where it is more than the memory, here or of the GPU."""
         shape = count, height + 2 * self.views.pad, width + 2 * self.views.pad, 3
-        if math.prod(shape) > memory():
-            raise UserError(
-                f"crop_flip keeps all images in memory: {math.prod(shape) / 2**30:,.1f} GiB, and there are "
-                f"{memory() / 2**30:,.1f}; use views: {{name: random_resized_crop}}"
-            )
+        gpu = {"the GPU's memory": torch.cuda.mem_get_info(self.device)[0]} if self.device.type == "cuda" else {}
+        for where, room in {"memory": memory(), **gpu}.items():
+            if math.prod(shape) > room:
+                raise UserError(
+                    f"crop_flip keeps all images in {where}: {math.prod(shape) / 2**30:,.1f} GiB, and there are "
+                    f"{room / 2**30:,.1f}; use views: {{name: random_resized_crop}}"
+                )
         return np.zeros(shape, np.uint8)
 
     def batches(self, rows: np.ndarray, views: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
@@ -143,11 +156,11 @@ class DecodedImages:
     def batches(self, rows: np.ndarray, views: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
         """Batches of `rows` [M] under `views` [M], or centred (None). The last batch may be smaller."""
         rows = np.asarray(rows)
-        boxes = self._boxes(rows, views)
         slices = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]
 
         def crops(number: int) -> np.ndarray:
-            return self._crops(rows[slices[number]], boxes[slices[number]])
+            chosen = slices[number]
+            return self._crops(rows[chosen], self._boxes(rows[chosen], None if views is None else views[chosen]))
 
         workers = min(self.workers, len(slices))
         arrays = in_workers(crops, len(slices), workers) if workers else map(crops, range(len(slices)))

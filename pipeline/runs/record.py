@@ -78,6 +78,7 @@ class Environment(BaseModel):
     packages: dict[str, str]
     threads: int
     learns_from: str | None
+    data: dict[str, dict[str, str]] | None = None  # fingerprints of its parts; runs of earlier versions do not say them
 
 
 def environment(stage: str, device: torch.device) -> dict:
@@ -126,9 +127,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def settings(config: Experiment, stage: str) -> dict:
-    """What tells a run of `stage` from others: what it looks at. What its cache is stands in learns_from."""
+    """What tells a run of `stage` from others. What its images are stands in data, what its cache is in learns_from."""
     values = config.model_dump(mode="json", include={"seed", "data", "views", stage})
-    for key in schema.READING & values["data"].keys():
+    for key in {"root", *schema.READING} & values["data"].keys():
         del values["data"][key]
     return values
 

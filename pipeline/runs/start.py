@@ -44,14 +44,16 @@ def start_run(
     device: torch.device,
     resume: bool | None,
     learns_from: str | None = None,
+    data: dict[str, dict[str, str]] | None = None,
     label: str = "",
 ) -> Iterator[Run]:
     """A folder for `stage` ("teacher" or "student") of `config`: new, or the same run's with `resume`.
 
     A context: until it ends, no other command may write into the folder.
 
-    `learns_from`: the digest of the cache, or of the other run's network, that the run learns from. Raises UserError if
-    the folder is not empty and `resume` is not given, if it holds something else, or if another command is writing into it.
+    `learns_from`: the digest of the cache, or of the other run's network, that the run learns from. `data`: the fingerprints
+    of the parts that it is trained and judged on. Raises UserError if the folder is not empty and `resume` is not given, if
+    it holds something else, or if another command is writing into it.
     """
     folder = Path(folder)
     try:
@@ -68,7 +70,7 @@ def start_run(
         for name in LocalStorage(folder).partial():  # of a run that was killed
             with suppress(OSError):
                 (folder / name).unlink()
-        run, record = Run(folder, label), environment(stage, device) | {"learns_from": learns_from}
+        run, record = Run(folder, label), environment(stage, device) | {"learns_from": learns_from, "data": data}
         if begun(folder):
             _refuse_other(run, config, record)
         else:  # config.yaml comes last: a folder that was left before it holds no run
@@ -93,6 +95,10 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     old, new = (settings(one, record["stage"]) for one in (run.config(), config))
     if changed := difference(old, new):
         raise UserError(f"cannot resume {run.folder}: {changed}; use the same configuration or another folder")
+    if others := [part for part, content in (found.get("data") or {}).items() if content != record["data"].get(part)]:
+        raise UserError(
+            f"cannot resume {run.folder}: its {' and '.join(others)} images are not those it began with; restore them"
+        )
     if found["learns_from"] != record["learns_from"]:
         raise UserError(f"cannot resume {run.folder}: it began with another cache or backbone; name that, or another folder")
     if device_kind(found["device"]) != device_kind(record["device"]):
@@ -103,6 +109,7 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     for name, old, new in (
         ("torch", found["packages"]["torch"], record["packages"]["torch"]),
         ("threads", found["threads"], record["threads"]),
+        ("commit", found.get("commit"), record["commit"]),
     ):
         if old != new:
             run.log(f"note: the run began with {name} {old} and goes on with {new}; results may differ in the last bits")

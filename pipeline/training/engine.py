@@ -60,7 +60,6 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
     if run.has("summary.json"):
         run.log(f"the run in {run.folder} is complete")
         return
-    torch.backends.cudnn.deterministic = True  # its fastest convolutions add in another order each time
     training, model, ranks = task.training, task.model, task.ranks
     parameters = sum(parameter.numel() for parameter in model.parameters())
     classes = sum(count > 0 for count in about["class_counts"])
@@ -133,7 +132,9 @@ def train_epoch(
     rows, views = _draw(task, epoch)
     share = ranks.share(rows, views, training.batch_size)
     if task.targets:
-        task.targets.prepare(views, views if epoch + 1 == training.epochs else _draw(task, epoch + 1)[1])
+        drawn = share.rows, share.views
+        following = ranks.share(*_draw(task, epoch + 1), training.batch_size) if epoch + 1 < training.epochs else share
+        task.targets.prepare(drawn, (following.rows, following.views))
     steps = math.ceil(len(rows) / training.batch_size)
     sums: dict[str, torch.Tensor] = {}
     first_bad = torch.full((), steps, device=device)  # first step of the epoch whose loss was not finite
@@ -232,7 +233,8 @@ def _resume(run: runs.Run, task: Task, optimisation: Optimisation) -> tuple[int,
         if best["epoch"] == first:  # it ended between the two files, perhaps: then the last epoch's is the best's
             if not run.has("best.safetensors") or run.load_tensors("best")[1]["epoch"] != first:
                 run.save_tensors("best", run.load_tensors("last")[0], epoch=first)
-    task.ranks.wait()
+    if int(task.ranks.least(torch.tensor(first, device=task.images.device))) != first:
+        raise UserError(f"the processes do not see the same run in {run.folder}; put it where all of them can read it")
     return first, best
 
 

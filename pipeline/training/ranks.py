@@ -68,7 +68,7 @@ class Ranks:
         if self.world == 1:
             return network
         if device.type == "cuda":
-            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            network = synchronised(network)
         devices = [device.index] if device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(network, device_ids=devices)
 
@@ -102,6 +102,15 @@ class Ranks:
             value = value.clone()
             distributed.all_reduce(value, operation)
         return value
+
+
+def synchronised(network: torch.nn.Module) -> torch.nn.Module:
+    """The network with batch statistics over all ranks."""
+    if any(type(module).__module__.startswith("timm.") for module in network.modules()):
+        from timm.layers import convert_sync_batchnorm  # torch's would lose what timm's layers do after they normalise
+
+        return convert_sync_batchnorm(network)
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 ALONE = Ranks()

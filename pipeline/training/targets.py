@@ -1,11 +1,9 @@
 """What a cache holds of its teachers, where the training device can index it: one gather of (sample, view) pairs a batch.
 
-Whole planes of views are held, never read in a step. An epoch that draws from all views finds them all loaded once;
-one that draws a single view finds its plane loaded while the epoch before ran. Planes that the device has no room for
-stay in the machine's memory, and those that are too large for that lie in a scratch file.
+No step reads the store. Where an epoch draws from most views, all answers are held, if there is room; else those of the
+pairs that an epoch draws, read while the epoch before ran. What the device has no room for stays in the machine's memory.
 """
 
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -18,7 +16,7 @@ from offline_bkd.cache.planes import Planes, row_format
 from offline_bkd.pipeline.data.images import memory
 from offline_bkd.pipeline.training import losses
 
-ROOM = 0.5  # of the memory there is, for planes
+ROOM = 0.5  # of the memory there is, for what is held
 
 
 def soften(stored: torch.Tensor, encoding: str, decoder: Sequence[torch.Tensor] | None, ratio: float = 1) -> torch.Tensor:
@@ -37,35 +35,31 @@ def soften(stored: torch.Tensor, encoding: str, decoder: Sequence[torch.Tensor] 
 class Targets:
     """The probabilities, or with `features` the features, of one cache on one device.
 
-    Shapes: V views, N samples, K views held, R codes, C classes, D features of all teachers together.
+    Shapes: V views, N samples, K pairs held, R codes, C classes, D features of all teachers together. A pair is the number
+    v N + n, of the view v and the row n; None stands for all V N of them.
     """
 
     def __init__(self, cache: Cache, device: torch.device, features: bool = False):
         self.cache, self.device, self.of_features = cache, device, features
         self.temperature, self.widths = cache.temperature, list(cache.features.values())
         self.decoder = cache.decoder and [torch.from_numpy(part).to(device) for part in cache.decoder]
+        self.width, self.dtype = row_format(cache, features)
+        room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory()
+        self.all_fit = cache.views.count * len(cache) * self.width * self.dtype.itemsize <= ROOM * room
         self.reader = ThreadPoolExecutor(1)
-        self.held = np.empty(0, np.int64)
+        self.held: np.ndarray | None = np.empty(0, np.int64)
         self.coming: tuple[np.ndarray, Future] | None = None
-        if isinstance(cache.views, CropFlip):  # any epoch draws from all of them
-            everything = np.arange(cache.views.count)
-            self.prepare(everything, everything)
+        if isinstance(cache.views, CropFlip) and self.all_fit:  # any epoch draws from all views
+            self._hold(None, self._read(None))
 
-    def prepare(self, views: np.ndarray, later: np.ndarray) -> None:
-        """Holds the planes of `views`, and begins to read those of `later`, which will be asked for next."""
-        views, later = np.unique(views), np.unique(later)
-        if not np.isin(views, self.held).all():
-            if self.coming and np.array_equal(self.coming[0], views):
-                planes = self.coming[1].result()
-            else:
-                planes = self._read(views)
-            self.held, self.planes = views, self._place(torch.from_numpy(planes.codes))
-            slots = np.full(self.cache.views.count, -1)
-            slots[views] = np.arange(len(views))
-            self.slots = torch.from_numpy(slots).to(self.device)
+    def prepare(self, drawn: tuple[np.ndarray, np.ndarray], later: tuple[np.ndarray, np.ndarray]) -> None:
+        """Holds what was `drawn`, rows [M] and views [M], and begins to read what will be drawn `later`."""
+        if not self._holds(pairs := self._wanted(*drawn)):
+            expected = self.coming and np.array_equal(self.coming[0], pairs)
+            self._hold(pairs, self.coming[1].result() if expected else self._read(pairs))
             self.coming = None
-        if self.coming is None and not np.isin(later, self.held).all():
-            self.coming = later, self.reader.submit(self._read, later)
+        if self.coming is None and not self._holds(following := self._wanted(*later)):
+            self.coming = following, self.reader.submit(self._read, following)
 
     def probability(self, rows: torch.Tensor, views: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
         """Of the samples at `rows` [B] under `views` [B]: float32 [B, C], softened by `temperature` (None: the cache's T)."""
@@ -78,18 +72,43 @@ class Targets:
         return functional.normalize(torch.cat([functional.normalize(part) for part in parts], dim=1))
 
     def _gather(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        index = self.slots[views].to(self.planes.device), rows.to(self.planes.device)
-        return self.planes[index].to(self.device).float()
+        pairs = views * len(self.cache) + rows
+        place = pairs if self.held is None else torch.searchsorted(self.index, pairs)
+        return self.codes[place.to(self.codes.device)].to(self.device).float()
 
-    def _read(self, views: np.ndarray) -> Planes:
-        width, dtype = row_format(self.cache, self.of_features)
-        size = len(views) * len(self.cache) * width * dtype.itemsize
-        together = 1 if isinstance(self.cache.views, CropFlip) else 2  # an epoch's, and the next one's meanwhile
-        scratch = tempfile.gettempdir() if together * size > ROOM * memory() else None
-        return Planes(self.cache, views, scratch=scratch, features=self.of_features)
+    def _wanted(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray | None:
+        """The pairs to hold where these are drawn, in order."""
+        if self.all_fit and 2 * len(np.unique(views)) > self.cache.views.count:
+            return None
+        return np.unique(views * len(self.cache) + rows)
+
+    def _holds(self, pairs: np.ndarray | None) -> bool:
+        return self.held is None or (pairs is not None and bool(np.isin(pairs, self.held).all()))
+
+    def _hold(self, pairs: np.ndarray | None, codes: np.ndarray) -> None:
+        self.codes = torch.empty(0)  # so that its room is free
+        self.held, self.codes = pairs, self._place(torch.from_numpy(codes))
+        self.index = None if pairs is None else torch.from_numpy(pairs).to(self.device)
+
+    def _read(self, pairs: np.ndarray | None) -> np.ndarray:
+        """What the store holds of `pairs` [K], in order: [K, R]."""
+        if pairs is None:
+            return Planes(self.cache, features=self.of_features).codes.reshape(-1, self.width)
+        views, rows = np.divmod(pairs, len(self.cache))
+        codes = np.empty((len(pairs), self.width), self.dtype)
+        for view in np.unique(views):
+            part = slice(*np.searchsorted(views, [view, view + 1]))
+            codes[part] = Planes(self.cache, [view], self.of_features).codes[0][rows[part]]
+        return codes
 
     def _place(self, codes: torch.Tensor) -> torch.Tensor:
         """`codes` on the device if it has room, else where they are."""
-        if self.device.type == "cuda" and codes.nbytes > ROOM * torch.cuda.mem_get_info(self.device)[0]:
+        if self.device.type == "cuda" and codes.nbytes > ROOM * _free(self.device):
             return codes
         return codes.to(self.device)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of the GPU's memory that nothing is in, also those that torch keeps for itself."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
