@@ -246,6 +246,7 @@ class CacheWriter:
     def take(self, pairs) -> None:
         """Own the (view, block) `pairs`, once for each writer. Closing it, or the end of its process, frees them for others.
 
+        In a folder what keeps others away is the process's: two writers of one process do not see each other.
         Raises CacheError where another process owns one of them, where there is no such view or block, and where a view is
         stored as differences from another that is neither there nor among `pairs`.
         """

@@ -1,8 +1,9 @@
 """What `inspect` and `verify` print first: a few lines for a person, the verdict last."""
 
+from offline_bkd.cache.shots import SHOTS
 from offline_bkd.pipeline.show import terminal
 
-GROUPS = "all", "many", "medium", "few"
+GROUPS = "all", *SHOTS
 WORST = 5  # classes that are named
 
 

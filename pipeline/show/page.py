@@ -6,7 +6,7 @@ The rows are in the page; its script only sorts and searches them. All text from
 import base64
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -18,7 +18,7 @@ from offline_bkd.pipeline.show import pictures
 from offline_bkd.pipeline.show.evaluation import KeptEvaluation, kept_evaluation
 from offline_bkd.pipeline.show.seeds import Seeds
 from offline_bkd.pipeline.show.tables import Rows, percent, spread
-from offline_bkd.pipeline.show.terminal import COLUMNS, printable
+from offline_bkd.pipeline.show.terminal import COLUMNS, leaves, printable
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL, WIDE = (4.6, 3.7), (6.5, 4.6)  # inches; text stays readable at the width of a phone
@@ -130,7 +130,7 @@ def _every_class(lines: Sequence[Seeds], classes: Sequence[str], counts: np.ndar
 
 def _differences(lines: Sequence[Seeds]) -> str:
     """The settings that not all share, without those that change no result."""
-    settings = [dict(_leaves(_settings(line.runs[0]))) for line in lines]
+    settings = [{key: _setting(value) for key, value in leaves(_settings(line.runs[0]))} for line in lines]
     keys = list(dict.fromkeys(key for values in settings for key in values))
     rows = [["setting", *(line.name for line in lines)]]
     for key in keys:
@@ -155,13 +155,10 @@ def _settings(run: runs.Run) -> dict:
     return {**own, **values, **ran_on}
 
 
-def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            yield f"{prefix}{key}", "–" if value is None else text
+def _setting(value: object) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _section(title: str, *parts: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -56,14 +57,19 @@ def line(text: str) -> None:
 
 def facts(values: dict, title: str) -> None:
     """One line a fact; nested values by dotted name."""
-    table([[name, text] for name, text in _leaves(values)], title, heading=False)
+    table([[name, _text(value)] for name, value in leaves(values)], title, heading=False)
 
 
-def _leaves(values: dict, prefix: str = ""):
+def leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The values that are no dictionaries, by dotted name."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, (list, tuple)) and len(value) > 12:
-            yield f"{prefix}{key}", f"{len(value)} values: {', '.join(map(str, value[:4]))}, …"
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", f"{value:,.4g}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{key}", value
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (list, tuple)) and len(value) > 12:
+        return f"{len(value)} values: {', '.join(map(str, value[:4]))}, …"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

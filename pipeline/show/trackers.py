@@ -13,8 +13,8 @@ from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.runs import Run
 from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.show.terminal import COLUMNS
 
-SCORES = {"top1": "all", "many": "many", "medium": "medium", "few": "few"}
 SPEED = ("images_per_second", "data_share", "seconds", "evaluation_seconds")
 PROJECT = "offline-bkd"
 
@@ -130,7 +130,7 @@ def values_of(record: dict) -> dict[str, float]:
     values: dict[str, float] = {}
     for key, value in record.items():
         if key in ("test", "validation"):
-            values |= {f"{key}/{name}": value[score] for score, name in SCORES.items() if value[score] is not None}
+            values |= {f"{key}/{name}": value[score] for name, score in COLUMNS.items() if value[score] is not None}
         elif key in SPEED:
             values[f"speed/{key}"] = value
         elif key != "epoch" and isinstance(value, int | float):

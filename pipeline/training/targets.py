@@ -48,16 +48,15 @@ class Targets:
         self.all_fit = cache.views.count * len(cache) * self.width * self.dtype.itemsize <= ROOM * room
         self.reader = ThreadPoolExecutor(1)
         self.held: np.ndarray | None = np.empty(0, np.int64)
-        self.coming: tuple[np.ndarray, Future] | None = None
+        self.coming: tuple[np.ndarray | None, Future[np.ndarray]] | None = None
         if isinstance(cache.views, CropFlip) and self.all_fit:  # any epoch draws from all views
             self._hold(None, self._read(None))
 
     def prepare(self, drawn: tuple[np.ndarray, np.ndarray], later: tuple[np.ndarray, np.ndarray]) -> None:
         """Holds what was `drawn`, rows [M] and views [M], and begins to read what will be drawn `later`."""
         if not self._holds(pairs := self._wanted(*drawn)):
-            expected = self.coming and np.array_equal(self.coming[0], pairs)
-            self._hold(pairs, self.coming[1].result() if expected else self._read(pairs))
-            self.coming = None
+            coming, self.coming = self.coming, None
+            self._hold(pairs, coming[1].result() if coming and _same(coming[0], pairs) else self._read(pairs))
         if self.coming is None and not self._holds(following := self._wanted(*later)):
             self.coming = following, self.reader.submit(self._read, following)
 
@@ -88,7 +87,7 @@ class Targets:
     def _hold(self, pairs: np.ndarray | None, codes: np.ndarray) -> None:
         self.codes = torch.empty(0)  # so that its room is free
         self.held, self.codes = pairs, self._place(torch.from_numpy(codes))
-        self.index = None if pairs is None else torch.from_numpy(pairs).to(self.device)
+        self.index = torch.from_numpy(np.empty(0, np.int64) if pairs is None else pairs).to(self.device)
 
     def _read(self, pairs: np.ndarray | None) -> np.ndarray:
         """What the store holds of `pairs` [K], in order: [K, R]."""
@@ -106,6 +105,10 @@ class Targets:
         if self.device.type == "cuda" and codes.nbytes > ROOM * _free(self.device):
             return codes
         return codes.to(self.device)
+
+
+def _same(first: np.ndarray | None, second: np.ndarray | None) -> bool:
+    return first is second if first is None or second is None else np.array_equal(first, second)
 
 
 def _free(device: torch.device) -> int:
