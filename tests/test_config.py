@@ -12,6 +12,7 @@ import yaml
 
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import dump_config, load_config
+from offline_bkd.pipeline.reproduce.table import load_table
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")
@@ -69,6 +70,39 @@ def test_the_recipes_for_large_sets_are_the_papers(name, architecture, weights, 
     method = config.student.method
     assert (method.name, method.alpha, method.beta, method.reweight_from) == ("bkd", 1, 0.9999, 0)
     assert config.cache.temperature == 2 and config.views.size == 224
+
+
+# learning rates of backbone, attention and projection; of the classifier; of the centroids
+@pytest.mark.parametrize(("name", "rates"), [("imagenet-lt", (0.01, 0.1, 0.01)), ("places-lt", (0.0001, 0.01, 0.01))])
+def test_oltrs_learning_rates_are_the_public_codes(name, rates):
+    student = load_config(FOLDER / name / "oltr.yaml").student
+    training, shares = student.training, (student.training.backbone_rate, 1, student.training.centroid_rate)
+    assert [training.learning_rate * share for share in shares] == pytest.approx(rates)
+    assert student.method.freeze_backbone == (name == "places-lt") and student.model.projection == 512
+
+
+@pytest.mark.parametrize("name", ["imagenet-lt", "places-lt"])
+def test_lfmes_experts_are_trained_as_in_the_public_code(name):
+    row = load_table(name).rows["LFME"]
+    experts = [load_config(row.config, member.set).teacher for member in row.teachers]
+    assert [expert.expert for expert in experts] == ["many", "medium", "few"]
+    assert [expert.training.batch_size for expert in experts] == [128, 64, 32]
+    for expert in experts:
+        training = expert.training
+        assert (training.epochs, training.learning_rate, training.schedule.name) == (120, 0.1, "cosine")
+        assert expert.model.projection == 512
+
+
+def test_what_is_compared_on_inaturalist_2018_has_its_authors_values():
+    def student(row):
+        return load_config(FOLDER / "inaturalist2018" / f"{row}.yaml").student
+
+    method = student("cb-focal").method
+    assert (method.beta, method.gamma) == (0.999, 0.5)
+    bbn = student("bbn")
+    training = bbn.training
+    assert (training.epochs, training.schedule.milestones, training.nesterov) == (90, (59, 79), True)
+    assert bbn.method.final_share == pytest.approx(1 - (90 / 100) ** 2), "of 100 epochs, 90 are run"
 
 
 def test_a_resolved_configuration_reads_back_equal(tmp_path):

@@ -12,13 +12,15 @@ from PIL import Image
 
 from offline_bkd.cache import Cache, CacheError, open_cache
 from offline_bkd.cache.planes import Planes
-from offline_bkd.pipeline import UserError, dry_run, runs
+from offline_bkd.pipeline import UserError, dry_run, runs, schema
 from offline_bkd.pipeline.data.color_jitter import ColorJitter, adjust
+from offline_bkd.pipeline.data.images import Batch
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import ask_run
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.show.report import write_report
 from offline_bkd.pipeline.train import train_student, train_teacher
+from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.training.targets import Targets
 from offline_bkd.pipeline.verify import verify_cache
 
@@ -92,6 +94,32 @@ def test_two_branches_learn(tmp_path):
     first, *_, last = runs.Run(tmp_path / "bbn").metrics()
     assert last["loss"] < first["loss"]
     assert runs.open_run(tmp_path / "bbn").summary()["last"]["top1"] > 20
+
+
+@pytest.mark.parametrize(("final_share", "uniform"), [(0.0, 1 - (45 / 90) ** 2), (0.19, 1 - (45 / 100) ** 2)])
+def test_the_uniform_branch_gives_up_its_share_over_the_epochs(final_share, uniform):
+    """All of it in the paper; in the public code for iNaturalist as if 90 epochs were 100."""
+    model = build_model(tiny.experiment(*BBN).student.model, 10, schema.Digits(name="digits"), 0)
+    context = Context(
+        model=model,
+        sample_id=np.arange(10),
+        label=np.arange(10),
+        class_counts=np.ones(10, np.int64),
+        targets=None,
+        epochs=90,
+        seed=0,
+        device=tiny.CPU,
+    )
+    even, odd = torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    label = torch.arange(8)
+    method = build_method(schema.BBN(name="bbn", final_share=final_share), context)
+    found = method.loss((even, odd), Batch(rows=None, views=None, label=label, images=None), 45)
+    weight, bias = model.network.fc.weight, model.network.fc.bias
+    logits = 2 * uniform * even @ weight[:, :16].T + 2 * (1 - uniform) * odd @ weight[:, 16:].T + bias
+    log_p = torch.log_softmax(logits, 1)
+    pairs = torch.arange(4)
+    expected = -uniform * log_p[pairs, label[0::2]] - (1 - uniform) * log_p[pairs, label[1::2]]
+    torch.testing.assert_close(found.loss, expected.repeat_interleave(2))
 
 
 def test_two_branches_of_torchvisions_resnet_learn_resume_and_score_as_they_were_saved(tmp_path):

@@ -202,6 +202,18 @@ def test_given_weights_begin_both_branches_and_drawn_ones_differ(tmp_path):
         assert not torch.equal(first, second) and second.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)
 
 
+def test_a_network_without_a_linear_last_layer_is_refused_where_its_feature_is_needed():
+    plain = schema.TorchvisionModel(name="torchvision", architecture="squeezenet1_1")
+    told = "^a SqueezeNet has no linear last layer, whose input is its feature; choose another architecture$"
+    for values in {"projection": 8}, {"cosine_scale": 20.0}, {"weights": "weights.pth"}:
+        with pytest.raises(UserError, match=told):
+            build_model(plain.model_copy(update=values), 5, DATA, 0)
+    network = build_model(plain, 5, DATA, 0)
+    assert network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 5)
+    with pytest.raises(UserError, match=told):
+        classifier(network)
+
+
 def test_two_branches_are_a_resnets():
     section = schema.TorchvisionModel(name="torchvision", architecture="resnet10", branches=2)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)

@@ -16,6 +16,7 @@ from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention, Squashe
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods import Context, build_method
+from offline_bkd.pipeline.training.optimisation import build_optimiser
 
 OLTR = "student.method={name: oltr}", "student.model.memory=true"
 DATA = schema.Digits(name="digits")
@@ -147,6 +148,23 @@ def test_a_network_with_a_memory_is_the_plain_one_with_parts_added():
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in network().state_dict().items())
 
 
+@pytest.mark.parametrize("projection", [None, 24])
+def test_attention_and_projection_learn_as_the_backbone_and_centroids_at_a_rate_of_their_own(projection):
+    model, training = network(projection=projection), schema.Training(backbone_rate=0.1, centroid_rate=0.5)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_optimiser(model, training).param_groups
+    found = {names[parameter]: group["share"] for group in groups for parameter in group["params"]}
+    expected = dict.fromkeys(names.values(), 0.1)
+    for name in expected:
+        if name.endswith("centroids"):
+            expected[name] = 0.5
+        elif "hallucinator" in name or "selector" in name or "classifier" in name:
+            expected[name] = 1.0
+    assert found == expected and sorted(set(found.values())) == [0.1, 0.5, 1.0]
+    alone = build_optimiser(model, schema.Training(centroid_rate=0.1)).param_groups
+    assert sorted((group["share"], len(group["params"])) for group in alone) == [(0.1, 1), (1.0, len(names) - 1)]
+
+
 @pytest.mark.parametrize("side", [64, 70])
 def test_torchvisions_resnets_may_have_a_memory_and_others_may_not(side):
     def section(name):
@@ -271,6 +289,21 @@ def test_a_projection_that_the_backbone_does_not_have_is_drawn_and_the_memory_kn
     crt = tiny.experiment("student.method={name: crt}", "student.model.projection=12")
     with pytest.raises(UserError, match="is another network than the new one: projection was None and is now 12"):
         prepared(crt, teacher_run)  # where it would stay as it was drawn
+
+
+def test_a_frozen_backbone_stays_and_what_is_added_learns(tmp_path):
+    """As in the public code for Places-LT, whose first stage has the projection already."""
+    frozen = "student.method={name: oltr, freeze_backbone: true}", "student.training.backbone_rate=0.01"
+    both = "teacher.model.projection=12", "student.model.projection=12"
+    experiment = tiny.experiment(*OLTR, *frozen, *both, "teacher.training.epochs=1")
+    train_teacher(experiment, str(tmp_path / "teacher"), tiny.CPU)
+    model, first = prepared(experiment, tmp_path / "teacher")[1].model, runs.Run(tmp_path / "teacher").load_tensors("last")[0]
+    groups = build_optimiser(model, experiment.student.training).param_groups
+    learning = {parameter for group in groups for parameter in group["params"]}
+    added = "network.blocks.3.", "network.fc."  # attention; projection and memory
+    assert all((parameter in learning) == name.startswith(added) for name, parameter in model.named_parameters())
+    assert torch.equal(model.network.fc[0].weight, first["network.fc.0.weight"])
+    assert torch.equal(memory(model).hallucinator.weight, first["network.fc.2.weight"])
 
 
 def test_a_backbone_with_a_cosine_classifier_gives_the_memory_its_features_alone(tmp_path):

@@ -58,13 +58,21 @@ def memory(model: nn.Module) -> Memory:
 
 
 def new_parts(model: nn.Module, backbone: nn.Module | None = None) -> list[str]:
-    """The names of the modules that are no backbone's: the last layer, what OLTR adds, a projection.
+    """The names of the modules that no backbone gives: the last layer, what OLTR adds, a projection.
 
     Of `backbone` a projection is taken, unless it has none and the model has a memory: OLTR's code then draws the layer.
     """
     taken = backbone is not None and (_names(backbone, Projection) or not _names(model, Memory))
     kinds = (ModulatedAttention, Memory) if taken else (ModulatedAttention, Memory, Projection)
     return [classifier_name(model), *_names(model, *kinds)]
+
+
+def head_parts(model: nn.Module) -> list[str]:
+    """The names of the modules that learn at the full rate: the last layer and a projection, or OLTR's memory alone.
+
+    In OLTR's public code attention and projection are parts of the feature model, and learn as it does.
+    """
+    return _names(model, Memory) or [classifier_name(model), *_names(model, Projection)]
 
 
 def _names(model: nn.Module, *kinds: type) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.models.oltr import Memory, SquashedCosineClassifier
 from offline_bkd.pipeline.schema import Network
 
@@ -40,14 +41,18 @@ def classifier(model: nn.Module) -> nn.Module:
 
 
 def classifier_name(model: nn.Module) -> str:
-    """The last layer's name among the model's modules."""
+    """The last layer's name among the model's modules. Raises UserError where none is linear, as in a SqueezeNet."""
     named = dict(model.named_modules())
     for module in [*named.values()]:
         if hasattr(module, "get_classifier"):  # timm's networks, whose last layer need not be the last that they name
             inside = [*module.get_classifier().modules()]
             named = {name: part for name, part in named.items() if any(part is other for other in inside)}
     kinds = nn.Linear, CosineClassifier, SquashedCosineClassifier
-    return [name for name, module in named.items() if isinstance(module, kinds)][-1]
+    found = [name for name, module in named.items() if isinstance(module, kinds)]
+    if not found:
+        kind = type(getattr(model, "network", model)).__name__
+        raise UserError(f"a {kind} has no linear last layer, whose input is its feature; choose another architecture")
+    return found[-1]
 
 
 def replace_classifier(network: nn.Module, section: Network, classes: int) -> None:

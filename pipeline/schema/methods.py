@@ -55,14 +55,17 @@ class CB(Method):
 
 
 class Focal(Method):
-    """Focal loss (Lin et al., 2017)."""
+    """Focal loss (Lin et al., 2017), with the gamma of LDAM's and BKD's public scripts; its authors' is 2."""
 
     name: Literal["focal"]
     gamma: Annotated[float, Field(ge=0)] = 1.0  # how much less a sample counts that is classified well; 0: cross-entropy
 
 
 class CBFocal(Method):
-    """Focal loss weighted by the label's inverse effective number (Cui et al., 2019), a batch's mean being the plain one."""
+    """Focal loss weighted by the label's inverse effective number (Cui et al., 2019), a batch's mean being the plain one.
+
+    Of the softmax, beta and gamma as in LDAM's and BKD's public scripts; Cui et al.'s is of a sigmoid for each class.
+    """
 
     name: Literal["cb_focal"]
     beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
@@ -90,7 +93,10 @@ class LDAM(Method):
 
 
 class CRT(Method):
-    """The backbone of another run, frozen, and a new classifier on class-balanced samples (Kang et al., 2020)."""
+    """The backbone of another run, frozen, and a new classifier on class-balanced samples (Kang et al., 2020).
+
+    The authors draw four samples of a class in a row, here each is drawn alone.
+    """
 
     learns_from = "backbone"
     draws = "samples"
@@ -115,7 +121,8 @@ class LFME(Method):
     before, and no longer once it is as often; images that their expert is unsure of come in over the first half of the
     epochs. Both are measured on the training images that an epoch visits: the authors use a validation set, which not all
     data have. Their confidence is scaled to the range of its class and has a floor for each shot group, here it is the
-    expert's probability as it is; their groups end at 100 and 20 images inclusively, here as everywhere.
+    expert's probability as it is; their groups end at 100 and 20 images inclusively, here as everywhere; and they draw four
+    samples of a class in a row, here each is drawn alone.
     """
 
     learns_from = "experts"
@@ -125,7 +132,7 @@ class LFME(Method):
 
 
 class OLTR(Method):
-    """Another run's backbone, all of it training on, with a memory of class centroids (Liu et al., 2019).
+    """Another run's backbone, training on or frozen, with a memory of class centroids (Liu et al., 2019).
 
     On class-balanced samples; needs model.memory. The authors draw four samples of a class in a row, here each is drawn
     alone.
@@ -134,6 +141,7 @@ class OLTR(Method):
     learns_from = "backbone"
     draws = "samples"
     name: Literal["oltr"]
+    freeze_backbone: bool = False  # true: its weights stay, and training.backbone_rate is of attention and projection
 
 
 class BBN(Method):
@@ -145,6 +153,8 @@ class BBN(Method):
 
     draws = "samples"
     name: Literal["bbn"]
+    # share of the uniform branch after the last epoch; 0.19 in the public code for iNaturalist, which counts 100 epochs for 90
+    final_share: Fraction = 0.0
 
 
 AnyMethod = Annotated[

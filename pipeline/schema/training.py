@@ -47,8 +47,10 @@ class Training(Section):
     views_per_decode: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the base learning rate, which the schedule changes
     schedule: Annotated[Step | Cosine | OneCycle | Constant, Field(discriminator="name")] = Step(name="step")  # of that rate
-    # the backbone's learning rate as a share of that of the classifier, a projection and what OLTR adds; 0: its weights stay
+    # the backbone's learning rate as a share of that of the classifier and a projection; 0: its weights stay. OLTR's attention
+    # and projection count as the backbone's
     backbone_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
+    centroid_rate: Annotated[float, Field(ge=0, le=1)] = 1.0  # that of OLTR's centroids as a share of the classifier's
     # sgd decays every parameter, as the papers do; adamw all but biases and scales, as transformers are trained
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9  # of sgd; of adamw it is the first beta, the second being 0.999

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from offline_bkd.pipeline.models import new_parts
+from offline_bkd.pipeline.models import head_parts
 from offline_bkd.pipeline.schema import Training
 
 
@@ -89,15 +89,17 @@ def build_optimiser(model: torch.nn.Module, training: Training) -> torch.optim.O
 
     SGD decays all of them, AdamW all but biases and scales.
     """
-    shares = {1.0: [], training.backbone_rate: []}
-    heads = tuple(f"{name}." for name in new_parts(model)) if training.backbone_rate != 1 else ("",)
+    shares: dict[float, list[torch.nn.Parameter]] = {}
+    heads = tuple(f"{name}." for name in head_parts(model)) if training.backbone_rate != 1 else ("",)
     for name, parameter in model.named_parameters():
         share = 1.0 if name.startswith(heads) else training.backbone_rate
+        if name.endswith(".centroids"):
+            share = training.centroid_rate
         if not share:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            shares[share].append(parameter)
-    groups = [{"params": parameters, "share": share} for share, parameters in shares.items() if parameters]
+            shares.setdefault(share, []).append(parameter)
+    groups = [{"params": parameters, "share": share} for share, parameters in shares.items()]
     if training.optimizer == "sgd":
         return torch.optim.SGD(
             groups,

@@ -14,7 +14,7 @@ class BilateralBranches:
     """Every even place of a batch is of the uniform branch, every odd one of the reversed."""
 
     def __init__(self, settings: schema.BBN, context: Context):
-        self.network, self.context = Bilateral(context.model), context
+        self.network, self.context, self.final_share = Bilateral(context.model), context, settings.final_share
         self.reverse_weight = samplers.reverse_weight(context.class_counts)
 
     def rows(self, epoch: int) -> np.ndarray:
@@ -22,7 +22,8 @@ class BilateralBranches:
         return np.stack([self.context.instance_balanced(epoch), reverse], axis=1).reshape(-1)
 
     def loss(self, output: tuple[torch.Tensor, torch.Tensor], batch: Batch, epoch: int) -> StepLoss:
-        uniform = 1 - (epoch / self.context.epochs) ** 2  # the share of the uniform branch (BBN, section 4.3)
+        # the share of the uniform branch (BBN, section 4.3)
+        uniform = 1 - (1 - self.final_share) * (epoch / self.context.epochs) ** 2
         features = torch.cat([2 * uniform * output[0], 2 * (1 - uniform) * output[1]], dim=1)
         logits = self.context.model.network.fc(features)  # with a projection, if there is one
         shares = [(uniform, batch.label[0::2]), (1 - uniform, batch.label[1::2])]

@@ -15,34 +15,32 @@ from offline_bkd.pipeline.training.methods.contract import Context, StepLoss, cl
 class Distillation:
     """KD. The cross-entropy is a plain one, as in the BKD paper's eq. 5; its public script weighs it by class."""
 
-    def __init__(self, settings: schema.KD, context: Context):
+    def __init__(self, settings: schema.KD | schema.BKD, context: Context):
         self.network, self.rows, self.targets = context.model, context.instance_balanced, context.targets
         self.alpha, self.temperature = settings.alpha, settings.temperature or context.targets.temperature
 
+    def target(self, batch: Batch, epoch: int) -> torch.Tensor:
+        """What the student learns from: probabilities [B, C] at `temperature`."""
+        return self.targets.probability(batch.rows, batch.views, self.temperature)
+
     def loss(self, logits: torch.Tensor, batch: Batch, epoch: int) -> StepLoss:
-        target = self.targets.probability(batch.rows, batch.views, self.temperature)  # [B, C]
         ce = losses.cross_entropy(logits, batch.label)
-        kd = losses.distillation(logits, target, self.temperature)
+        kd = losses.distillation(logits, self.target(batch, epoch), self.temperature)
         return StepLoss(loss=ce + self.alpha * kd, correct=classified(logits, batch), parts={"ce": ce, "kd": kd})
 
 
-class BalancedDistillation:
+class BalancedDistillation(Distillation):
     """BKD: the teacher's probabilities are weighted by class before the student learns from them."""
 
     def __init__(self, settings: schema.BKD, context: Context):
-        self.network, self.rows, self.targets = context.model, context.instance_balanced, context.targets
-        self.alpha, self.temperature = settings.alpha, settings.temperature or context.targets.temperature
+        super().__init__(settings, context)
         counts = torch.as_tensor(context.class_counts)
         self.weights = losses.effective_number_weights(counts, settings.beta).float().to(context.device)
         self.first = context.first_epoch(settings.reweight_from)
 
-    def loss(self, logits: torch.Tensor, batch: Batch, epoch: int) -> StepLoss:
-        target = self.targets.probability(batch.rows, batch.views, self.temperature)  # [B, C]
-        if epoch >= self.first:
-            target = losses.balanced_probability(target, self.weights)
-        ce = losses.cross_entropy(logits, batch.label)
-        kd = losses.distillation(logits, target, self.temperature)
-        return StepLoss(loss=ce + self.alpha * kd, correct=classified(logits, batch), parts={"ce": ce, "kd": kd})
+    def target(self, batch: Batch, epoch: int) -> torch.Tensor:
+        plain = super().target(batch, epoch)
+        return losses.balanced_probability(plain, self.weights) if epoch >= self.first else plain
 
 
 class ClassBalancedDistillation:

@@ -1,4 +1,4 @@
-"""OLTR: another run's backbone trains on, with attention and a memory of class centroids (Liu et al., 2019)."""
+"""OLTR: another run's backbone, with attention and a memory of class centroids (Liu et al., 2019)."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from offline_bkd.pipeline import schema
 from offline_bkd.pipeline.data.images import Batch
-from offline_bkd.pipeline.models import classifier, memory
+from offline_bkd.pipeline.models import classifier, memory, new_parts
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods.contract import Context, StepLoss, classified
 from offline_bkd.pipeline.training.methods.distillation import WithFeatures
@@ -19,6 +19,10 @@ class OpenLongTail:
     def __init__(self, settings: schema.OLTR, context: Context):
         self.memory, first = memory(context.model), classifier(context.backbone)
         self.network, self.rows = WithFeatures(context.model, self.memory), context.class_balanced
+        if settings.freeze_backbone:
+            new = tuple(f"{name}." for name in new_parts(context.model))
+            for name, parameter in context.model.named_parameters():
+                parameter.requires_grad_(name.startswith(new))
         with torch.no_grad():
             self.memory.centroids.copy_(class_means(self.network, context))
         if isinstance(first, nn.Linear) and first.weight.shape == self.memory.hallucinator.weight.shape:
