@@ -225,7 +225,7 @@ def evaluate(run, checkpoint, overrides, device, out, as_json):
     from offline_bkd.pipeline.show import evaluation, terminal
 
     if out:
-        runs.make_folder(Path(out))  # what cannot be one is refused before the work
+        evaluation.make_folder(Path(out), runs.open_run(run), checkpoint)  # what cannot be one is refused before the work
     with progress_aside(as_json):
         answered = ask_run(run, checkpoint, overrides, choose_device(device))
     written = evaluation.keep_evaluation(answered, out)
@@ -412,7 +412,7 @@ def report(run, out):
 @click.option("--row", "rows", multiple=True, help="Only this row; repeatable.")
 @click.option("--column", "columns", multiple=True, help="Only this column; repeatable.")
 @click.option("--seeds", metavar="0,1,2", help="Instead of the table's own.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs at once; default: one a core, on a GPU at most four.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at once; default: one a core, on GPUs at most four each.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print the commands, and which are done; write nothing.")
 @guarded

@@ -5,9 +5,10 @@ Shapes: M images, C classes.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -20,10 +21,10 @@ import torch
 from offline_bkd.cache.storage import new_file
 from offline_bkd.cache.views import CropFlip
 from offline_bkd.pipeline import UserError, runs
-from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.data.dataset import Dataset
+from offline_bkd.pipeline.data.folders import image_files
 from offline_bkd.pipeline.data.images import open_images
-from offline_bkd.pipeline.data.parquet import read_images
+from offline_bkd.pipeline.data.parquet import image_column, read_images
 from offline_bkd.pipeline.evaluate import infer, load_model
 from offline_bkd.pipeline.show.terminal import counted, printable
 
@@ -50,18 +51,20 @@ def predict(
     `probabilities` p_<class> of each. `out`: a .csv or .parquet file that must not exist; None: CSV to the standard output.
 
     Returns a line for every image that was left out because it cannot be read or is not of the network's size. Raises
-    UserError, with nothing at `out`, for sources without images, for an `out` that cannot be written and where none is left.
+    UserError, with nothing at `out`, for an `out` that cannot be written, for sources without images and where none is left.
     """
+    if out is not None:
+        _refuse_out(out)
     run, answered = runs.open_run(folder), 0
     experiment, summary = run.config(), run.summary()
     classes, size = summary["classes"], tuple(summary.get("image_size", ()))
+    column, skipped = getattr(experiment.data, "image", "image"), []
+    opened = [_open(source, column, tuple(classes)) for source in sources]  # all, before the first is read
     model = load_model(run, checkpoint, experiment, len(classes)).to(device)
     precision = experiment.network(run.stage).training.precision
-    column, skipped = getattr(experiment.data, "image", "image"), []
-    pieces = [piece for source in sources for piece in _pieces(source, column, tuple(classes))]
     schema = _schema(classes, probabilities)
     with _writer(out, schema) as writer, redirect_stdout(sys.stderr):  # progress is no part of the table
-        for piece in pieces:
+        for piece in chain.from_iterable(opened):
             sizes, reasons = _look(piece, size if isinstance(experiment.views, CropFlip) else None)
             for reason in filter(None, reasons):
                 print(f"skipped: {reason}", file=sys.stderr, flush=True)
@@ -74,37 +77,41 @@ def predict(
             images = open_images(readable, experiment.views, device, experiment.data.workers)
             logits = infer(model, images, np.arange(len(rows)), precision=precision)
             names = [readable.describe(row) for row in range(len(rows))]
-            writer.write(_table(names, torch.softmax(logits, 1).cpu(), classes, schema))
+            writer.write(_table(names, torch.softmax(logits, 1).cpu(), classes, schema, probabilities))
             answered += len(rows)
         if not answered:
             raise UserError(f"no image is left to answer about, of {counted(len(skipped), 'image')}; name others")
     return skipped
 
 
-def _pieces(source: str, column: str, classes: tuple[str, ...]) -> Iterator[Dataset]:
-    """The images of one source, some at a time."""
-    path = Path(source)
-    images: Sequence[str | bytes]
+def _open(source: str, column: str, classes: tuple[str, ...]) -> Iterator[Dataset]:
+    """The images of one source, some at a time, none of which is read yet. Raises UserError for a source without images."""
+    path, files = Path(source), [source]
+    if not path.exists():
+        raise UserError(f"there is no {printable(source)}; name image files, folders of them, or Parquet files")
     if path.suffix == ".parquet":
-        images = read_images(path, column)
-    elif path.is_dir():
-        found = sorted(os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
-        images = [name for name in found if Path(name).suffix.lower() in decoding.SUFFIXES]
-    else:
-        images = [source]
-        if not path.exists():
-            raise UserError(f"there is no {printable(source)}; name image files, folders of them, or Parquet files")
-    if not len(images):
-        raise UserError(f"{printable(source)} holds no images; name others")
-    whole = Dataset(
-        name=printable(source),
-        classes=classes,
-        sample_id=np.arange(len(images)),
-        label=np.zeros(len(images), np.int64),  # which is not known, and not looked at
-        images=images,
-    )
-    for start in range(0, len(whole), PIECE):
-        yield whole.take(np.arange(start, min(start + PIECE, len(whole))))
+        return _pieces(printable(source), classes, read_images(path, image_column(path, column), PIECE))
+    if path.is_dir():
+        files, notes = image_files(path)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        if not files:
+            raise UserError(f"{printable(source)} holds no images; name others")
+    some = (files[start : start + PIECE] for start in range(0, len(files), PIECE))
+    return _pieces(printable(source), classes, some)
+
+
+def _pieces(name: str, classes: tuple[str, ...], parts: Iterable[Sequence[str | bytes]]) -> Iterator[Dataset]:
+    first = 0
+    for images in parts:
+        yield Dataset(
+            name=name,
+            classes=classes,
+            sample_id=np.arange(first, first + len(images)),
+            label=np.zeros(len(images), np.int64),  # which is not known, and not looked at
+            images=images,
+        )
+        first += len(images)
 
 
 def _look(images: Dataset, wanted: tuple[int, int] | None) -> tuple[list[tuple[int, int]], list[str | None]]:
@@ -133,13 +140,28 @@ def _schema(classes: Sequence[str], probabilities: bool) -> pyarrow.Schema:
     return pyarrow.schema(fields + [(f"p_{name}", pyarrow.float32()) for name in classes if probabilities])
 
 
-def _table(names: list[str], probability: torch.Tensor, classes: Sequence[str], schema: pyarrow.Schema) -> pyarrow.Table:
+def _table(
+    names: list[str], probability: torch.Tensor, classes: Sequence[str], schema: pyarrow.Schema, probabilities: bool
+) -> pyarrow.Table:
     """The rows of images with these `names` and `probability`, float32 [M, C]."""
     best = probability.topk(min(BEST, len(classes)))
     columns = [pyarrow.array(names)]
     for confidence, index in zip(best.values.T, best.indices.T):
         columns += [pyarrow.array([classes[c] for c in index]), pyarrow.array(confidence.numpy())]
-    return pyarrow.table([*columns, *map(pyarrow.array, probability.T.numpy())][: len(schema)], schema=schema)
+    if probabilities:
+        columns += map(pyarrow.array, probability.T.numpy())
+    return pyarrow.table(columns, schema=schema)
+
+
+def _refuse_out(out: str) -> None:
+    """Raises UserError where no table can be written to `out`."""
+    path = Path(out)
+    if path.suffix not in TABLES:
+        raise UserError(f"--out {out} is neither a .csv nor a .parquet file; name one")
+    if os.path.lexists(path):
+        raise UserError(f"--out {out} exists; choose another file, or delete it")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {path.parent}; make it, or name another file")
 
 
 @contextmanager
@@ -150,12 +172,6 @@ def _writer(out: str | None, schema: pyarrow.Schema) -> Iterator[TableWriter]:
             yield writer
         return
     path = Path(out)
-    if path.suffix not in TABLES:
-        raise UserError(f"--out {out} is neither a .csv nor a .parquet file; name one")
-    if path.exists():
-        raise UserError(f"--out {out} exists; choose another file, or delete it")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {path.parent}; make it, or name another file")
     options = {"write_options": _plain()} if path.suffix == ".csv" else {}
     try:
         with new_file(path) as file, TABLES[path.suffix](file, schema, **options) as writer:

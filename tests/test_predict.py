@@ -1,6 +1,7 @@
 """Answers about any images: as the network gives them in evaluation, and what cannot be read is named."""
 
 import io
+import os
 
 import numpy as np
 import pandas
@@ -39,6 +40,16 @@ def photos(tmp_path_factory, digits):
     return folder
 
 
+def write_parquet(path, digits, count: int) -> None:
+    """The first `count` images as PNG, beside another column."""
+    encoded = []
+    for row in range(count):
+        file = io.BytesIO()
+        digits.decode(row).save(file, "png")
+        encoded.append({"bytes": file.getvalue(), "path": f"{row}.png"})
+    pyarrow.parquet.write_table(pyarrow.table({"n": range(count), "photo": encoded}), path)
+
+
 def expected(run_folder, digits) -> np.ndarray:
     """Probabilities as evaluation has them, [40, 10]."""
     run = runs.open_run(run_folder)
@@ -67,12 +78,7 @@ def test_parquet_and_files_are_taken_together_and_the_table_is_printed_alone(
     teacher_run, photos, digits, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(progress, "SHORT_SECONDS", 0)  # so that how far it is would be printed too
-    encoded = []
-    for row in range(3):
-        file = io.BytesIO()
-        digits.decode(row).save(file, "png")
-        encoded.append({"bytes": file.getvalue(), "path": f"{row}.png"})
-    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3], "photo": encoded}), tmp_path / "some.parquet")
+    write_parquet(tmp_path / "some.parquet", digits, 3)
     with pytest.raises(SystemExit) as end:
         cli.main(
             ["predict", str(teacher_run), str(tmp_path / "some.parquet"), str(photos / "1" / "01.png"), "--device", "cpu"]
@@ -85,6 +91,58 @@ def test_parquet_and_files_are_taken_together_and_the_table_is_printed_alone(
     assert table["file"].tolist() == [*(f"{tmp_path}/some.parquet sample {n}" for n in range(3)), str(photos / "1" / "01.png")]
     assert table["class"].tolist() == [digits.classes[c] for c in wanted[[0, 1, 2, 1]].argmax(1)]
     assert "p_3" not in table
+
+
+def test_parquet_is_read_as_it_is_answered_and_only_when_every_source_is_there(teacher_run, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("offline_bkd.pipeline.data.parquet.ROWS", 1)
+    monkeypatch.setattr("offline_bkd.pipeline.predict.PIECE", 2)
+    done, batches = [], pyarrow.parquet.ParquetFile.iter_batches
+
+    def read(*arguments, **named):
+        for batch in batches(*arguments, **named):
+            done.append("read")
+            yield batch
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", read)
+    monkeypatch.setattr(
+        "offline_bkd.pipeline.predict.infer", lambda *given, **named: done.append("answered") or infer(*given, **named)
+    )
+    source, out = tmp_path / "some.parquet", tmp_path / "answers.csv"
+    write_parquet(source, digits, 5)
+    with pytest.raises(UserError, match="there is no nowhere.parquet"):
+        predict(str(teacher_run), [str(source), "nowhere.parquet"], str(out), "last", tiny.CPU)
+    assert not done
+    assert predict(str(teacher_run), [str(source)], str(out), "last", tiny.CPU) == []
+    assert done == [*["read", "read", "answered"] * 2, "read", "answered"]
+    assert pandas.read_csv(out)["file"].tolist() == [f"{source} sample {row}" for row in range(5)]
+
+
+def test_a_folder_s_images_are_those_that_training_would_take(teacher_run, photos, tmp_path, capsys, monkeypatch):
+    folder, out = tmp_path / "photos", tmp_path / "answers.csv"
+    for name in "photos/a.png", "photos/._a.png", "photos/.thumbnails/a.png", "photos/b.heic", "elsewhere/c.PNG":
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((photos / "1" / "01.png").read_bytes())
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    assert predict(str(teacher_run), [str(folder)], str(out), "last", tiny.CPU) == []
+    assert pandas.read_csv(out)["file"].tolist() == [f"{folder}/a.png", f"{folder}/linked/c.PNG"]
+    assert f"note: {folder}: 3 files are left out (2 hidden, 1 .heic); images are .avif, " in capsys.readouterr().err
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("linked"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot read the folder .*linked: Permission denied"):
+        predict(str(teacher_run), [str(folder)], str(tmp_path / "none.csv"), "last", tiny.CPU)
+
+
+def test_a_column_for_each_class_is_made_only_where_it_is_asked_for(teacher_run, photos, tmp_path, monkeypatch):
+    made, array = [], pyarrow.array
+    monkeypatch.setattr(pyarrow, "array", lambda values: made.append(array(values)) or made[-1])
+    predict(str(teacher_run), [str(photos / "1" / "01.png")], str(tmp_path / "answers.csv"), "last", tiny.CPU)
+    assert len(made) == 1 + 2 * 5
 
 
 def test_what_cannot_be_read_or_is_of_another_size_is_named_and_left_out(teacher_run, photos, tmp_path, capsys):
@@ -127,20 +185,26 @@ def test_resized_crops_are_evaluations_centre(tmp_path, photos, digits):
     np.testing.assert_allclose(found, expected(tmp_path / "run", digits)[rows], rtol=1e-5, atol=1e-7)
 
 
-def test_what_there_is_not_is_refused_before_anything_is_written(teacher_run, photos, tmp_path):
+def test_what_there_is_not_is_refused_before_anything_is_done(teacher_run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("offline_bkd.pipeline.predict.load_model", None)
     (tmp_path / "empty").mkdir()
     for sources, out, message in (
         ([str(photos), "nowhere.png"], "a.csv", "there is no nowhere.png; name image files, folders"),
         ([str(tmp_path / "empty")], "a.csv", "empty holds no images; name others"),
-        ([str(photos)], "a.txt", "is neither a .csv nor a .parquet file"),
+        (["nowhere.png"], "a.txt", "is neither a .csv nor a .parquet file"),
         ([str(photos)], "none/a.csv", "there is no folder .*none; make it"),
     ):
         with pytest.raises(UserError, match=message):
             predict(str(teacher_run), sources, str(tmp_path / out), "last", tiny.CPU)
     (tmp_path / "taken.csv").write_text("mine")
-    with pytest.raises(UserError, match="taken.csv exists; choose another file"):
-        predict(str(teacher_run), [str(photos)], str(tmp_path / "taken.csv"), "last", tiny.CPU)
+    (tmp_path / "linked.csv").symlink_to(tmp_path / "nowhere.csv")
+    for name in "taken.csv", "linked.csv":
+        with pytest.raises(UserError, match=f"{name} exists; choose another file"):
+            predict(str(teacher_run), ["nowhere.png"], str(tmp_path / name), "last", tiny.CPU)
     pyarrow.parquet.write_table(pyarrow.table({"n": [1], "m": ["x"]}), tmp_path / "no.parquet")
     with pytest.raises(UserError, match="no.parquet: images are in a column of bytes, .*; there are none among n, m; name it"):
         predict(str(teacher_run), [str(tmp_path / "no.parquet")], str(tmp_path / "b.csv"), "last", tiny.CPU)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "no.parquet", "taken.csv"]
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.binary())}), tmp_path / "no.parquet")
+    with pytest.raises(UserError, match="no.parquet holds no images; name others"):
+        predict(str(teacher_run), [str(tmp_path / "no.parquet")], str(tmp_path / "b.csv"), "last", tiny.CPU)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "linked.csv", "no.parquet", "taken.csv"]

@@ -1,6 +1,7 @@
 """Reports and evaluations: what they say is what the runs' files say, in files that are whole, whatever names are."""
 
 import csv
+import dataclasses
 import errno
 import json
 import re
@@ -189,6 +190,22 @@ def test_every_file_of_reports_and_evaluations_is_written_whole_or_not_at_all(tm
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} - appended <= {*written}
 
 
+def test_a_report_replaces_no_files_but_its_own(tmp_path, compared):
+    folders = [str(compared[0].folder)]
+    for name in "table.csv", "curves.png", "report.html":
+        mine = tmp_path / name.split(".")[0] / name
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        with pytest.raises(UserError, match=f"holds a {name} that would be replaced, but no runs.json, so .*; move it away"):
+            write_report(folders, str(mine.parent))
+        assert [*mine.parent.iterdir()] == [mine] and mine.read_text() == "mine"
+    write_report(folders, str(tmp_path / "out"))
+    page = tmp_path / "out" / "report.html"
+    page.unlink()  # as where it was interrupted
+    write_report(folders, str(tmp_path / "out"))
+    assert page.exists()
+
+
 def test_pictures_that_are_missing_or_torn_are_drawn_again_and_others_left_alone(tmp_path, compared):
     shutil.copytree(compared[0].folder, tmp_path / "run")
     run, curves = runs.open_run(tmp_path / "run"), tmp_path / "run" / "curves.png"
@@ -250,8 +267,28 @@ def test_an_evaluation_goes_where_it_belongs_or_where_it_is_told_to(tmp_path, te
     monkeypatch.setattr(LocalStorage, "write", refuse)
     assert "not written: " in evaluation.keep_evaluation(answered, None)
     with pytest.raises(OSError, match="Read-only file system"):
-        evaluation.keep_evaluation(answered, str(tmp_path / "out"))
+        evaluation.keep_evaluation(answered, str(tmp_path / "elsewhere"))
     (teacher_run / "evaluation-last").rmdir()
+
+
+def test_an_evaluation_is_replaced_by_one_of_the_same_network_and_images_alone(tmp_path, compared, answered):
+    out, kept = str(tmp_path / "out"), tmp_path / "out" / "scores.json"
+    for _ in range(2):
+        evaluation.keep_evaluation(answered, out)
+    before = {path: path.read_bytes() for path in kept.parent.iterdir()}
+    for changed, message in (
+        ({"run": compared[0]}, "out holds the evaluation of another network than .*teacher's; name another folder"),
+        ({"test_dataset": answered.test_dataset | {"labels": "others"}}, "out holds an evaluation on other test images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluation.keep_evaluation(dataclasses.replace(answered, **changed), out)
+    assert {path: path.read_bytes() for path in kept.parent.iterdir()} == before
+    kept.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="scores.json is damaged, or no evaluation .checkpoint: Field required.; move it away"):
+        evaluation.keep_evaluation(answered, out)
+    kept.unlink()
+    with pytest.raises(UserError, match="out holds a classes.csv that would be replaced, but no scores.json"):
+        evaluation.keep_evaluation(answered, out)
 
 
 def test_an_evaluation_is_told_in_a_sentence_first(answered, capsys):

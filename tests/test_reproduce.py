@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -167,10 +169,10 @@ def test_a_row_stands_in_its_columns_alone(table, tmp_path):
     content["columns"]["more digits"] = {"config": "tiny.yaml"}
     content["rows"]["KD"] |= {"columns": ["more digits"], "published": {"more digits": {"all": 40}}}
     table.write_text(yaml.safe_dump(content, sort_keys=False))
-    jobs, cells = jobs_of(table, seeds=(0,), out=tmp_path)
-    assert {column for row, column, _ in cells if row == "KD"} == {"more digits"} and len(cells) == 7
+    _, cells = jobs_of(table, out=tmp_path)
+    assert {column for row, column, _ in cells if row == "KD"} == {"more digits"} and len(cells) == 2 * 7
     whole = reproduce.load_table(str(table))
-    rows = reproduce.write_table(whole, jobs_of(table, out=tmp_path)[1], tmp_path, False, whole.cells)
+    rows = reproduce.write_table(whole, cells, tmp_path, False, whole.cells)
     assert [row[:2] for row in rows[1:]] == [
         *(["digits", name] for name in ("CE", "BKD, two teachers", "BKD+cRT")),
         *(["more digits", name] for name in ("CE", "KD", "BKD, two teachers", "BKD+cRT")),
@@ -304,8 +306,14 @@ def test_what_is_not_in_the_table_is_named(table):
             jobs_of(table, **asked)
     with pytest.raises(UserError, match="there is no table 'cifr'; known are .*cifar"):
         reproduce.load_table("cifr")
-    with pytest.raises(UserError, match="none of these columns has a small version"):
-        jobs_of("cifar", columns=("CIFAR-10-LT 50",), quick=True)
+    for columns in ("CIFAR-10-LT 50",), ("CIFAR-10-LT 100", "CIFAR-10-LT 50"):
+        with pytest.raises(UserError, match="column 'CIFAR-10-LT 50' has no small version; name other columns, or leave"):
+            jobs_of("cifar", columns=columns, quick=True)
+    content = yaml.safe_load(table.read_text())
+    del content["columns"]["digits"]["quick"]
+    table.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="no column of the table has a small version; leave out --quick"):
+        jobs_of(table, quick=True)
 
 
 class InThisProcess:
@@ -359,6 +367,47 @@ def test_a_table_is_run_resumed_and_compared(table, tmp_path, here):
     assert (said[2], float(said[3])) == (furthest, apart[furthest])
     assert json.loads((out / "table.json").read_text())["cells"][1]["seeds"] == [0, 1]
     assert (out / "table.png").read_bytes().startswith(b"\x89PNG") and "| digits | CE | 2 |" in (out / "table.md").read_text()
+
+
+def test_a_mistake_in_a_row_that_is_not_asked_for_is_named_before_anything_runs(table, tmp_path, here):
+    content = yaml.safe_load(table.read_text())
+    content["rows"]["KD"]["set"] = ["student.method.nam=kd"]
+    table.write_text(yaml.safe_dump(content, sort_keys=False))
+    for options in ["--dry-run"], []:
+        found = invoke(table, tmp_path / "out", "--row", "CE", "--seeds", "0", *options)
+        assert found.exit_code == 2 and "row 'KD', column 'digits': " in found.output + str(found.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_changed_while_runs_go_on_does_not_keep_their_table_from_being_written(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "run_jobs", lambda *_: (tmp_path / "tiny.yaml").unlink())
+    found = invoke(table, tmp_path / "out", "--row", "CE")
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "out" / "table.json").exists()
+
+
+def test_each_run_sees_one_gpu_and_as_many_share_one_as_where_there_is_no_other(table, tmp_path, monkeypatch):
+    begun, asked, gpu = [], [], torch.device("cuda")
+
+    class Ended(InThisProcess):
+        returncode = 0
+
+        def __init__(self, command, env, **_):
+            begun.append(env["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.setattr(execution, "Popen", Ended)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert execution.visible_cards(gpu) == ["0", "1", "2"] and execution.visible_cards(tiny.CPU) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-6,7,-1")
+    jobs = [reproduce.Job(tmp_path / f"run-{number}", []) for number in range(7)]
+    execution.run_jobs(jobs, 7, 6, 1, execution.visible_cards(gpu))
+    assert begun == [*["4", "GPU-6", "7"] * 2, "4"]
+    monkeypatch.setattr(reproduce, "run_jobs", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24))
+    whole = reproduce.load_table(str(table))
+    reproduce.reproduce(whole, whole, str(tmp_path / "out"), gpu, False, None)
+    assert asked[0][2:] == (3 * 4, 24 // 12, ["4", "GPU-6", "7"])
 
 
 def test_a_run_that_fails_is_named_and_leaves_out_what_needs_it(table, tmp_path, here):

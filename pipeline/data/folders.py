@@ -40,10 +40,23 @@ def _read_part(root: Path) -> tuple[dict[str, list[str]], Counter]:
         elif entry.name.startswith("."):
             left_out["hidden"] += _count(entry.path)
         else:
-            files[entry.name] = []
-            _walk(entry.path, files[entry.name], left_out)
-            files[entry.name].sort(key=lambda path: path.split(os.sep))
+            files[entry.name] = _files_below(entry.path, left_out)
     return files, left_out
+
+
+def image_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The image files in `folder` and the folders in it, in their order, and a note where others are left out.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    left_out: Counter = Counter()
+    return _files_below(str(folder), left_out), _notes(folder, left_out)
+
+
+def _files_below(folder: str, left_out: Counter) -> list[str]:
+    files: list[str] = []
+    _walk(folder, files, left_out)
+    return sorted(files, key=lambda path: path.split(os.sep))
 
 
 def _walk(folder: str, files: list[str], left_out: Counter) -> None:
@@ -87,14 +100,6 @@ def _count(path: str) -> int:
 def _part(root: Path, classes: list[str], files: dict[str, list[str]], left_out: Counter) -> Dataset:
     images = [path for name in classes for path in files.get(name, [])]
     label = [number for number, name in enumerate(classes) for _ in files.get(name, [])]
-    notes = []
-    if left_out:
-        counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-        kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in counts[:8])
-        notes.append(
-            f"{printable(str(root))}: {left_out.total():,} files are left out ({kinds}); "
-            f"images are {', '.join(sorted(SUFFIXES))}"
-        )
     return Dataset(
         name=printable(root.parent.name),
         classes=tuple(classes),
@@ -102,5 +107,15 @@ def _part(root: Path, classes: list[str], files: dict[str, list[str]], left_out:
         label=np.array(label, np.int64),
         images=images,
         root=root,
-        notes=tuple(notes),
+        notes=_notes(root, left_out),
     )
+
+
+def _notes(root: Path, left_out: Counter) -> tuple[str, ...]:
+    """One on the files below `root` that are left out, if there are any."""
+    if not left_out:
+        return ()
+    counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in counts[:8])
+    images = ", ".join(sorted(SUFFIXES))
+    return (f"{printable(str(root))}: {left_out.total():,} files are left out ({kinds}); images are {images}",)

@@ -90,12 +90,11 @@ def _part(root: Path, pattern: str, shards: list[Shard], images: Sequence, label
     return part.take(np.arange(len(part)), _missing(shards))
 
 
-def read_images(path: Path, preferred: str) -> EncodedImages:
-    """The images of the Parquet file at `path`: those of the column `preferred`, or of the only one that can hold images.
+def image_column(path: Path, preferred: str) -> str:
+    """The column of the Parquet file at `path` that holds images: `preferred`, or the only one that can.
 
-    Raises UserError where the file cannot be read, or has no such column.
+    Raises UserError where the file cannot be read, or has no such column or no rows.
     """
-    unpacked, chunks = 0, []
     with _opened(path) as file:
         fits = [field.name for field in file.schema_arrow if _is_bytes(_image_fields(field.type).get("bytes"))]
         if preferred not in fits and len(fits) != 1:
@@ -104,13 +103,28 @@ def read_images(path: Path, preferred: str) -> EncodedImages:
                 f"{printable(str(path))}: images are in a column of bytes, or a struct with a field 'bytes'; "
                 f"there are {found}; name it {preferred!r}"
             )
-        column = preferred if preferred in fits else fits[0]
+        if not file.metadata.num_rows:
+            raise UserError(f"{printable(str(path))} holds no images; name others")
+    return preferred if preferred in fits else fits[0]
+
+
+def read_images(path: Path, column: str, rows: int) -> Iterator[EncodedImages]:
+    """The images in a column of the Parquet file at `path`: of `rows` rows or, since ROWS are unpacked at a time, some more.
+
+    Raises UserError where the file cannot be read.
+    """
+    unpacked, images = 0, pyarrow.chunked_array([], pyarrow.large_binary())
+    with _opened(path) as file:
         for batch in file.iter_batches(ROWS, columns=[column], use_threads=False):
             unpacked += batch.nbytes
             _refuse_bomb(path, unpacked)
-            chunks.append(_encoded(batch.column(column))["bytes"].cast(pyarrow.large_binary()))
-    images = pyarrow.chunked_array(chunks, pyarrow.large_binary())
-    return EncodedImages(images, np.arange(len(images)))
+            data = _encoded(batch.column(column))["bytes"].cast(pyarrow.large_binary())
+            images = pyarrow.chunked_array([*images.chunks, data])
+            if len(images) >= rows:
+                yield EncodedImages(images, np.arange(len(images)))
+                images = pyarrow.chunked_array([], pyarrow.large_binary())
+    if len(images):
+        yield EncodedImages(images, np.arange(len(images)))
 
 
 def _shards(section: schema.Parquet, root: Path, pattern: str, key: str) -> list[Shard]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from offline_bkd.pipeline import runs
-from offline_bkd.pipeline.reproduce.execution import Job, run_jobs
+from offline_bkd.pipeline.reproduce.execution import Job, run_jobs, visible_cards
 from offline_bkd.pipeline.reproduce.plan import plan
 from offline_bkd.pipeline.reproduce.results import refuse_other, write_table
 from offline_bkd.pipeline.reproduce.table import Table, load_table, select
@@ -28,17 +28,16 @@ __all__ = ["Job", "Table", "load_table", "plan", "refuse_other", "reproduce", "s
 def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick: bool, at_once: int | None) -> list[Job]:
     """Runs what is missing of `table`, a part of `whole`, and writes the table into `out`. Returns the jobs that failed."""
     folder = Path(out)
-    jobs, cells = plan(whole, table, folder, device, quick)
     before = refuse_other(whole, folder, quick)
+    # What other commands have run in `out` stays in the table.
+    everything = select(whole, (), (), tuple(dict.fromkeys((*whole.seeds, *table.seeds, *before))), quick)
+    jobs, cells = plan(everything, table, folder, device, quick)
     runs.make_folder(folder)
-    cores = len(os.sched_getaffinity(0))
-    at_once = at_once or (min(4, cores) if device.type == "cuda" else cores)
-    run_jobs([job for job in jobs if not job.done], len(jobs), at_once, max(1, cores // at_once))
+    cores, cards = len(os.sched_getaffinity(0)), visible_cards(device)
+    at_once = at_once or (len(cards) * min(4, cores) if cards else cores)
+    run_jobs([job for job in jobs if not job.done], len(jobs), at_once, max(1, cores // at_once), cards)
     for job in jobs:
         if job.done and job.makes_a_run:
             draw_run(runs.open_run(job.out))  # where a kill, or an earlier version, left no whole picture
-    # What other commands have run in `out` stays in the table.
-    everything = select(whole, (), (), tuple(dict.fromkeys((*whole.seeds, *table.seeds, *before))), quick)
-    _, cells = plan(whole, everything, folder, device, quick)
     write_table(everything, cells, folder, quick, asked=table.cells)
     return [job for job in jobs if job.failed]

@@ -4,9 +4,12 @@ import fcntl
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
+
+import torch
 
 from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError
@@ -25,6 +28,7 @@ class Job:
     arguments: list[str]
     needs: list["Job"] = field(default_factory=list)
     process: Popen | None = None
+    card: str | None = None  # the GPU that it runs on, as CUDA_VISIBLE_DEVICES names it
     failed: bool = False
 
     @property
@@ -41,8 +45,8 @@ class Job:
         except CacheError:
             return False  # not begun, or what dump-logits will say
 
-    def begin(self, threads: int) -> bool:
-        """Starts the command; False while another `reproduce` has it running."""
+    def begin(self, threads: int, card: str | None = None) -> bool:
+        """Starts the command, which sees no GPU but `card`; False while another `reproduce` has it running."""
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             log = open(f"{self.out}.log", "a")
@@ -53,12 +57,13 @@ class Job:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process has it from here, to its end
             except BlockingIOError:
                 return False
+            self.card, chosen = card, {} if card is None else {"CUDA_VISIBLE_DEVICES": card}
             self.process = Popen(
                 [sys.executable, str(CLI), *self.arguments, "--out", str(self.out), "--resume"],
                 stdin=PIPE,  # which ends with this process, however it ends, and so does the command
                 stdout=log,
                 stderr=STDOUT,
-                env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"OFFLINE_BKD_ENDS_WITH_INPUT": "1"},
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"OFFLINE_BKD_ENDS_WITH_INPUT": "1"} | chosen,
             )
         return True
 
@@ -70,15 +75,26 @@ class Job:
             terminal.line(f"{self.out}: exit {self.process.returncode}; {self.out}.log ends: {''.join(last_line)}")
 
 
-def run_jobs(waiting: list[Job], total: int, at_once: int, threads: int) -> None:
-    """Begins jobs whose needs are done, `at_once` at a time, until none is left that can be."""
+def visible_cards(device: torch.device) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each of the GPUs that torch finds; of a CPU none."""
+    if device.type != "cuda":
+        return []
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in named.split(",")][:count] if named else [str(number) for number in range(count)]
+
+
+def run_jobs(waiting: list[Job], total: int, at_once: int, threads: int, cards: Sequence[str] = ()) -> None:
+    """Begins jobs whose needs are done, `at_once` at a time, until none is left that can be.
+
+    Each sees one of the GPUs `cards` alone, the one that the fewest run on.
+    """
     running: list[Job] = []
     start, ended = time.perf_counter(), 0
     with Progress("reproducing", total, total - len(waiting), "runs", plain=True) as progress:
         try:
             while waiting or running:
                 _leave_out_what_cannot_be(waiting)
-                _begin_what_can_be(waiting, running, at_once, threads)
+                _begin_what_can_be(waiting, running, at_once, threads, cards)
                 time.sleep(POLL_SECONDS)
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
@@ -100,9 +116,10 @@ def _leave_out_what_cannot_be(waiting: list[Job]) -> None:
             terminal.line(f"{job.out}: left out, what it needs failed")
 
 
-def _begin_what_can_be(waiting: list[Job], running: list[Job], at_once: int, threads: int) -> None:
+def _begin_what_can_be(waiting: list[Job], running: list[Job], at_once: int, threads: int, cards: Sequence[str]) -> None:
     ready = [job for job in waiting if all(need not in waiting and need not in running for need in job.needs)]
     for job in ready:
-        if len(running) < at_once and job.begin(threads):
+        card = min(cards, key=[other.card for other in running].count, default=None)
+        if len(running) < at_once and job.begin(threads, card):
             waiting.remove(job)
             running.append(job)

@@ -12,20 +12,22 @@ from offline_bkd.cache.views import to_json
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.reproduce.execution import Job
-from offline_bkd.pipeline.reproduce.table import Member, Table
+from offline_bkd.pipeline.reproduce.table import Member, Table, select
 from offline_bkd.pipeline.schema import Experiment, Section
 
 Cells = dict[tuple[str, str, int], Job]  # (row, column, seed): the job whose run is scored there
 
 
 def plan(whole: Table, table: Table, out: Path, device: torch.device, quick: bool) -> tuple[list[Job], Cells]:
-    """All commands of `table`, a part of `whole`, those that others need first; and the student's or teacher's of each cell.
+    """All commands of `table`, a part of `whole`, those that others need first; and of each cell of `whole`, asked for or
+    not, the student's or teacher's.
 
-    Every configuration is checked here, before anything runs.
+    Every configuration of `whole` is checked here, before anything runs.
     """
     planner = _Planner(whole, out, device, quick)
-    cells = {(row, column, seed): planner.cell(row, column, seed) for column, row in table.cells for seed in table.seeds}
-    return list(planner.jobs.values()), cells
+    planner.cells(table)
+    asked = list(planner.jobs.values())
+    return asked, planner.cells(select(whole, (), (), (), quick))
 
 
 class _Planner:
@@ -37,6 +39,9 @@ class _Planner:
     def __init__(self, table: Table, out: Path, device: torch.device, quick: bool):
         self.table, self.out, self.device, self.quick = table, out, device, quick
         self.jobs: dict[Path, Job] = {}
+
+    def cells(self, part: Table) -> Cells:
+        return {(row, column, seed): self.cell(row, column, seed) for column, row in part.cells for seed in part.seeds}
 
     def cell(self, name: str, column: str, seed: int) -> Job:
         """The job of a row's run of `seed`."""

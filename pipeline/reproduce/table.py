@@ -156,10 +156,15 @@ def select(table: Table, rows: tuple[str, ...], columns: tuple[str, ...], seeds:
             raise UserError(f"the table has no {kind} {unknown[0]!r}; it has {', '.join(known)}")
     kept = {name: column for name, column in table.columns.items() if not columns or name in columns}
     if quick:
+        if lacking := [name for name in columns if not kept[name].quick]:
+            raise UserError(f"column {lacking[0]!r} has no small version; name other columns, or leave out --quick")
         kept = {name: column for name, column in kept.items() if column.quick}
         if not kept:
-            raise UserError("none of these columns has a small version; leave out --quick")
+            raise UserError("no column of the table has a small version; leave out --quick")
     chosen = {name: row for name, row in table.rows.items() if not rows or name in rows}
+    for name in rows:
+        if not any(chosen[name].stands_in(column) for column in kept):
+            raise UserError(f"the table has no {name} in {' or '.join(kept)}; its rows name their columns")
     part = table.model_copy(update={"columns": kept, "rows": chosen, "seeds": seeds or table.seeds})
     if not part.cells:
         raise UserError(f"the table has no {' or '.join(chosen)} in {' or '.join(kept)}; its rows name their columns")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -14,11 +15,20 @@ from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.runs.checksums import JSON_FILE, Form, add_checksum, parse_json, refuse_changed
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder for what is shown of runs. Raises UserError if it cannot be made, is an address or a run's own."""
+def make_folder(folder: Path, files: Sequence[str] = ()) -> None:
+    """Makes a folder for what is shown of runs, in `files`, the first of which says that the others there are of its kind.
+
+    Raises UserError if it cannot be made, is an address or a run's own, or holds some of `files` but not the first.
+    """
     refuse_address(folder)
     if (folder / "config.yaml").exists():
         raise UserError(f"--out {folder} is a run's folder; name another one")
+    found = [name for name in files if os.path.lexists(folder / name)]
+    if found and files[0] not in found:
+        raise UserError(
+            f"--out {folder} holds a {found[0]} that would be replaced, but no {files[0]}, so it is not this command's; "
+            "move it away, or name another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,6 +19,7 @@ from offline_bkd.pipeline.show import pictures, tables, terminal
 
 WORST = 20  # pairs of classes that are named in the picture and in the report
 SAID = 5  # those that are printed
+FILES = "scores.json", "classes.csv", "confusion.csv", "confusion.png", "calibration.png"
 
 
 class Bin(BaseModel):
@@ -77,6 +78,24 @@ def worst_pairs(evaluation: Evaluation, pairs: metrics.Pairs) -> list[dict]:
     ]
 
 
+def make_folder(folder: Path, run: runs.Run, checkpoint: str, test_dataset: dict | None = None) -> None:
+    """Makes a folder for the files. Raises UserError where it holds others: another network's, or of another test set than
+    `test_dataset`, where that is known yet."""
+    runs.make_folder(folder, FILES)
+    path = folder / "scores.json"
+    if not path.exists():
+        return
+    try:
+        kept = runs.read_json(path, KeptEvaluation)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or no evaluation ({runs.reason(error)}); move it away, or name another --out")
+    summary = run.summary()
+    if kept["digest"] != (summary["digest"] if checkpoint == "last" else summary.get("best_digest", kept["digest"])):
+        raise UserError(f"--out {folder} holds the evaluation of another network than {run.folder}'s; name another folder")
+    if test_dataset not in (None, kept["test_dataset"]):
+        raise UserError(f"--out {folder} holds an evaluation on other test images; name another folder")
+
+
 def keep_evaluation(evaluation: Evaluation, out: str | None) -> str:
     """Writes the files into `out`, or beside the run's weights if the test set is its own. Returns a line that says where.
 
@@ -86,7 +105,10 @@ def keep_evaluation(evaluation: Evaluation, out: str | None) -> str:
     if not out and evaluation.test_dataset != evaluation.run.summary()["test_dataset"]:
         return "not written, for these are other test images than the run's own; --out names a folder for it"
     try:
-        runs.make_folder(folder)
+        if out:
+            make_folder(folder, evaluation.run, evaluation.checkpoint, evaluation.test_dataset)
+        else:
+            runs.make_folder(folder)
         _write(evaluation, folder)
     except (UserError, OSError) as error:
         if out:

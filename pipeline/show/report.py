@@ -13,6 +13,8 @@ from offline_bkd.pipeline.show.seeds import Seeds, group_by_seed, method_name, r
 from offline_bkd.pipeline.show.tables import spread, write_csv, write_markdown
 from offline_bkd.pipeline.show.terminal import COLUMNS
 
+FILES = "runs.json", "table.md", "table.csv", "curves.png", "accuracy_by_class.png", "report.html"  # as they are written
+
 
 class Report(NamedTuple):
     answer: str  # for a person, in a sentence
@@ -33,8 +35,7 @@ def draw_run(run: runs.Run) -> None:
 
 
 def write_report(folders: Sequence[str], out: str) -> Report:
-    """Compares complete runs of one data set. Writes table.md, table.csv, runs.json, curves.png, accuracy_by_class.png and
-    report.html into the folder `out`.
+    """Compares complete runs of one data set. Writes FILES into the folder `out`, over those of a report that is there.
 
     Runs that differ in nothing but the seed are one row: mean and standard deviation.
     """
@@ -44,7 +45,7 @@ def write_report(folders: Sequence[str], out: str) -> Report:
         if any(run.summary()[part] != first[part] for part in ("dataset", "test_dataset")):
             raise UserError(f"{run.folder} and {folders[0]} were trained or tested on different data; report them apart")
     lines = group_by_seed(opened)
-    runs.make_folder(Path(out))
+    runs.make_folder(Path(out), FILES)
     table = [["method", "seeds", *COLUMNS, "best epoch's all"]]
     for line in lines:
         best = [summary["best"]["top1"] for summary in line.summaries]
@@ -54,10 +55,10 @@ def write_report(folders: Sequence[str], out: str) -> Report:
     class_counts = np.array(first["class_counts"])
     epochs = {line.name: line.epochs for line in lines}
     scores = {line.name: {"top1": float(np.mean(line.last("top1"))), "per_class": line.per_class} for line in lines}
+    text = json.dumps([what_was_run(run) for run in opened], indent=1)
+    runs.write_whole(Path(out) / "runs.json", f"{text}\n".encode())  # first: with it, what was interrupted may be replaced
     write_markdown(Path(out) / "table.md", table)
     write_csv(Path(out) / "table.csv", table)
-    text = json.dumps([what_was_run(run) for run in opened], indent=1)
-    runs.write_whole(Path(out) / "runs.json", f"{text}\n".encode())
     pictures.save_curves(Path(out) / "curves.png", epochs)
     pictures.save_classes(Path(out) / "accuracy_by_class.png", scores, class_counts)
     page.write_page(Path(out) / "report.html", report.answer, lines)
