@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from offline_bkd import cli
+from offline_bkd.cache import open_cache
 from offline_bkd.pipeline import reproduce, schema
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.data import datasets
@@ -141,14 +142,14 @@ def test_the_commands_that_look_at_runs_and_caches_work(typing, teacher_run, cac
 
 
 def test_the_lines_for_pandas_work(cache):
-    lines, _ = blocks((ROOT / "README.md").read_text(), "python")
+    (lines,) = blocks((ROOT / "README.md").read_text(), "python")
     values: dict = {}
     exec(lines.replace("runs/digits/cache.zarr", str(cache)), values)
     assert len(values["table"]) == len(values["cache"]) == 464
 
 
 def test_the_lines_for_a_training_loop_work(cache):
-    _, lines = blocks((ROOT / "README.md").read_text(), "python")
+    lines, _ = blocks((ROOT / "docs" / "questions.md").read_text(), "python")
     train, *_ = datasets.load(tiny.experiment().data)
     images = [(train.decode(row), int(train.label[row])) for row in range(len(train))]
     linear = torch.nn.Linear(3 * 8 * 8, 10)
@@ -160,6 +161,17 @@ def test_the_lines_for_a_training_loop_work(cache):
     }
     exec(lines.replace("runs/digits/cache.zarr", str(cache)), values)
     assert values["epoch"] == 2 and 0 < values["loss"].item() < 10 and not torch.equal(begun, linear.weight)
+
+
+def test_the_lines_for_a_network_of_one_s_own_work(typing):
+    _, lines = blocks((ROOT / "docs" / "questions.md").read_text(), "python")
+
+    class Brightness(torch.nn.Linear):
+        def forward(self, image):
+            return super().forward(image.float().mean((1, 2, 3))[:, None])
+
+    exec(lines.replace("runs/cache.zarr", "brightness.zarr"), {"network": Brightness(1, 2)})
+    assert open_cache("brightness.zarr").complete
 
 
 def test_the_page_of_keys_is_what_the_schema_says(monkeypatch):
