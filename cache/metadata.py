@@ -87,11 +87,11 @@ def load_metadata(storage) -> Metadata:
     )
 
 
-def read_document(storage, key, missing=None):
-    """A metadata document or marker. Raises CacheError, with the message `missing` if given, where it is not there."""
+def read_document(storage, key):
+    """A metadata document. Raises CacheError where it is not there."""
     size = storage.size(key)
     if size is None:
-        raise CacheError(missing or f"{storage} is not a whole store: it has no {key}; dump it again, or resume its dump")
+        raise CacheError(f"{storage} is not a whole store: it has no {key}; dump it again, or resume its dump")
     if size > DOCUMENT_BYTES:
         raise CacheError(f"{storage} is not a store: {key} has {size} bytes; {FOREIGN}")
     return storage.read(key)

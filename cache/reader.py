@@ -16,7 +16,7 @@ import numpy as np
 from . import features, parts, tempering
 from .encodings import Dense
 from .format import CacheError, CorruptCacheError, LostCacheError, read_marker, reason, whole_numbers
-from .metadata import FOREIGN, MARKER_BYTES, check_chunk, load_metadata, read_document
+from .metadata import FOREIGN, MARKER_BYTES, check_chunk, load_metadata
 from .storage import open_storage
 
 _MARKER = re.compile(r"(0|[1-9]\d{0,6})\.(0|[1-9]\d{0,6})")
@@ -350,7 +350,9 @@ class Cache:
     def _marker(self, view, block):
         where = self._where(view, block)
         with self._reading(where):
-            data = read_document(self._storage, f"done/{view}.{block}", f"{where} is not dumped yet; resume the dump")
+            data = self._storage.read(f"done/{view}.{block}", MARKER_BYTES)  # in one request, where each takes long
+        if data is None:
+            raise CacheError(f"{where} is not dumped yet; resume the dump")
         return self._parse_marker(view, block, data)
 
     def _parse_marker(self, view, block, data):
