@@ -344,6 +344,7 @@ def test_what_fails_for_a_moment_is_asked_for_again(bucket, two_blocks, monkeypa
             assert proxy.broke == 2
             proxy.break_next(fault, 2)
             cache = open_cache(url)
+            assert proxy.broke == 2
             proxy.break_next(fault, 2)
             assert (cache.plane(0) == answers(0)).all() and proxy.broke == 2
             fill(writer)

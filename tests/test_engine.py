@@ -21,7 +21,7 @@ from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.schema import Cosine, OneCycle, Training
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import engine
-from offline_bkd.pipeline.training.optimisation import learning_rate
+from offline_bkd.pipeline.training.optimisation import build_optimiser, learning_rate
 from offline_bkd.pipeline.training.samplers import instance_balanced
 
 ROOT = Path(__file__).parent.parent
@@ -415,6 +415,24 @@ def test_the_share_of_time_spent_waiting_for_data_is_reported(tmp_path, monkeypa
     assert fast["peak_memory"] > 1e8, "bytes"
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.color_jitter=strong", "holds no answers to jittered images; leave out color_jitter"),
+        ("teacher.method.name=bkd", "which stage one has not written yet; train it as a student"),
+        ("teacher={expert: few, method: {name: cb}, model: {name: cifar_resnet}}", "trained by method ce; found cb"),
+    ],
+)
+def test_what_would_teach_wrongly_is_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        tiny.experiment(override)
+
+
+def test_what_is_asked_of_sgd_reaches_it():
+    (group,) = build_optimiser(torch.nn.Linear(2, 2), Training(nesterov=True, momentum=0.8, weight_decay=0.3)).param_groups
+    assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.8, 0.3)
+
+
 def test_compilation_without_a_compiler_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="teacher.training.compile needs a C.. compiler, and there is none; install g.."):
@@ -548,8 +566,6 @@ def test_gradients_are_clipped_to_a_norm_of_all_together():
 
 
 def test_adamw_decays_neither_biases_nor_scales():
-    from offline_bkd.pipeline.training.optimisation import build_optimiser
-
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     groups = build_optimiser(model, Training(optimizer="adamw", weight_decay=0.05)).param_groups
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.05), (3, 0.0)]

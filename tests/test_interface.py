@@ -156,6 +156,15 @@ def test_settings_that_make_no_sense_are_refused(cache, digits, given, message):
         CachedTargets(cache, pairs_of(digits), **given)
 
 
+def test_transform_coded_targets_are_the_stores(tmp_path, digits, teacher_run):
+    config = tiny.experiment("cache.encoding={name: klt, max_error: 0.05}")
+    dump_logits(config, [str(teacher_run)], str(tmp_path / "s"), tiny.CPU)
+    data, store = CachedTargets(tmp_path / "s", pairs_of(digits)), open_cache(tmp_path / "s")
+    assert store.decoder is not None
+    for item in 0, 5, 463:
+        np.testing.assert_allclose(data[item].target, store.plane(data[item].view)[item], atol=1e-6)
+
+
 def test_an_epoch_is_a_whole_number(cache, digits):
     data = CachedTargets(cache, pairs_of(digits))
     for epoch in -1, 1.5, "3", 2**63:

@@ -228,7 +228,8 @@ def test_another_temperature_follows_from_the_probabilities(batch):
     _, teacher, _ = batch
     warm = torch.tensor(softmax(teacher / 2, axis=1))
     for other in (1.0, 2.0, 4.0):
-        np.testing.assert_allclose(losses.retempered(warm, 2 / other), softmax(teacher / other, axis=1), rtol=2e-3, atol=1e-6)
+        found = losses.retempered(warm, 2 / other)
+        np.testing.assert_allclose(found, softmax(teacher / other, axis=1), rtol=1e-10, atol=1e-14)
     assert losses.retempered(torch.tensor([[0.0, 1.0, 2.0**-140]]), 0.25).argsort().tolist() == [[0, 2, 1]], "in their order"
     assert losses.retempered(torch.tensor([[1.0, 0.0]]), 0.5).tolist() == [[1, 0]]
 
@@ -251,7 +252,38 @@ def test_students_of_another_temperature_minimise_its_divergence(batch):
     p, log_q = softmax(teacher / 3, axis=1), log_softmax(student / 3, axis=1)
     expected = 9 * (p * (np.log(p) - log_q)).sum(1)
     found = loss(torch.tensor(student), Batch(rows=None, views=None, label=torch.tensor(label), images=None), 0)
-    np.testing.assert_allclose(found.parts["kd"], expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.parts["kd"], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_bkd_weighs_its_parts_by_alpha_and_classes_from_its_epoch_on(batch):
+    student, teacher, label = batch
+    p, log_q = softmax(teacher / T, axis=1), log_softmax(student / T, axis=1)
+    weighted = p * np.array([(1 - BETA) / (1 - BETA**n) for n in COUNTS])
+    q, ce = weighted / weighted.sum(1, keepdims=True), -log_softmax(student, axis=1)[np.arange(32), label]
+    loss = method_of("bkd", cached(p), alpha=3.0, reweight_from=0.8).loss  # of 200 epochs
+    given = Batch(rows=None, views=None, label=torch.tensor(label), images=None)
+    for epoch, target in (159, p), (160, q):
+        expected = ce + 3 * T**2 * (target * (np.log(target) - log_q)).sum(1)
+        np.testing.assert_allclose(loss(torch.tensor(student), given, epoch).loss, expected, rtol=1e-6)  # weights are float32
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("focal", {"gamma": 2.0}, lambda z, y: -((1 - softmax(z, axis=1)[y]) ** 2) * log_softmax(z, axis=1)[y]),
+        ("logit_adjustment", {"tau": 2.0}, lambda z, y: -log_softmax(z + 2 * np.log(COUNTS / COUNTS.sum()), axis=1)[y]),
+    ],
+)
+def test_a_method_minimises_its_own_loss(batch, name, settings, expected):
+    student, _, label = batch
+    given = Batch(rows=None, views=None, label=torch.tensor(label), images=None)
+    found = method_of(name, **settings).loss(torch.tensor(student), given, 0).loss
+    np.testing.assert_allclose(found, expected(student, (np.arange(32), label)), rtol=1e-6)
+
+
+def test_crt_draws_classes_alike():
+    drawn = np.bincount(np.repeat(np.arange(6), COUNTS)[method_of("crt").rows(0)], minlength=6)
+    assert drawn.sum() == COUNTS.sum() and drawn.min() > 0.6 * COUNTS.sum() / 6
 
 
 def test_class_balanced_distillation_is_cross_entropy_and_the_cosine_distance(batch):

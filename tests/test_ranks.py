@@ -61,24 +61,25 @@ def test_losses_and_weights_of_an_epoch_are_those_of_one_process(tmp_path, world
 
 
 def test_a_killed_rank_ends_all_and_any_number_goes_on(tmp_path):
-    options = [ROOT / "cli.py", "train-student", *tiny.options("student.method={name: ce}", "student.training.epochs=4")]
+    options = [ROOT / "cli.py", "train-student", *tiny.options("student.method={name: ce}", "student.training.epochs=30")]
     tracked = ["--track", "tensorboard"] if importlib.util.find_spec("tensorboard") else []
     command = [*options, "--out", tmp_path / "run", "--resume", *tracked]
     process = launch(2, *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         if line.startswith("epoch 2/"):
             break
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     start = time.monotonic()
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and time.monotonic() - start < 60
-    assert rest.count("epoch 4/4") == 0 and not (tmp_path / "run" / "summary.json").exists()
-    assert len(runs.Run(tmp_path / "run").metrics()) in (2, 3), "one process writes"
+    assert rest.count("epoch 30/30") == 0 and not (tmp_path / "run" / "summary.json").exists()
+    assert 2 <= len(runs.Run(tmp_path / "run").metrics()) < 30, "one process writes"
     assert len(list((tmp_path / "run").glob("tensorboard/*"))) == len(tracked) / 2, "and is followed"
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [record["epoch"] for record in runs.open_run(tmp_path / "run").metrics()] == [1, 2, 3, 4]
+    assert [record["epoch"] for record in runs.open_run(tmp_path / "run").metrics()] == [*range(1, 31)]
 
 
 def test_batches_that_cannot_be_shared_are_refused():

@@ -1,4 +1,5 @@
-"""Two epochs of a network without batch statistics in float64, alone or, started by torchrun, in ranks: losses and weights.
+"""Two epochs of a network without batch statistics in float64, alone or, started by torchrun, in ranks: losses, weights and
+scores.
 
 Every epoch visits 257 samples in batches of 64, so that the last batch has one image, and some ranks none.
 """
@@ -14,6 +15,7 @@ from offline_bkd.cache import CropFlip
 from offline_bkd.pipeline import schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ResidentImages
+from offline_bkd.pipeline.evaluate import evaluate
 from offline_bkd.pipeline.training import engine
 from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.training.optimisation import Optimisation
@@ -31,9 +33,27 @@ class Network(nn.Module):
         return self.fc(self.convolution(images.double() / 255).relu().mean((2, 3)))
 
 
+class Answers:
+    """Of a teacher, to every sample under 18 views: what a method asks of `Targets`."""
+
+    temperature = 2.0
+
+    def __init__(self, samples: int):
+        generator = torch.Generator().manual_seed(1)
+        self.table = torch.randn(samples, 18, 10, generator=generator, dtype=torch.float64).softmax(2)
+
+    def prepare(self, drawn, later):
+        self.held = set(zip(*(part.tolist() for part in drawn)))
+
+    def probability(self, rows, views, temperature):
+        assert self.held >= set(zip(rows.tolist(), views.tolist())), "a step asks for what was prepared"
+        return self.table[rows, views]
+
+
 def train(ranks: Ranks, settings: schema.Method) -> dict:
     data = schema.Digits(name="digits", imbalance_ratio=20, max_per_class=136)
-    training_set, _, _ = datasets.load(data)
+    training_set, test_set, _ = datasets.load(data)
+    targets = Answers(len(training_set))
     views = CropFlip(pad=1)
     images = ResidentImages(training_set, views, CPU)
     torch.manual_seed(0)
@@ -43,7 +63,7 @@ def train(ranks: Ranks, settings: schema.Method) -> dict:
         sample_id=training_set.sample_id,
         label=training_set.label,
         class_counts=training_set.class_counts,
-        targets=None,
+        targets=targets,
         epochs=2,
         seed=3,
         device=CPU,
@@ -61,7 +81,7 @@ def train(ranks: Ranks, settings: schema.Method) -> dict:
         images=images,
         sample_id=training_set.sample_id,
         views=views,
-        targets=None,
+        targets=targets,
         evaluate=None,
         validate=None,
         training=training,
@@ -70,11 +90,13 @@ def train(ranks: Ranks, settings: schema.Method) -> dict:
     task, optimisation = replace(task, ranks=ranks), Optimisation(model, model, training)
     forward = ranks.together(model, CPU)
     losses = [engine.train_epoch(task, forward, optimisation, epoch)["loss"] for epoch in range(2)]
-    return {"loss": torch.tensor(losses, dtype=torch.float64), **model.state_dict()}
+    scores = evaluate(model, ResidentImages(test_set, views, CPU), training_set.class_counts, ranks=ranks)
+    judged = torch.tensor([scores["top1"], *scores["per_class"]])
+    return {"loss": torch.tensor(losses, dtype=torch.float64), "judged": judged, **model.state_dict()}
 
 
 def trained(ranks: Ranks = ALONE) -> dict[str, dict]:
-    settings = schema.CE(name="ce"), schema.CB(name="cb")
+    settings = schema.CE(name="ce"), schema.CB(name="cb"), schema.BKD(name="bkd")
     return {one.name: train(ranks, one) for one in settings}
 
 
