@@ -248,7 +248,7 @@ def growth(experiment, device, repeats) -> list[dict]:
         )
 
         def seconds():
-            drawn = torch.randint(targets.planes.shape[1], (20, BATCH), device=device)  # new rows, which no cache of the CPU has
+            drawn = torch.randint(targets.planes.shape[1], (20, BATCH), device=device)  # rows that the CPU has not at hand
             start = time.perf_counter()
             for rows in drawn:
                 method.loss(logits, batch._replace(rows=rows), 0).mean().backward()
