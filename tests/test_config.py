@@ -72,7 +72,8 @@ def test_the_recipes_for_large_sets_are_the_papers(name, architecture, weights, 
     assert config.cache.temperature == 2 and config.views.size == 224
 
 
-# learning rates of backbone, attention and projection; of the classifier; of the centroids
+# learning rates of backbone, attention and projection; of the classifier; of the centroids: *_optim_param in
+# config/{ImageNet_LT,Places_LT}/stage_2_meta_embedding.py of zhmiao/OpenLongTailRecognition-OLTR at f50e375
 @pytest.mark.parametrize(("name", "rates"), [("imagenet-lt", (0.01, 0.1, 0.01)), ("places-lt", (0.0001, 0.01, 0.01))])
 def test_oltrs_learning_rates_are_the_public_codes(name, rates):
     student = load_config(FOLDER / name / "oltr.yaml").student
@@ -83,6 +84,7 @@ def test_oltrs_learning_rates_are_the_public_codes(name, rates):
 
 @pytest.mark.parametrize("name", ["imagenet-lt", "places-lt"])
 def test_lfmes_experts_are_trained_as_in_the_public_code(name):
+    """config/ImageNet_LT/{many,median,low}_shot.py of xiangly55/LFME at 0a18a06."""
     row = load_table(name).rows["LFME"]
     experts = [load_config(row.config, member.set).teacher for member in row.teachers]
     assert [expert.expert for expert in experts] == ["many", "medium", "few"]
@@ -94,6 +96,8 @@ def test_lfmes_experts_are_trained_as_in_the_public_code(name):
 
 
 def test_what_is_compared_on_inaturalist_2018_has_its_authors_values():
+    """tpu/run_inat2018.sh, richardaecn/class-balanced-loss, 1d78572; lib/core/combiner.py, megvii-research/BBN, 7992e90."""
+
     def student(row):
         return load_config(FOLDER / "inaturalist2018" / f"{row}.yaml").student
 
