@@ -95,7 +95,8 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
     old, new = (settings(one, record["stage"]) for one in (run.config(), config))
     if changed := difference(old, new):
         raise UserError(f"cannot resume {run.folder}: {changed}; use the same configuration or another folder")
-    if others := [part for part, content in (found.get("data") or {}).items() if content != record["data"].get(part)]:
+    before, now = found.get("data") or {}, record["data"] or {}
+    if others := [part for part in before if part in now and before[part] != now[part]]:
         raise UserError(
             f"cannot resume {run.folder}: its {' and '.join(others)} images are not those it began with; restore them"
         )
