@@ -24,21 +24,17 @@ those of its float16). Memory is the most that opening the store, the plane, and
 """
 
 import argparse
-import ctypes
 import io
-import json
 import pickle
-import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import zarr
+from measuring import memory, save
 
 from offline_bkd.cache import CropFlip, Identity, create_cache, open_cache
 from offline_bkd.cache.klt import fit_views
@@ -429,15 +425,6 @@ def copied(samples, row_bytes, folder):
     return statistics.median(found) * samples
 
 
-def memory(reset=False):
-    """The most memory that this process had since the last reset, bytes: Linux keeps count."""
-    if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed is no memory to build on
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) << 10
-
-
 def heading(title, columns):
     names = [name for name, _ in columns.values()]
     print(f"\n| {title} | {' | '.join(names)} |\n|---|{'--:|' * len(names)}", flush=True)
@@ -446,13 +433,6 @@ def heading(title, columns):
 def line(name, row, columns):
     cells = ["–" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()]
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
-def device():
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main():
@@ -485,19 +465,9 @@ def main():
             planes.append({"name": name} | measure_plane(samples, classes, encoding, given.repeats, given.scratch))
             line(title, planes[-1], PLANE_COLUMNS)
     if given.out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        found = {
-            "command": "python benchmarks/cache.py " + " ".join(sys.argv[1:]),
-            "commit": commit.stdout.strip(),
-            "device": device(),
-            "versions": {"python": platform.python_version(), "numpy": np.__version__, "zarr": zarr.__version__},
-            "answers": {"samples": len(label), "classes": answers.shape[2], "views": views},
-            "formats": rows,
-            "planes": planes,
-        }
-        path = Path(given.out) / "cache-cpu.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        size = {"samples": len(label), "classes": answers.shape[2], "views": views}
+        figures = {"answers": size, "formats": rows, "planes": planes}
+        save(Path(given.out) / "cache-cpu.json", figures, "numpy", "zarr")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ number of views: making the store and fitting `klt` to the teacher.
 import contextlib
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from measuring import save
 
 from offline_bkd.cache import CropFlip, create_cache
 from offline_bkd.pipeline import dump, runs, schema, teachers
@@ -122,19 +121,8 @@ def main(out, repeats, scratch):
         row = {"teacher": network.model_dump(), "side": side, "samples": samples, "views": VIEWS.count}
         found.append(row | {"seconds": seconds, "dump / forward": ratios})
         click.echo(json.dumps(found[-1]))
-    result = {
-        "command": "python benchmarks/dump.py " + " ".join(sys.argv[1:]),
-        "commit": runs.commit(),
-        "device": runs.device_name(device),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "classes": CLASSES,
-        "teachers": found,
-    }
-    path = Path(out) / f"dump-{device.type}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    path, figures = Path(out) / f"dump-{device.type}.json", {"classes": CLASSES, "teachers": found}
+    save(path, figures, "torch", "zarr", device=runs.device_name(device))
 
 
 if __name__ == "__main__":

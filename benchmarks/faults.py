@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import click
 import torch
+from measuring import save
 
 from offline_bkd.cache import CacheError, open_cache, storage
 from offline_bkd.pipeline import config, dump, runs, train
@@ -109,8 +109,8 @@ def killed_until_ended(work: Callable, left: int, seconds: float, chance: random
             ended = os.waitpid(child, os.WNOHANG)[0] == child
         if not ended:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            killed += 1
+            ended = not os.WIFSIGNALED(os.waitpid(child, 0)[1])  # in the last moment, before the signal came
+            killed += not ended
     return killed
 
 
@@ -230,10 +230,7 @@ def main(flip_count, kill_count, failure_count, training_kill_count, encodings, 
             trainings = training_kills(store, folder, asked, training_kill_count)
             click.echo(f"training: {json.dumps(trainings)}")
     if out:
-        command = "python benchmarks/faults.py " + " ".join(sys.argv[1:])
-        result = {"command": command, "commit": runs.commit(), "stores": table, "training": trainings}
-        Path(out).mkdir(parents=True, exist_ok=True)
-        runs.write_whole(Path(out) / "faults.json", (json.dumps(result, indent=1) + "\n").encode())
+        save(Path(out) / "faults.json", {"stores": table, "training": trainings}, "torch", "zarr", device="cpu (1 thread)")
 
 
 if __name__ == "__main__":

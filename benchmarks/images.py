@@ -10,10 +10,8 @@ turns. Reading is from files whose pages have been dropped from memory. simplejp
 import hashlib
 import importlib.util
 import io
-import json
 import mmap
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,16 +21,15 @@ from pathlib import Path
 
 import click
 import numpy as np
-import PIL
 import pyarrow
 import pyarrow.parquet
 import torch
 import torchvision
+from measuring import save
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from offline_bkd.cache.views import RandomResizedCrop
-from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.data.workers import in_workers
 
@@ -228,11 +225,7 @@ def measure_reading(files: list[bytes], count: int) -> dict[str, float]:
 def main(out, repeats, images):
     torch.set_num_threads(1)
     files = photographs(64)
-    result = {
-        "command": f"python benchmarks/images.py --repeats {repeats} --images {images}",
-        "device": runs.device_name(torch.device("cpu")),
-        "machine": platform.machine(),
-        "versions": {"pillow": PIL.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
+    figures = {
         "bytes an image": statistics.mean(map(len, files)),
         "decoders": measure_decoders(files, repeats),
         "crops/s a core, by crops of a decode": measure_views(files, repeats),
@@ -240,10 +233,7 @@ def main(out, repeats, images):
         "images/s from two workers": measure_channels(repeats),
         "random images/s from the disk": measure_reading(files, images),
     }
-    path = Path(out) / "images-cpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    click.echo(json.dumps(result, indent=1))
+    save(Path(out) / "images-cpu.json", figures, "pillow", "torch", "torchvision", "pyarrow", device="cpu (1 thread)")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ beyond that. With --s3 the first, the second and the fourth instead, on an objec
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from measuring import memory, save
 
 import offline_bkd.cache.format as store_format
 from offline_bkd.cache import Identity, RandomResizedCrop, create_cache, open_cache
@@ -97,10 +97,6 @@ def measured(work: str, url: str, views: int, blocks: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"))
@@ -113,9 +109,9 @@ def main():
         import pyarrow.parquet  # noqa: F401
 
         open_cache(url)
-        before, start = peak(), time.perf_counter()
+        before, start = memory(reset=True), time.perf_counter()
         WORK[name](url, int(views), int(blocks))
-        return print(json.dumps({"seconds": time.perf_counter() - start, "peak_MB": peak() - before}))
+        return print(json.dumps({"seconds": time.perf_counter() - start, "peak_MB": (memory() - before) / 1e6}))
     if asked.s3:
         from object_store import bucket as place
     else:
@@ -132,10 +128,8 @@ def main():
                     build(url, *size, whole=True)
                 found.setdefault(work, {})[count] = measured(work, url, *size)
                 print(count, work, found[work][count], flush=True)
-    path, where = asked.out / "large-stores.json", "s3" if asked.s3 else "local"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[where] = {"command": "python " + " ".join(sys.argv), "figures": found}
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    where = "s3" if asked.s3 else "local"
+    save(asked.out / "large-stores.json", {"figures": found}, "numpy", "zarr", section=where)
 
 
 if __name__ == "__main__":

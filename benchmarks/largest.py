@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from measuring import memory, save
 
-from cache import Simulated, memory
+from cache import Simulated
 from offline_bkd.cache import Identity, RandomResizedCrop, create_cache, open_cache
 from offline_bkd.cache.planes import Planes
 from offline_bkd.cache.target import softmax
@@ -118,10 +119,7 @@ def main():
         files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
         found[encoding] |= {"files": len(files), "bytes": sum(files)}
         shutil.rmtree(path, ignore_errors=True)
-    path = given.out / "large-stores.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    command = "python " + " ".join(sys.argv)
-    path.write_text(json.dumps(results | {"largest": {"command": command, "stores": found}}, indent=1) + "\n")
+    save(given.out / "large-stores.json", {"stores": found}, "numpy", "zarr", section="largest")
 
 
 if __name__ == "__main__":

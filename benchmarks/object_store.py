@@ -7,10 +7,8 @@ how the two compare, and the client's processor time what they cost. Both take t
 installed apart.
 """
 
-import json
 import logging
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -18,15 +16,13 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import click
 import numpy as np
-import torch
+from measuring import save
 
 from offline_bkd.cache.storage import ObjectStorage, RemoteStorage
-from offline_bkd.pipeline import runs
 
 CHUNK, MARKER = 8 << 20, 600  # bytes
 SERVER = "import logging, sys; logging.disable(); import moto.server; moto.server.main(['-p', sys.argv[1]])"
@@ -91,24 +87,17 @@ def main(out, repeats, chunks, markers):
                 place = f"{address}/{name}-{turn}"
                 storage = ObjectStorage(place) if name == "obstore" else RemoteStorage(place)
                 figures.append(measure(storage, chunks, markers))
-    result = {
-        "command": f"python benchmarks/object_store.py --repeats {repeats} --chunks {chunks} --markers {markers}",
-        "device": runs.device_name(torch.device("cpu")),
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in (*turns, "moto")},
-    }
-    for name, figures in turns.items():
-        result[name] = {
+    medians = {
+        name: {
             operation: {
                 "rate": statistics.median(turn[operation][0] for turn in figures[1:]),  # the first warms up
                 "processor s": statistics.median(turn[operation][1] for turn in figures[1:]),
             }
             for operation in figures[0]
         }
-    path = Path(out) / "object-store-cpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    click.echo(json.dumps(result, indent=1))
+        for name, figures in turns.items()
+    }
+    save(Path(out) / "object-store-cpu.json", medians, *turns, "moto")
 
 
 if __name__ == "__main__":

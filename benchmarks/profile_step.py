@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import torch
+from measuring import save
 from torch.nn import functional
 
 from offline_bkd.pipeline import runs, schema
@@ -83,19 +84,11 @@ def main(out, keep):
             train()
     total = sum(event.self_cpu_time_total for event in profile.key_averages())
     top = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
-    result = {
-        "command": "python benchmarks/profile_step.py",
-        "commit": runs.commit(),
-        "device": runs.device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    figures = {
         "an image, freed memory": ways,
         "share of a training step": {event.key: round(event.self_cpu_time_total / total, 4) for event in top},
     }
-    path = Path(out) / "profile-cpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    click.echo(json.dumps(result, indent=1))
+    save(Path(out) / "profile-cpu.json", figures, "torch", device=runs.device_name(torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ The peers' ways are as their own sources have them: TinyViT keeps the k largest 
 FKD keeps the k largest and renormalises.
 """
 
-import json
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from measuring import save
 
 from offline_bkd.cache import Cache, create_cache, open_cache
 from offline_bkd.cache.target import class_weight, total_variation
@@ -132,7 +132,7 @@ def main(config_file, cache, out, seeds, only, overrides):
                 **{name: [scores[key] for scores in last] for name, key in COLUMNS.items()},
             }
         )
-    runs.write_whole(out / "students.json", (json.dumps(found, indent=1) + "\n").encode())
+    save(out / "students.json", {"ways": found}, "torch", "zarr", device=runs.device_name(torch.device("cpu")))
     rows = [["stored as", "bytes an answer", "TV", "KL", *COLUMNS]]
     for row in found:
         cells = [row["way"], str(row["bytes an answer"]), f"{row['total variation']:.4f}", f"{row['divergence']:.2e}"]

@@ -10,9 +10,7 @@ CachedTargets.
 """
 
 import itertools
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from measuring import save
 from PIL import Image
 from torch.nn import functional
 from torchvision import transforms
@@ -65,6 +64,20 @@ class SimulatedTargets:
         return stored if self.basis is None else torch.softmax(torch.addmm(self.mean, stored, self.basis), 1)
 
 
+class LiveTeacher:
+    """A teacher that answers in every step, to the crops that the student gets: what a cache saves, and nothing else."""
+
+    def __init__(self, model: torch.nn.Module, precision: str):
+        self.model, self.bfloat16, self.temperature = model.eval(), precision == "bfloat16", T
+
+    def prepare(self, drawn, later):
+        pass
+
+    def probability(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return torch.softmax(self.model(images).float() / T, 1)
+
+
 def load(name: str, root: str | None) -> tuple[datasets.Dataset, datasets.Dataset, schema.Experiment]:
     experiment = config.load_config(ROOT / "configs" / f"{name}-quick.yaml")
     if root:
@@ -96,6 +109,8 @@ def ours(network, settings, training, train, images, targets, steps, test_images
     model = build_model(network, len(train.classes), data, 0, channels_last=training.channels_last).to(device)
     method = method_of(settings, model, targets, train.class_counts, device)
     method.rows = lambda epoch: chosen
+    if isinstance(targets, LiveTeacher):
+        method.target = lambda batch, epoch: losses.balanced_probability(targets.probability(batch.images), method.weights)
     task = engine.Task(
         model=model,
         network=model,
@@ -293,29 +308,22 @@ def main(out, store, epochs, steps):
     whole, every = {"live float32": live(experiment, train, test, device)}, -(-len(train) // BATCH)
     for precision in ("float32", "bfloat16"):
         training = schema.Training(precision=precision, batch_size=BATCH)
-        for name, settings, width in ("ce", ce, None), ("bkd probability", bkd, None), ("bkd klt", bkd, 40):
-            common = training, train, images, targets[width], every, test_images
-            whole[f"{name} {precision}"] = ours(network, settings, *common)
+        teacher = LiveTeacher(build_model(network, 100, experiment.data, 1).to(device), precision)
+        rows = ("ce", ce, None), ("bkd probability", bkd, targets[None]), ("bkd klt", bkd, targets[40])
+        for name, settings, source in *rows, ("live, our engine", bkd, teacher):
+            whole[f"{name} {precision}"] = ours(network, settings, training, train, images, source, every, test_images)
     if store:
         whole["CachedTargets float32"] = plain_loop(store, network, experiment.data, train, test_images, device)
     medians = in_turns(whole, epochs)
-    engines = medians["bkd probability float32"]
-    ratios = {
-        f"{name} / bkd probability, float32": medians[f"{name} float32"] / engines
-        for name in ("live", "CachedTargets")
-        if f"{name} float32" in medians
-    }
+    ratios = {}
     for precision in ("float32", "bfloat16"):
+        for name in ("live", "live, our engine", "CachedTargets"):
+            if (other := f"{name} {precision}") in medians:
+                ratios[f"{name} / bkd probability, {precision}"] = medians[other] / medians[f"bkd probability {precision}"]
         for encoding in ("probability", "klt"):
             ratios[f"bkd {encoding} / ce, {precision}"] = medians[f"bkd {encoding} {precision}"] / medians[f"ce {precision}"]
     single, more = steps_of_others(experiment, train, images, targets[None], root, device, steps, epochs)
-    result = {
-        "command": f"python benchmarks/train.py{' --store STORE.zarr' if store else ''} --epochs {epochs} --steps {steps}",
-        "commit": runs.commit(),
-        "device": runs.device_name(device),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    figures = {
         "data": train.name,
         "network": network.model_dump(),
         "s an epoch with evaluation": medians,
@@ -323,10 +331,7 @@ def main(out, store, epochs, steps):
         "ratios": ratios | more,
         "growth": growth(experiment, device, 5 * epochs),
     }
-    path = Path(out) / f"train-{device.type}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    click.echo(json.dumps(result, indent=1))
+    save(Path(out) / f"train-{device.type}.json", figures, "torch", "torchvision", device=runs.device_name(device))
 
 
 def steps_of_others(experiment, train, images, targets, root, device, steps, repeats) -> tuple[dict, dict]:
