@@ -123,6 +123,14 @@ def test_a_resumed_dump_says_and_writes_again_what_has_lost_files(tmp_path, cach
         assert capsys.readouterr().out == f"{note}{path}: 9 views of 464 samples\n" and files(path) == before
 
 
+def test_a_store_without_a_complete_view_is_not_verified(tmp_path, teacher_run, cache):
+    shutil.copytree(cache, tmp_path / "s")
+    for marker in (tmp_path / "s" / "done").glob("[0-9]*"):
+        marker.unlink()
+    code, said = run("verify", tmp_path / "s", "--teacher", teacher_run, "--device", "cpu")
+    assert code == 2 and said.endswith("/s has no complete view to verify; finish it with dump-logits --resume\n")
+
+
 def test_verify_computes_as_the_store_says_it_was_computed(tmp_path, teacher_run, monkeypatch):
     asked, real = [], verify.tempered
     monkeypatch.setattr(verify, "tempered", lambda *given: asked.append(given[-1].precision) or real(*given))

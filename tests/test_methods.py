@@ -200,6 +200,23 @@ def test_only_training_images_are_jittered_each_by_its_own_draw():
     assert torch.equal(network.eval()(images), images)
 
 
+def test_mild_jitter_changes_every_image_in_all_but_hue():
+    """Brightness, contrast and saturation, by factors of 0.6 to 1.4 each."""
+    colour = torch.tensor([148, 128, 108], dtype=torch.uint8).view(1, 3, 1, 1).expand(2000, 3, 2, 2)  # nothing is cut off
+    torch.manual_seed(0)
+    seen = ColorJitter(torch.nn.Identity(), "mild").train()(colour)[:, :, 0, 0].double()
+    red, green, blue = seen.T
+    assert ((red > green) & (green > blue)).all(), "never grey"
+    assert ((green - (red + blue) / 2).abs() <= 1).all(), "the hue stays, but for rounding"
+    luma = torch.tensor([0.2989, 0.587, 0.114]).double()
+    brightness = seen @ luma / (colour[0, :, 0, 0].double() @ luma)
+    chroma = (red - blue) / 40 / brightness  # contrast and saturation move one colour alike
+    assert 0.59 < brightness.min() < 0.61 and 1.39 < brightness.max() < 1.41
+    assert brightness.mean() == pytest.approx(1, abs=0.02) and brightness.std() == pytest.approx(0.8 / 12**0.5, abs=0.01)
+    assert 0.3 < chroma.min() < 0.5 and 1.7 < chroma.max() < 2
+    assert chroma.mean() == pytest.approx(1, abs=0.03) and chroma.var() == pytest.approx((1 + 0.16 / 3) ** 2 - 1, abs=0.02)
+
+
 def test_a_backbone_of_another_model_is_told_what_differs(tmp_path, teacher_run):
     for override, said in (
         ("student.model.depth=14", "depth was 8 and is now 14"),

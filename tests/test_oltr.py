@@ -10,6 +10,7 @@ from offline_bkd.pipeline import UserError, runs, schema
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch, open_images
+from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import ask_run, load_model
 from offline_bkd.pipeline.models import build_model, classifier, memory, new_parts
 from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
@@ -311,6 +312,10 @@ def test_a_backbone_with_a_cosine_classifier_gives_the_memory_its_features_alone
     train_teacher(cosine, str(tmp_path / "teacher"), tiny.CPU)
     train_student(cosine, None, str(tmp_path / "oltr"), tiny.CPU, backbone=str(tmp_path / "teacher"))
     assert runs.open_run(tmp_path / "oltr").summary()["last"]["epoch"] == 1
+    asked = tiny.experiment("cache.features=true")
+    with pytest.raises(UserError, match="oltr has a memory before its classifier, .*; leave out cache.features"):
+        dump_logits(asked, [str(tmp_path / "oltr")], str(tmp_path / "s"), tiny.CPU)
+    assert not (tmp_path / "s").exists()
 
 
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run):

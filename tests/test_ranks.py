@@ -15,6 +15,7 @@ import torch
 from train_in_ranks import trained
 
 from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.train import train_student
 from offline_bkd.pipeline.training.ranks import Ranks, refuse_shares, synchronised
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +81,18 @@ def test_a_killed_rank_ends_all_and_any_number_goes_on(tmp_path):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [record["epoch"] for record in runs.open_run(tmp_path / "run").metrics()] == [*range(1, 31)]
+
+
+def test_ranks_that_see_different_folders_are_refused(tmp_path):
+    """As on machines where the folder is a disk of each one's own."""
+    words = *tiny.options("student.method={name: ce}", "student.training.epochs=2"), "--resume", "--out"
+    with tiny.interrupted_after(1):
+        train_student(tiny.experiment("student.method={name: ce}"), None, str(tmp_path / "0"), tiny.CPU)
+    script = f'exec "{sys.executable}" cli.py train-student "$@{tmp_path}/$RANK"'
+    process = launch(2, "--no-python", "bash", "-c", script, "train", *words, "", stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and f"do not see the same run in {tmp_path}/0; put it where all of them can read it" in said
+    assert len(runs.Run(tmp_path / "0").metrics()) == 1 and not (tmp_path / "0" / "summary.json").exists()
 
 
 def test_batches_that_cannot_be_shared_are_refused():
