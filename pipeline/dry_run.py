@@ -17,7 +17,7 @@ from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.data import datasets
-from offline_bkd.pipeline.data.images import ImageSource, memory, open_images
+from offline_bkd.pipeline.data.images import ImageSource, open_images
 from offline_bkd.pipeline.dump import cache_paths
 from offline_bkd.pipeline.evaluate import infer
 from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
@@ -34,7 +34,7 @@ from offline_bkd.pipeline.teachers import load_teachers, notes_on_teachers
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods.distillation import refuse_width
 from offline_bkd.pipeline.training.optimisation import Optimisation
-from offline_bkd.pipeline.training.targets import ROOM
+from offline_bkd.pipeline.training.targets import room
 
 TRIED = 512  # images that are read, and on which steps are timed
 SECONDS = 4.0  # about as long may the timed steps take; a batch that is slower is timed in part
@@ -79,7 +79,7 @@ def show_training_plan(
     if from_cache:
         of_a_view = len(plan.training_set) * (row or 0)
         most = isinstance(config.views, CropFlip) or section.method.draws == "samples"  # of the views come in one epoch
-        whole = most and of_a_view * config.views.count <= ROOM * memory()
+        whole = most and of_a_view * config.views.count <= room(device)
         held += of_a_view * (config.views.count if whole else 2)  # an epoch's, and the next one's meanwhile
     facts["memory"] = f"about {(runs.peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
     facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}"

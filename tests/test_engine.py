@@ -390,7 +390,8 @@ def test_a_student_that_diverges_leaves_the_others_to_their_ends(tmp_path, cache
 
 
 @pytest.mark.cuda
-def test_training_on_a_cuda_device_follows_the_cpu(tmp_path, teacher_run):
+def test_training_on_a_cuda_device_follows_the_cpu(tmp_path, teacher_run, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as the commands do
     train_teacher(tiny.experiment(), str(tmp_path / "cuda"), torch.device("cuda"))
     cpu, cuda = (runs.Run(Path(folder)).metrics() for folder in (teacher_run, tmp_path / "cuda"))
     assert cuda[0]["loss"] == pytest.approx(cpu[0]["loss"], rel=0.02)
@@ -515,6 +516,29 @@ def test_what_makes_steps_fast_leaves_the_recipe_as_it_is(tmp_path, cache, steps
         assert step["loss"] == pytest.approx(expected["loss"], rel=rounding)
     for name, value in weights.items():
         torch.testing.assert_close(others[name], value, rtol=rounding, atol=rounding)
+
+
+def test_compiled_full_batches_run_one_graph_whatever_came_between(tmp_path, monkeypatch):
+    """So that a resumed run, or a student of another seed before it, goes on with the same arithmetic."""
+    ran, real = [], torch.compile
+
+    def compile(network, mode, **options):
+        made = []
+
+        def backend(graph, inputs):
+            number = len(made)
+            made.append(graph)
+            return lambda *given: (
+                ran.append((number, next(len(one) for one in given if getattr(one, "dtype", None) == torch.uint8)))
+                or graph(*given)
+            )
+
+        return real(network, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    asked = tiny.experiment("teacher.training.compile=true", "teacher.training.batch_size=180")
+    train_teacher(asked, str(tmp_path / "run"), tiny.CPU)
+    assert ran == 2 * [(0, 180), (0, 180), (1, 104)]
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,7 @@ def test_weights_that_are_code_are_not_run(tmp_path):
 @pytest.mark.cuda
 def test_a_forward_pass_on_a_cuda_device_is_the_cpus_within_rounding():
     network = build().eval()
-    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = network(images)
-    torch.testing.assert_close(network.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        torch.testing.assert_close(network.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)

@@ -19,7 +19,6 @@ STRENGTHS = {
     "mild": Strength(0.4, 0.4, 0.4, 0.0, 1.0, 0.0),  # of the public code of cRT, OLTR and LFME for ImageNet-LT and Places-LT
     "strong": Strength(0.8, 0.8, 0.8, 0.2, 0.8, 0.2),  # SimCLR's at strength 1, as CBD has it
 }
-LUMA = 0.2989, 0.587, 0.114
 
 
 class ColorJitter(nn.Module):
@@ -51,7 +50,8 @@ class ColorJitter(nn.Module):
 
 def luma(images: torch.Tensor) -> torch.Tensor:
     """Grey [B, 1, H, W] of images [B, 3, H, W]."""
-    return (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def adjust(images: torch.Tensor, brightness, contrast, saturation, turn) -> torch.Tensor:
@@ -71,7 +71,6 @@ def adjust(images: torch.Tensor, brightness, contrast, saturation, turn) -> torc
         (green - blue) / safe,
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    # each channel falls by the chroma with its distance, in sixths, from where it is full
-    offset = images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    place = (offset + hue + 6 * turn) % 6
+    # each channel, from red to blue, falls by the chroma with its distance, in sixths, from where it is full
+    place = torch.cat([offset + hue + 6 * turn for offset in (5, 3, 1)], dim=1) % 6
     return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)

@@ -71,7 +71,8 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
     first, best = _resume(run, task, optimisation)
     mode = "reduce-overhead" if training.compile == "cuda_graphs" else "default"
     network = ranks.together(task.network, task.images.device)
-    forward = torch.compile(network, mode=mode) if training.compile else network
+    # a graph for each size of batch: one for any size would replace the full batches' after the first short one
+    forward = torch.compile(network, mode=mode, dynamic=False) if training.compile else network
     with Progress(f"{run.label}training", training.epochs, first, "epochs", shown=ranks.first) as progress:
         for epoch in range(first, training.epochs):
             try:
@@ -123,7 +124,8 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass over the rows of `epoch`; returns what is recorded of it. The rate of the epoch `first` is one of a warm run.
 
-    The host waits for the device only every CHECK_EVERY steps.
+    The host waits for the device only every CHECK_EVERY steps; of several processes on GPUs also in each layer that
+    synchronises batch statistics.
     """
     training, device, ranks, start = task.training, task.images.device, task.ranks, time.perf_counter()
     # what a network draws itself (dropout, stochastic depth) follows from seed and epoch too; of two words of 32 bits one seed

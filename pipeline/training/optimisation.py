@@ -74,7 +74,8 @@ class Optimisation:
                 if (value := tensors.get(f"{_STORED.get(key, key)}.{name}")) is not None:
                     if value.shape == parameter.shape:  # in the parameter's memory format
                         value = torch.empty_like(parameter).copy_(value)
-                    self.optimiser.state[parameter][key] = value.to(parameter.device)
+                    on_host = key == "step" and not self.training.fused  # where torch would have it: read in every step
+                    self.optimiser.state[parameter][key] = value if on_host else value.to(parameter.device)
         if self.average:
             self.average.load_state_dict({name: tensors[f"average.{name}"] for name in self.average.state_dict()})
 

@@ -22,7 +22,8 @@ class Share:
     rows: np.ndarray  # int64 [M]
     views: np.ndarray  # int64 [M]
     batch_size: int
-    idle_step: int | None = None  # the step in which the rank has no image of its own, and runs some that do not count
+    # the step in which the rank has no image of its own, and runs some that do not count, but in synchronised batch statistics
+    idle_step: int | None = None
 
 
 class Ranks:

@@ -19,6 +19,11 @@ from offline_bkd.pipeline.training import losses
 ROOM = 0.5  # of the memory there is, for what is held
 
 
+def room(device: torch.device) -> float:
+    """Bytes that targets may take on `device`. What goes to a GPU is read into the machine's memory first."""
+    return ROOM * (min(memory(), torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else memory())
+
+
 def soften(stored: torch.Tensor, encoding: str, decoder: Sequence[torch.Tensor] | None, ratio: float = 1) -> torch.Tensor:
     """Probabilities, float32 [B, C], at the temperature T / `ratio`, of what a cache of temperature T holds: float32 [B, R].
 
@@ -44,8 +49,7 @@ class Targets:
         self.temperature, self.widths = cache.temperature, list(cache.features.values())
         self.decoder = cache.decoder and [torch.from_numpy(part).to(device) for part in cache.decoder]
         self.width, self.dtype = row_format(cache, features)
-        room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory()
-        self.all_fit = cache.views.count * len(cache) * self.width * self.dtype.itemsize <= ROOM * room
+        self.all_fit = cache.views.count * len(cache) * self.width * self.dtype.itemsize <= room(device)
         self.reader = ThreadPoolExecutor(1)
         self.held: np.ndarray | None = np.empty(0, np.int64)
         self.coming: tuple[np.ndarray | None, Future[np.ndarray]] | None = None
