@@ -1,7 +1,14 @@
 """A teacher's predictions, computed once and kept; then any number of students trained from them."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the types of what is imported late
+    from .cache import open_cache as open_cache
+    from .pipeline.cached_targets import CachedTargets as CachedTargets
+    from .pipeline.cached_targets import ViewCrop as ViewCrop
+    from .pipeline.cached_targets import bkd_loss as bkd_loss
+    from .pipeline.dump import dump as dump
 
 PLACES = {  # imported when first asked for: reading a cache needs no torch, and help nothing at all
     "open_cache": ".cache",

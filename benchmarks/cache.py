@@ -40,8 +40,6 @@ from offline_bkd.cache import CropFlip, Identity, create_cache, open_cache
 from offline_bkd.cache.klt import fit_views
 from offline_bkd.cache.target import class_weight, softmax, total_variation
 
-ROOT = Path(__file__).resolve().parents[1]
-
 try:
     import torch
 except ImportError:

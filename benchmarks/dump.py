@@ -69,7 +69,7 @@ def measure(network, side: int, samples: int, repeats: int, device: torch.device
     def store(folder, encoding):
         return create_cache(
             folder,
-            identity=dump.identity(training_set, section.temperature, VIEWS, {"digest": "benchmark"}),
+            identity=teachers.identity(training_set, section.temperature, VIEWS, {"digest": "benchmark"}),
             sample_id=training_set.sample_id,
             label=training_set.label,
             image_size=np.full((samples, 2), side),
@@ -80,7 +80,7 @@ def measure(network, side: int, samples: int, repeats: int, device: torch.device
     def answers(rows, views):
         (view,) = views
         probability, _ = teachers.tempered(teacher, images, rows, np.full(len(rows), view), section)
-        return [(probability[None, :, 0].cpu().numpy(), {})]
+        return [dump.Answers(probability[None, :, 0].cpu().numpy(), {})]
 
     @torch.inference_mode()
     def forward(writer):

@@ -33,7 +33,6 @@ from offline_bkd.cache.views import RandomResizedCrop
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.data.workers import in_workers
 
-ROOT = Path(__file__).resolve().parent.parent
 VIEWS, SIZE = RandomResizedCrop(size=224, count=30), (224, 224)
 BATCH = 64, 224, 224, 3
 

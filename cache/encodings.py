@@ -1,9 +1,9 @@
-"""Encodings: probabilities to what is stored, and back. One class each, in the dictionary `ENCODINGS`.
+"""Encodings: probabilities to what is stored, and back. `Dense` is `logit` and `probability`, `Klt` is `klt`.
 
     encode     float32 [B, C] probabilities to columns [B, S] by array, which chunks hold, and values that their marker holds
-    unpack     columns [B, S] and the marker's values to codes [B, R], which a plane in memory holds
+    unpack     (Klt) columns [B, S] and the marker's values to codes [B, R], which a plane in memory holds
     decode     codes [B, R] to float32 [B, C] probabilities, into `out` where given
-    limits     codes [B, R] to three arrays [B, C]: the least log-probabilities that they may stand for, those they are
+    limits     (Dense) codes [B, R] to three arrays [B, C]: the least log-probabilities that they may stand for, those they are
                taken for, and the greatest
 
 B rows, C classes, S stored columns, R codes a row.

@@ -17,8 +17,8 @@ from .planes import row_format
 from .shots import SHOTS, of_groups, shot
 from .storage import new_file
 
-_BATCH_CELLS = 1 << 22  # probabilities decoded at a time, and cells of a row group, which is of at most so many batches:
-_BATCHES = 1000
+_BATCH_CELLS = 1 << 22  # probabilities decoded at a time, and cells of a row group at most
+_BATCHES = 1000  # of a row group at most
 
 
 def to_pandas(cache, *, view=None, sample=None, label=None, probabilities=False):
@@ -203,8 +203,9 @@ def summary(cache, *, planes: int = 4) -> dict:
         "samples": layout.samples,
         "classes": layout.classes,
         "views": layout.views,
-        "complete": len(survey.blocks) == blocks,
+        "complete": len(survey.blocks) == blocks and not survey.lost,
         "blocks": {"done": len(survey.blocks), "all": blocks, "of_a_view": layout.blocks}
+        | ({"lost": survey.lost} if survey.lost else {})
         | ({"stored_exactly": survey.exact} if survey.exact else {}),
         "bytes": {"all": survey.nbytes, "a_view_of_a_sample": round(survey.nbytes / rows, 2) if rows else None},
         "error": survey.error,

@@ -150,6 +150,10 @@ class ObjectStorage:
         listed = self._client.ask(lambda store: store.list_with_delimiter(folder))
         return {entry["path"].rsplit("/", 1)[-1]: entry["size"] for entry in listed["objects"]}
 
+    def keys(self, folder: str = "") -> list[str]:
+        """The keys of all objects in `folder` and the folders in it."""
+        return [entry["path"] for entry in self._client.ask(lambda store: store.list(folder or None).collect())]
+
     def write(self, key: str, data) -> None:
         """Put `data` (any buffer) at `key`, whole or not at all. Raises OSError where another has taken over the lease."""
         if lease := self._lease():

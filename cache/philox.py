@@ -7,7 +7,7 @@ worker, batch, order or restart. Everything is 32-bit integer arithmetic: the sa
 import numpy as np
 
 # The fourth counter word is the number of the draw, the third says what the draw is for.
-SUBSET, ORDER, VIEW, BOX, DROPOUT, CLASS = 1, 2, 3, 4, 5, 6
+SUBSET, ORDER, VIEW, BOX, DROPOUT, CLASS, FIT = 1, 2, 3, 4, 5, 6, 7
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)

@@ -27,7 +27,7 @@ def on_all_cores(work, items: list) -> None:
             work(item)
         return
     # A matrix product's own threads would wait for each other. Their number is the process's: one caller at a time sets it.
-    with _BLAS, one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _BLAS, one_blas_thread(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for _ in pool.map(work, items):
             pass
 

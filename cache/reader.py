@@ -114,10 +114,14 @@ class Cache:
         """The (view, block) that were dumped, but of which a chunk is missing by now or cut short. No chunk is read."""
         if not (committed := self.committed()):
             return []
+        there = self._chunk_sizes()
+        return [pair for pair, written in self._written(committed) if not written.items() <= there.items()]
+
+    def _chunk_sizes(self):
+        """Bytes of every chunk that is there, by key."""
         with self._reading(self):
             arrays = {*self.layout.arrays, *self.encoding.names()}
-            there = {f"{array}/{name}": size for array in arrays for name, size in self._storage.sizes(array).items()}
-        return [pair for pair, written in self._written(committed) if not written.items() <= there.items()]
+            return {f"{array}/{name}": size for array in arrays for name, size in self._storage.sizes(array).items()}
 
     def _written(self, blocks):
         """Each (view, block) of `blocks`, and the bytes of its chunks when they were written, by key."""
@@ -169,11 +173,14 @@ class Cache:
 
     def survey(self) -> "Survey":
         """What the markers of all committed blocks say, each read once and many at a time."""
-        blocks, nbytes, exact = self.committed(), self._metadata.nbytes, 0
+        blocks, nbytes, exact, lost = self.committed(), self._metadata.nbytes, 0, 0
+        there = self._chunk_sizes()
         error = _Error(self.encoding.max_error)
         feature_error = {name: _Error(features.MAX_ERROR) for name in self.features}
         for (_, block), marker, size in self._markers(blocks):
-            nbytes += size + sum(entry["size"] for entry in marker["files"].values())
+            written = {key: entry["size"] for key, entry in marker["files"].items()}
+            nbytes += size + sum(written.values())
+            lost += not written.items() <= there.items()
             exact += not self.encoding.plain and any(key.startswith(f"{_EXACT.name}/") for key in marker["files"])
             rows = _length(self.layout.rows(block))
             try:
@@ -186,6 +193,7 @@ class Cache:
                 raise CacheError(message) from None
         return Survey(
             blocks=blocks,
+            lost=lost,
             exact=exact,
             nbytes=nbytes,
             error=None if self.encoding.max_error is None else error.summary(),
@@ -276,8 +284,9 @@ class Cache:
     def _read_codes(self, view, block, marker, out=None):
         """Of a compressed store: codes, [rows of the block, R]."""
         columns = self._read_columns(view, block, marker)
+        reference = self.reference_codes(view, block)  # whose errors are its own
         try:
-            return self.encoding.unpack(columns, marker, self.reference_codes(view, block), out)
+            return self.encoding.unpack(columns, marker, reference, out)
         except ValueError as error:
             raise CorruptCacheError(f"{self._where(view, block)} is damaged: {error}; {_redo(view, block)}") from error
 
@@ -407,7 +416,7 @@ class Cache:
                     self._read_feature_block(name, view, block, room)
             except CacheError as error:
                 problems.append(str(error))
-        return problems
+        return list(dict.fromkeys(problems))  # a block that others are stored as differences from fails for each of them
 
     def to_pandas(self, view=None, sample=None, label=None, probabilities: bool = False):
         """One row a (view, sample) as a DataFrame; `cache.frame.to_pandas` says which columns."""
@@ -416,7 +425,7 @@ class Cache:
         return frame.to_pandas(self, view=view, sample=sample, label=label, probabilities=probabilities)
 
     def export_parquet(self, path, view=None, sample=None, label=None, probabilities: bool = False) -> int:
-        """Write the rows of `to_pandas` to the Parquet file `path`, a view at a time; returns their number."""
+        """Write the rows of `to_pandas` to the Parquet file `path`, a few blocks at a time; returns their number."""
         from . import frame
 
         return frame.export_parquet(self, path, view=view, sample=sample, label=label, probabilities=probabilities)
@@ -450,13 +459,14 @@ def _room(shape, dtype, out):
 class Survey:
     """What the markers of all committed blocks say.
 
-    blocks: (view, block), in order.  exact: how many of them `klt` has stored as they are, since its codebook does not fit
-    them.  nbytes: of all files that are committed.  error: what the encoding costs, {"bound",
-    "mean", "worst"} of a total variation; None where it is exact but for rounding.  feature_error: likewise by name, of a
-    cosine distance. "mean" and "worst" are None where nothing is committed.
+    blocks: (view, block), in order.  lost: of how many of them a chunk is missing by now or cut short.  exact: how many
+    `klt` has stored as they are, since its codebook does not fit them.  nbytes: of all files that are committed.  error:
+    what the encoding costs, {"bound", "mean", "worst"} of a total variation; None where it is exact but for rounding.
+    feature_error: likewise by name, of a cosine distance. "mean" and "worst" are None where nothing is committed.
     """
 
     blocks: list[tuple[int, int]]
+    lost: int
     exact: int
     nbytes: int
     error: dict | None

@@ -11,7 +11,10 @@ _SAFE = 60  # logits whose exponential neither overflows nor vanishes, nor their
 
 
 def class_weight(class_counts) -> np.ndarray:
-    """w_c = (1 − β) / (1 − β^n_c), the inverse effective number of samples, float64 [C]. No sample counts as one."""
+    """w_c = (1 − β) / (1 − β^n_c), the inverse effective number of samples, float64 [C].
+
+    A class without samples counts as if it had one.
+    """
     return (1 - BETA) / (1 - BETA ** np.maximum(np.asarray(class_counts, np.float64), 1))
 
 

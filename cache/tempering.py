@@ -19,11 +19,11 @@ def temperatures(cache) -> tuple[float, float] | None:
     """The lowest and the highest T' at which the answers may be used; None where nothing is dumped yet.
 
     For `logit` and `probability` it follows from some of what is stored, whose every number stands for a range. A `klt`
-    store says it: the step was tried on the rows that its codebook was fitted to. Another temperature of an average
-    does not follow from the average.
+    store says it: the step was tried on the rows that its codebook was fitted to. Of an average of teachers, or of experts
+    that share the classes, none but T follows.
     """
     own = cache.temperature
-    if "average_of" in cache.identity.teacher:
+    if _of_several(cache):
         return own, own
     if cache.encoding.plain:
         pairs = cache.committed()
@@ -46,9 +46,9 @@ def refuse_temperature(cache, temperature: float) -> None:
     own = cache.temperature
     if temperature == own:
         return
-    if "average_of" in cache.identity.teacher:
+    if several := _of_several(cache):
         raise CacheError(
-            f"{cache} holds an average at temperature {own:g}, from which none at {temperature:g} follows; "
+            f"{cache} holds {several} at temperature {own:g}, from which none at {temperature:g} follows; "
             "dump at that temperature, or leave out student.method.temperature"
         )
     low, high = temperatures(cache) or (own, own)
@@ -57,6 +57,12 @@ def refuse_temperature(cache, temperature: float) -> None:
             f"{cache} holds {cache.encoding.name} at temperature {own:g}, which serves temperatures {low:.3g} to {high:.3g}, "
             f"not {temperature:g}; dump at that temperature, or with cache.encoding={{name: logit}}, which serves more"
         )
+
+
+def _of_several(cache) -> str | None:
+    """What the answers are where they are not one network's softmax."""
+    kinds = {"average_of": "an average", "experts": "experts' answers"}
+    return next((words for key, words in kinds.items() if key in cache.identity.teacher), None)
 
 
 def retempering_error(limits, ratio: float, weight: np.ndarray) -> float:

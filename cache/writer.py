@@ -55,8 +55,8 @@ def create_cache(
     """Make the store `url`, a path or fsspec URL, with every array at its full size, and open it for writing.
 
     sample_id [N] distinct integers, label [N] in [0, C), image_size [N, 2] (height, width) in pixels.
-    encoding: {"name": "probability", "dtype": "float16" | "float32"}, or {"name": "klt", "max_error": …}, the mean
-    total variation of the BKD target that the encoding may cost.
+    encoding: {"name": "logit"}; {"name": "probability", "dtype": "float16" | "float32"}; or {"name": "klt", "max_error": …},
+    the mean total variation of the BKD target that the encoding may cost.
     features: the width D of each that is stored beside the probabilities, by the name of the teacher; none by default.
     fit: `klt` calls fit(views), which returns the teacher's probabilities of some samples, the same for every view,
     float32 [len(views), S, C]; a few thousand samples do.
@@ -169,8 +169,10 @@ class _Contents:
         self.sample_id = whole_numbers(sample_id, "sample_id")
         self.label, self.image_size = (np.ascontiguousarray(values, np.int64) for values in (label, image_size))
         count = len(self.sample_id)
-        if count == 0 or len(np.unique(self.sample_id)) != count:
-            raise ValueError(f"sample_id must be distinct and not empty, found {count} of which some are equal")
+        if count == 0:
+            raise ValueError("a cache is of samples; found none")
+        if len(np.unique(self.sample_id)) != count:
+            raise ValueError(f"sample_id must be distinct, found {count} of which some are equal")
         if self.sample_id.min() < 0 or self.sample_id.max() >= 2**32:  # a word of the generator that crops follow from
             found = f"{self.sample_id.min()} to {self.sample_id.max()}"
             raise ValueError(f"sample_id must be in [0, 2^32), found {found}; number the samples")
@@ -367,8 +369,9 @@ class CacheWriter:
 
     def _encode(self, view, block, probability, vectors):
         """What each array of the store gets, by path, and what the marker says of it."""
+        reference = self.cache.reference_codes(view, block)  # whose errors are its own
         try:
-            stored, values = self._encoding.encode(probability, self.cache.reference_codes(view, block))
+            stored, values = self._encoding.encode(probability, reference)
             errors = {}
             for name in self._layout.features:
                 stored[f"feature/{name}"], errors[name] = features.encode(vectors[name])

@@ -116,6 +116,16 @@ class CachedTargets(torch.utils.data.Dataset):
             raise CacheError(
                 f"{self.cache} lacks {counted(self.cache.missing_blocks, 'block')}; finish it with dump-logits --resume"
             )
+        if lost := self.cache.lost():
+            raise CacheError(
+                f"{self.cache}: {counted(len(lost), 'block')} lost files, or parts of them; "
+                "write them again with dump-logits --resume"
+            )
+        if "experts" in self.cache.identity.teacher:
+            raise CacheError(
+                f"{self.cache} holds experts' answers, each for its own classes alone, which no BKD learns from; "
+                "dump a whole teacher's"
+            )
         temperature = self.cache.temperature if temperature is None else temperature
         self.cache.refuse_temperature(temperature)
         self.dataset, self.transform, self.crop = dataset, transform, ViewCrop(self.cache.views)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL.features
 import torch
 from pydantic import ValidationError
 
@@ -21,7 +20,6 @@ from offline_bkd.cache import (
     CacheError,
     CacheWriter,
     CropFlip,
-    Identity,
     RandomResizedCrop,
     create_cache,
     open_cache,
@@ -36,12 +34,11 @@ from offline_bkd.pipeline import UserError, runs, torchrun
 from offline_bkd.pipeline.config import explain
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
-from offline_bkd.pipeline.data.decoding import DECODER
 from offline_bkd.pipeline.data.images import ImageSource, open_images
 from offline_bkd.pipeline.schema import CacheSection, Experiment
 from offline_bkd.pipeline.show.progress import Progress
 from offline_bkd.pipeline.show.terminal import counted
-from offline_bkd.pipeline.teachers import Teachers, average, load_teachers, notes_on_teachers, tempered
+from offline_bkd.pipeline.teachers import Teachers, average, computed, identity, load_teachers, notes_on_teachers, tempered
 
 FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a covariance of a hundred directions
 GROUP_BYTES = 1 << 30  # of probabilities that wait in memory so that one decode of an image serves several views
@@ -116,7 +113,7 @@ def dump(
     data: an experiment, whose training part is meant, or a part of a data set.  encoding: as in `cache.encoding`; None: the
     default.  teacher: says whose answers they are, where a digest of a module's weights cannot.  blocks: only these
     (view, block), while other processes write others; whoever comes first creates the store (see `dump_logits`).  device:
-    None: where the network is. It is lent: in the end it is where it was, in the mode, training or evaluation, that it was in.
+    where the network runs meanwhile; None: where it is. Afterwards it is where it was, and in the mode that it was in.
 
     Raises UserError where the network cannot be told from another or does not answer logits, and for settings that make no
     sense, CacheError where the store cannot be written.
@@ -183,7 +180,7 @@ class _Called(torch.nn.Module):
 
 
 class Share(NamedTuple):
-    """What one of several processes writes of a store: what `choose` says."""
+    """The (view, block) that one of several processes writes; `choose` picks them from the open cache."""
 
     choose: Callable[[Cache], Blocks]
     name: str
@@ -249,7 +246,7 @@ def write_stores(
             for store in stores
         ]
 
-    chosen = philox.permutation(0, philox.SUBSET, training_set.sample_id)[:FIT_SAMPLES]
+    chosen = philox.permutation(0, philox.FIT, training_set.sample_id)[:FIT_SAMPLES]
 
     @functools.cache  # all stores are fitted to the same
     def fitting(*views: int) -> list[Answers]:
@@ -367,46 +364,6 @@ def _wait_for(path: str, seconds: float) -> None:
         except CacheError:
             time.sleep(0.5)
     raise RuntimeError(f"the first process, or part, has not created {path} in {seconds:.0f} s; start it")
-
-
-def computed(section, device: torch.device) -> dict:
-    """What the teacher's answers depend on beside teacher and data, for a cache's identity."""
-    return {
-        "precision": section.precision,
-        "device": device.type,
-        "environment": {
-            "device": runs.device_name(device),
-            "torch": torch.__version__,
-            "decoder": f"{DECODER} (Pillow {PIL.__version__}, libjpeg {PIL.features.version('jpg')})",
-            "batch_size": section.batch_size,
-        },
-    }
-
-
-def identity(
-    training_set: datasets.Dataset, temperature: float, views, teacher: dict, computed: dict | None = None
-) -> Identity:
-    """Whose answers to what: the identity of a cache of `teacher` for `training_set`."""
-    return Identity(
-        classes=training_set.classes,
-        temperature=temperature,
-        views=views,
-        dataset=training_set.fingerprint,
-        teacher=teacher,
-        computed=computed or {},
-    )
-
-
-def refuse_other(cache: Cache, path: str, training_set: datasets.Dataset, temperature: float, views, teacher: dict) -> None:
-    """Raises CacheError with every difference if the cache at `path` is not the one that these arguments describe."""
-    if differences := cache.identity.differences(identity(training_set, temperature, views, teacher)):
-        as_dumped = "data (data.validation and data.seed too), views and cache.temperature"
-        if all(line.startswith("teacher.") for line in differences):
-            as_dumped = "the runs of the teachers"
-        raise CacheError(
-            f"{path} is not for this run: {'; '.join(differences)}; give {as_dumped} as they were when it was dumped, or dump "
-            "again"
-        )
 
 
 def cache_paths(teachers: Sequence[str], out: str, apart: bool) -> list[str]:

@@ -28,7 +28,7 @@ def infer(model: torch.nn.Module, images, rows: np.ndarray, views=None, batch_si
 
 
 def answers_of(logits: torch.Tensor, label: torch.Tensor, ranks: Ranks = ALONE) -> metrics.Answers:
-    """What `logits` [M, C] say of images whose classes are `label` [M]; of several `ranks`, what those of all say."""
+    """What `logits` [M, C] say of images whose classes are `label` [M]; of several `ranks`, of the images of all of them."""
     logits, label = logits.float(), label.to(logits.device)
     predicted = logits.argmax(1)
     columns = {

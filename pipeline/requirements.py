@@ -11,9 +11,9 @@ from offline_bkd.cache import Cache, CacheError, open_cache
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ImageSource
-from offline_bkd.pipeline.dump import refuse_other
 from offline_bkd.pipeline.schema import Experiment, Method, TrainedNetwork, Training
 from offline_bkd.pipeline.show.terminal import counted
+from offline_bkd.pipeline.teachers import refuse_other
 
 # methods whose network answers as if all classes were as frequent
 BALANCED = {"bbn", "bkd", "cb", "cb_focal", "cbd", "crt", "ldam", "lfme", "logit_adjustment", "oltr"}
@@ -45,6 +45,10 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
     if missing := cache.missing_blocks:
         raise CacheError(f"{path} lacks {counted(missing, 'block')}; finish it with dump-logits --resume")
+    if lost := cache.lost():
+        raise CacheError(
+            f"{path}: {counted(len(lost), 'block')} lost files, or parts of them; write them again with dump-logits --resume"
+        )
     method = config.student.method
     if (method.learns_from == "experts") != ("experts" in cache.identity.teacher):
         what, remedy = (

@@ -4,11 +4,14 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import PIL.features
 import torch
 
+from offline_bkd.cache import Cache, CacheError, Identity
 from offline_bkd.cache.shots import shot_groups
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.decoding import DECODER
 from offline_bkd.pipeline.data.images import ImageSource
 from offline_bkd.pipeline.evaluate import infer, load_model
 from offline_bkd.pipeline.models import classifier
@@ -136,3 +139,43 @@ def load_teacher(folder: str, training_set: datasets.Dataset) -> tuple[torch.nn.
     if section.expert:
         answers_of["expert"] = section.expert
     return model, answers_of
+
+
+def computed(section, device: torch.device) -> dict:
+    """What the teacher's answers depend on beside teacher and data, for a cache's identity."""
+    return {
+        "precision": section.precision,
+        "device": device.type,
+        "environment": {
+            "device": runs.device_name(device),
+            "torch": torch.__version__,
+            "decoder": f"{DECODER} (Pillow {PIL.__version__}, libjpeg {PIL.features.version('jpg')})",
+            "batch_size": section.batch_size,
+        },
+    }
+
+
+def identity(
+    training_set: datasets.Dataset, temperature: float, views, teacher: dict, computed: dict | None = None
+) -> Identity:
+    """Whose answers to what: the identity of a cache of `teacher` for `training_set`."""
+    return Identity(
+        classes=training_set.classes,
+        temperature=temperature,
+        views=views,
+        dataset=training_set.fingerprint,
+        teacher=teacher,
+        computed=computed or {},
+    )
+
+
+def refuse_other(cache: Cache, path: str, training_set: datasets.Dataset, temperature: float, views, teacher: dict) -> None:
+    """Raises CacheError with every difference if the cache at `path` is not the one that these arguments describe."""
+    if differences := cache.identity.differences(identity(training_set, temperature, views, teacher)):
+        as_dumped = "data (data.validation and data.seed too), views and cache.temperature"
+        if all(line.startswith("teacher.") for line in differences):
+            as_dumped = "the runs of the teachers"
+        raise CacheError(
+            f"{path} is not for this run: {'; '.join(differences)}; give {as_dumped} as they were when it was dumped, or dump "
+            "again"
+        )

@@ -198,7 +198,8 @@ def train_network(
     method = build_method(section.method, context)
     network = ColorJitter(method.network, section.color_jitter) if section.color_jitter else method.network
     refuse_unfit(network, images, len(method.rows(0)), section.training.batch_size)
-    refuse_shares(section.method.name, section.training.batch_size, ranks.world)
+    judged = min(len(part) for part in (inputs.test_set, inputs.validation_set) if part is not None)
+    refuse_shares(section.method.name, section.training.batch_size, judged, ranks.world)
     started = runs.start_run(out, config, role, device, resume, inputs.learns_from, inputs.fingerprints, label)
     with started if ranks.first else nullcontext(runs.Run(Path(out), label, silent=True)) as run:
         ranks.wait()  # until the first has begun

@@ -14,9 +14,8 @@ from offline_bkd.cache.target import class_weight, total_variation
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
-from offline_bkd.pipeline.dump import refuse_other
 from offline_bkd.pipeline.schema import Experiment
-from offline_bkd.pipeline.teachers import average, load_teachers, tempered
+from offline_bkd.pipeline.teachers import average, load_teachers, refuse_other, tempered
 
 ROUNDING = 0.005  # a fresh forward pass on another device or with other batches rounds differently, more so in bfloat16
 
@@ -57,7 +56,7 @@ def verify_cache(
     order = philox.permutation(int(identity["digest"][:16], 16), philox.VIEW, np.array(dumped))
     chosen = [dumped[index] for index in order[:views]]
     settings = config.cache.model_copy(update={"temperature": cache.temperature})
-    if not any(override.startswith("cache.precision") for override in overrides):  # else it was asked for
+    if not {"cache", "cache.precision"} & {override.partition("=")[0] for override in overrides}:  # else it was asked for
         settings = settings.model_copy(update={"precision": cache.identity.computed.get("precision", settings.precision)})
     samples, weight = np.arange(len(training_set)), class_weight(cache.class_counts)
     error = np.zeros((len(chosen), len(samples)))

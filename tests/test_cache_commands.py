@@ -3,15 +3,19 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tiny
 from cache_store import TWO_VIEWS, arguments, dump, files, fill, identity
 from click.testing import CliRunner
 
 from offline_bkd import cli
-from offline_bkd.cache import CacheError, CropFlip, create_cache, open_cache
+from offline_bkd.cache import CacheError, CropFlip, create_cache, open_cache, philox
+from offline_bkd.pipeline import dump as pipeline_dump
 from offline_bkd.pipeline import verify
+from offline_bkd.pipeline.cached_targets import CachedTargets
 from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline.train import train_student
 
 
 def run(*words):
@@ -117,10 +121,28 @@ def test_a_resumed_dump_says_and_writes_again_what_has_lost_files(tmp_path, cach
     shutil.copytree(cache, path)
     before = files(path)
     (path / "probability/c.4.0.0").unlink(), (path / "probability/c.7.0.0").write_bytes(b"")
+    assert "not whole: 2 blocks lost files, or parts of them; finish it with" in run("inspect", path)[1]
+    report = json.loads(run("inspect", path, "--json")[1])
+    assert report["blocks"]["lost"] == 2 and report["complete"] is False
+    with pytest.raises(CacheError, match="2 blocks lost files, or parts of them; write them again with dump-logits --resume"):
+        train_student(tiny.experiment(), str(path), str(tmp_path / "student"), tiny.CPU)
+    with pytest.raises(CacheError, match="2 blocks lost files"):
+        CachedTargets(path, range(464))
     capsys.readouterr()
     for note in f"note: {path}: 2 blocks had lost files, or parts of them, and will be dumped again\n", "":
         dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(path), tiny.CPU, resume=True)
         assert capsys.readouterr().out == f"{note}{path}: 9 views of 464 samples\n" and files(path) == before
+
+
+def test_the_samples_that_a_codebook_is_fitted_to_are_not_those_that_the_tail_was_drawn_by(tmp_path, teacher_run, monkeypatch):
+    asked, real = [], pipeline_dump.tempered
+    monkeypatch.setattr(pipeline_dump, "FIT_SAMPLES", 116)
+    monkeypatch.setattr(pipeline_dump, "tempered", lambda *given: asked.append(given[2]) or real(*given))
+    config = tiny.experiment("cache.encoding={name: klt, max_error: 0.05}")
+    dump_logits(config, [str(teacher_run)], str(tmp_path / "s"), tiny.CPU)
+    drawn = np.argsort(philox.permutation(config.data.seed, philox.SUBSET, open_cache(tmp_path / "s").sample_id))
+    chosen = np.unique(asked[0])
+    assert len(chosen) == 116 and drawn[chosen].mean() / 464 == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_store_without_a_complete_view_is_not_verified(tmp_path, teacher_run, cache):
@@ -135,6 +157,6 @@ def test_verify_computes_as_the_store_says_it_was_computed(tmp_path, teacher_run
     asked, real = [], verify.tempered
     monkeypatch.setattr(verify, "tempered", lambda *given: asked.append(given[-1].precision) or real(*given))
     dump_logits(tiny.experiment("cache.precision=bfloat16"), [str(teacher_run)], str(tmp_path / "s"), tiny.CPU)
-    for overrides in (), ("cache.precision=float32",):
+    for overrides in (), ("cache.precision=float32",), ("cache={precision: float32}",):
         assert verify.verify_cache(str(tmp_path / "s"), [str(teacher_run)], 1, None, overrides, tiny.CPU)["passed"]
-    assert asked == ["bfloat16", "float32"]
+    assert asked == ["bfloat16", "float32", "float32"]

@@ -84,6 +84,9 @@ def test_a_store_on_an_object_store_is_written_resumed_and_read(request, two_blo
     assert cache.complete and cache.verify_checksums() == []
     assert all((cache.plane(view) == answers(view)).all() for view in range(2))
     assert len(cache.to_pandas(view=1)) == 360 and cache.nbytes > 2 * 360 * 5 * 4
+    place = storage.open_storage(url)
+    assert sorted(place.keys("done")) == [f"done/{name}" for name in place.names("done")]
+    assert {"zarr.json", "label/zarr.json", "probability/c.1.0.0"} <= set(place.keys())
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3", "memory"])

@@ -267,8 +267,8 @@ def test_resuming_other_samples_or_another_encoding_names_the_difference(tmp_pat
     [
         ({"sample_id": np.arange(360) - 1}, r"sample_id must be in \[0, 2\^32\), found -1 to 358"),
         ({"sample_id": np.arange(360) + 2**32}, r"sample_id must be in \[0, 2\^32\), found 4294967296 to"),
-        ({"sample_id": np.zeros(360, int)}, "sample_id must be distinct and not empty"),
-        ({"sample_id": [], "label": [], "image_size": np.empty((0, 2))}, "sample_id must be distinct and not empty"),
+        ({"sample_id": np.zeros(360, int)}, "sample_id must be distinct, found 360 of which some are equal"),
+        ({"sample_id": [], "label": [], "image_size": np.empty((0, 2))}, "a cache is of samples; found none"),
         ({"label": [0]}, r"label must be \[360\] and image_size \[360, 2\], found \[1\] and \[360, 2\]"),
         ({"label": np.full(360, 5)}, r"label must be in \[0, 5\), found 5 to 5"),
         ({"encoding": {"name": "top-k"}}, "encoding.name must be one of logit, probability, klt"),

@@ -144,11 +144,12 @@ def test_an_older_transform_coded_store_serves_its_own():
     cache.refuse_temperature(2.0)
 
 
-def test_an_average_serves_its_own_temperature(tmp_path):
-    teacher = {"digest": "cc", "average_of": [{"digest": "a"}, {"digest": "b"}]}
+@pytest.mark.parametrize(("kind", "words"), [("average_of", "an average"), ("experts", "experts' answers")])
+def test_answers_of_several_teachers_serve_their_own_temperature(tmp_path, kind, words):
+    teacher = {"digest": "cc", kind: [{"digest": "a"}, {"digest": "b"}]}
     cache = dump(tmp_path / "s", identity=identity(views=CropFlip(pad=0), teacher=teacher), encoding=LOGIT)
     assert cache.temperatures == (2.0, 2.0)
-    with pytest.raises(CacheError, match="holds an average at temperature 2, from which none at 4 follows"):
+    with pytest.raises(CacheError, match=f"holds {words} at temperature 2, from which none at 4 follows"):
         cache.refuse_temperature(4.0)
 
 

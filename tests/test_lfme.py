@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.cache.shots import shot_groups
 from offline_bkd.pipeline import UserError, runs, schema
+from offline_bkd.pipeline.cached_targets import CachedTargets
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch
 from offline_bkd.pipeline.dump import dump_logits
@@ -176,6 +177,8 @@ def test_a_row_of_the_cache_holds_every_experts_answer(experts, experts_cache):
         np.testing.assert_allclose(plane[:, members], expected / 3, rtol=1e-5, atol=1e-12)
         np.testing.assert_allclose(plane[:, members] / plane[:, members].sum(1, keepdims=True), expected, rtol=1e-5)
     identity = cache.identity.teacher
+    with pytest.raises(CacheError, match="holds experts' answers, .*; dump a whole teacher's"):
+        CachedTargets(cache, range(len(train)))
     assert "average_of" not in identity and [one["expert"] for one in identity["experts"]] == list(SHOTS)
     assert verify_cache(str(experts_cache), [str(one) for one in experts], 1, None, (), tiny.CPU)["passed"]
 

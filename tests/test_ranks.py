@@ -96,13 +96,14 @@ def test_ranks_that_see_different_folders_are_refused(tmp_path):
 
 
 def test_batches_that_cannot_be_shared_are_refused():
-    refuse_shares("lfme", 127, 1)
-    refuse_shares("bbn", 128, 4)
-    for method, batch_size, world, message in (
-        ("ce", 128, 3, "3 processes cannot have equal shares of training.batch_size 128; change one or the other"),
-        ("bbn", 126, 2, "2 processes cannot have an even share of training.batch_size 126"),
-        ("lfme", 128, 2, "method lfme learns from whole batches; train it in one process, without torchrun"),
-        ("oltr", 128, 2, "method oltr learns from whole batches"),
+    refuse_shares("lfme", 127, 0, 1)
+    refuse_shares("bbn", 128, 4, 4)
+    for method, batch_size, judged, world, message in (
+        ("ce", 128, 3, 4, "4 processes cannot share 3 test or validation images; start fewer processes"),
+        ("ce", 128, 3, 3, "3 processes cannot have equal shares of training.batch_size 128; change one or the other"),
+        ("bbn", 126, 9, 2, "2 processes cannot have an even share of training.batch_size 126"),
+        ("lfme", 128, 9, 2, "method lfme learns from whole batches; train it in one process, without torchrun"),
+        ("oltr", 128, 9, 2, "method oltr learns from whole batches"),
     ):
         with pytest.raises(UserError, match=message):
-            refuse_shares(method, batch_size, world)
+            refuse_shares(method, batch_size, judged, world)

@@ -22,8 +22,7 @@ LAYERS = [
     {"pipeline.training.engine", "pipeline.evaluate", "pipeline.show.trackers"},
     {"pipeline.show.evaluation", "pipeline.show.inspection", "pipeline.show.page", "pipeline.show.report"},
     {"pipeline.backbone", "pipeline.teachers", "pipeline.export_model", "pipeline.import_model", "pipeline.predict"},
-    {"pipeline.dump"},
-    {"pipeline.requirements"},
+    {"pipeline.requirements", "pipeline.dump"},
     {"pipeline.cached_targets", "pipeline.train", "pipeline.dry_run", "pipeline.verify", "pipeline.reproduce"},
     {"cli"},
 ]

@@ -57,8 +57,10 @@ class Dataset:
 
     @cached_property
     def file_status(self) -> np.ndarray:
-        """(bytes, key) of every image's file, int64 [N, 2]; files that are one have one key. Raises UserError naming the
-        files that are missing, and what is no regular file."""
+        """(bytes, key) of every image's file, int64 [N, 2]; paths that lead to one file have equal keys.
+
+        Raises UserError naming the files that are missing, and what is no regular file.
+        """
         return np.array(self.for_each(self._file_status, "restore them or correct data.root"), np.int64).reshape(-1, 2)
 
     @cached_property

@@ -34,7 +34,7 @@ class Parts(NamedTuple):
 def load(section: schema.Data, shot: str | None = None, download: bool = True) -> Parts:
     """The training part, made long-tailed as `section` says, less what is held out of it for validation; the others whole.
 
-    With `shot`, a shot group of metrics.py, only the samples of its classes, in all parts; all classes keep their names
+    With `shot`, a shot group of cache/shots.py, only the samples of its classes, in all parts; all classes keep their names
     and numbers. Without `download`, nothing is downloaded or copied: it must be there. What is allowed, but perhaps not
     meant, is in the parts' notes, and printed. Raises UserError for files that are missing, labels out of range, classes
     without training samples and a group without classes.

@@ -53,7 +53,8 @@ class Memory(nn.Module):
     """Features v [B, D] to logits [B, C], with the help of a centroid M_c of each class (section 3.1).
 
     logits = classifier(REACH / min_c |v - M_c| * (v + tanh(selector(v)) * softmax(hallucinator(v)) M)). The centroids,
-    [C, D], do not learn from the logits but from `losses.memory`; a method gives them their first values.
+    [C, D], learn not from the logits but from `losses.memory`, by its margin, and `losses.centroid_pull`; a method gives them
+    their first values.
     """
 
     def __init__(self, inputs: int, classes: int):

@@ -68,7 +68,7 @@ class Training(Section):
     evaluate_every: Positive = 1  # epochs between evaluations on the test set; the last epoch always is
 
     @model_validator(mode="after")
-    def _momentum(self):
+    def _consistent(self):
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum; set momentum, usually 0.9, or leave out nesterov")
         if self.epochs % self.views_per_decode:

@@ -33,8 +33,11 @@ def print_store(summary: dict, store: str) -> None:
             table.append([name, *(f"{100 * quality[group][key]:.1f}" for group in shown)])
         terminal.table(table, "how good the teacher is")
     missing = blocks["all"] - blocks["done"]
-    left = f"not whole: {missing:,} of {blocks['all']:,} blocks are missing; finish it with dump-logits --resume"
-    terminal.sentence(left if missing else f"whole: all {blocks['all']:,} blocks are there")
+    lacks = [f"{missing:,} of {blocks['all']:,} blocks are missing"] if missing else []
+    if lost := blocks.get("lost"):
+        lacks.append(f"{terminal.counted(lost, 'block')} lost files, or parts of them")
+    left = f"not whole: {' and '.join(lacks)}; finish it with dump-logits --resume"
+    terminal.sentence(left if lacks else f"whole: all {blocks['all']:,} blocks are there")
 
 
 def print_comparison(report: dict, store: str) -> None:

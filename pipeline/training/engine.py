@@ -1,7 +1,7 @@
 """The only training loop: gradient descent over numbered views, resumable to the same bits.
 
 What differs between methods comes in as one object, which says what a step runs, which rows an epoch visits and what is
-minimised (methods/). Left out: data (data/), optimisers and schedules (optimisation.py), what a run writes (runs.py).
+minimised (methods/). Left out: data (data/), optimisers and schedules (optimisation.py), what a run writes (runs/).
 """
 
 import math
@@ -122,8 +122,9 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
 def train_epoch(
     task: Task, forward: Callable[[torch.Tensor], object], optimisation: Optimisation, epoch: int, first: int | None = None
 ) -> dict[str, float]:
-    """One pass over the rows of `epoch`; returns what is recorded of it. The rate of the epoch `first` is one of a warm run.
+    """One pass over the rows of `epoch`; returns what is recorded of it.
 
+    In the epoch `first`, images_per_second leaves out the first steps, which warm up.
     The host waits for the device only every CHECK_EVERY steps; of several processes on GPUs also in each layer that
     synchronises batch statistics.
     """

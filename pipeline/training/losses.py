@@ -80,8 +80,8 @@ def expert_weight(right: torch.Tensor, theta: float) -> torch.Tensor:
 def memory(features: torch.Tensor, label: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """|v - M_y|^2 / 2 + 0.01 max(0, 10 - d), d the batch's mean of sum_{c != y} |v - M_c|^2 / C (Liu et al., 2019, 3.3).
 
-    Of features v [B, D] and centroids M [C, D]: a feature is drawn to its own centroid and kept from the others. The
-    features alone are drawn; what draws the centroids is `centroid_pull`.
+    Of features v [B, D] and centroids M [C, D]. The first term moves the features alone, to their centroids; the margin
+    moves features and centroids apart. `centroid_pull` draws the centroids to their features.
     """
     own = (features - centroids[label].detach()).square().sum(1)
     distances = torch.cdist(features, centroids).square()

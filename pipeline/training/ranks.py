@@ -134,8 +134,8 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def refuse_shares(method: str, batch_size: int, world: int) -> None:
-    """Raises UserError where a batch cannot be shared by `world` processes."""
+def refuse_shares(method: str, batch_size: int, judged: int, world: int) -> None:
+    """Raises UserError where `world` processes cannot share a batch, or the `judged` images of an evaluation."""
     if world == 1:
         return
     if method in ("lfme", "oltr"):
@@ -143,3 +143,5 @@ def refuse_shares(method: str, batch_size: int, world: int) -> None:
     if batch_size % world or (method == "bbn" and batch_size // world % 2):
         even = "an even share" if method == "bbn" else "equal shares"
         raise UserError(f"{world} processes cannot have {even} of training.batch_size {batch_size}; change one or the other")
+    if judged < world:
+        raise UserError(f"{world} processes cannot share {judged} test or validation images; start fewer processes")

@@ -1,7 +1,7 @@
 """Methods: for each kind of schema.AnyMethod, what a step runs, which rows an epoch visits and what is minimised.
 
-A new method is a section in schema.py, a class here (contract.Method says what of) and a line in METHODS; its formula, if it
-has a new one, is a pure function in losses.py.
+A new method is a section in schema/methods.py, a class here (contract.Method says what of) and a line in METHODS; its formula,
+if it has a new one, is a pure function in losses.py.
 """
 
 from offline_bkd.pipeline.schema import Method as Settings
