@@ -336,11 +336,7 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device, ever
             raise UserError(
                 "--checksums computes no answers; leave out --teacher, --tolerance and -o, or leave out --checksums"
             )
-        cache, show = open_cache(store), inspection.print_checksums
-        problems, there, missing = cache.verify_checksums(), len(cache.committed()), cache.missing_blocks
-        if missing:
-            problems.append(f"{missing:,} of {there + missing:,} blocks are not dumped; finish it with dump-logits --resume")
-        report = {"passed": not problems, "blocks": there, "problems": problems}
+        report, show = open_cache(store).checksum_report(), inspection.print_checksums
     elif not teachers:
         raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")
     else:

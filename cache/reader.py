@@ -418,6 +418,13 @@ class Cache:
                 problems.append(str(error))
         return list(dict.fromkeys(problems))  # a block that others are stored as differences from fails for each of them
 
+    def checksum_report(self) -> dict:
+        """Whether the store is whole and as it was written, how many blocks were read, and what is wrong, as JSON values."""
+        problems, blocks, missing = self.verify_checksums(), len(self.committed()), self.missing_blocks
+        if missing:
+            problems.append(f"{missing:,} of {blocks + missing:,} blocks are not dumped; finish it with dump-logits --resume")
+        return {"passed": not problems, "blocks": blocks, "problems": problems}
+
     def to_pandas(self, view=None, sample=None, label=None, probabilities: bool = False):
         """One row a (view, sample) as a DataFrame; `cache.frame.to_pandas` says which columns."""
         from . import frame

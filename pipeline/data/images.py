@@ -163,11 +163,14 @@ class DecodedImages:
             return self._crops(rows[chosen], self._boxes(rows[chosen], None if views is None else views[chosen]))
 
         workers = min(self.workers, len(slices))
-        arrays = in_workers(crops, len(slices), workers) if workers else map(crops, range(len(slices)))
-        for chosen, array in zip(slices, arrays):
+        if workers:
+            found = in_workers(crops, len(slices), workers, pinned=self.device.type == "cuda")
+        else:
+            found = (torch.from_numpy(crops(number)) for number in range(len(slices)))
+        for chosen, pixels in zip(slices, found):
             row = torch.from_numpy(rows[chosen])
             view = None if views is None else self._to_device(torch.as_tensor(views[chosen]))
-            images = torch.from_numpy(array).view(-1, *self.crop_size, 3)
+            images = pixels.view(-1, *self.crop_size, 3)
             yield Batch(
                 self._to_device(row), view, self._to_device(self.label[row]), self._to_device(images).permute(0, 3, 1, 2)
             )

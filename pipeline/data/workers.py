@@ -11,16 +11,18 @@ import struct
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 
 from offline_bkd.pipeline import UserError
 
 HEADER = struct.Struct("<?q")  # whether bytes of an array follow, or the text of an error; how many
 
 
-def in_workers(make: Callable[[int], np.ndarray], count: int, workers: int) -> Iterator[np.ndarray]:
+def in_workers(make: Callable[[int], np.ndarray], count: int, workers: int, pinned: bool = False) -> Iterator[torch.Tensor]:
     """The bytes of `make(index)`, uint8, for each index below `count`, each made ahead by one of `workers` processes.
 
-    A UserError that `make` raises is raised here. Raises RuntimeError where a worker dies.
+    They are received into pinned memory, from where a GPU may copy them, if it is asked for. A UserError that `make` raises
+    is raised here. Raises RuntimeError where a worker dies.
     """
     context = multiprocessing.get_context("fork")
     sockets, processes = [], []
@@ -33,10 +35,10 @@ def in_workers(make: Callable[[int], np.ndarray], count: int, workers: int) -> I
             processes[-1].start()
             there.close()
         for index in range(count):
-            array = _receive(sockets[index % workers])
-            if array is None:
+            data = _receive(sockets[index % workers], pinned)
+            if data is None:
                 raise RuntimeError(_death(processes[index % workers]))
-            yield array
+            yield data
     finally:
         for number, process in enumerate(processes):
             sockets[number].close()
@@ -61,30 +63,32 @@ def _work(make: Callable, indices: range, to: socket.socket, parents: list[socke
         pass  # the parent needs no more
 
 
-def _receive(sender: socket.socket) -> np.ndarray | None:
+def _receive(sender: socket.socket, pinned: bool) -> torch.Tensor | None:
     """The next array, or None where the sender has ended."""
-    header = _read(sender, HEADER.size)
-    if header is None:
+    header = bytearray(HEADER.size)
+    if not _read(sender, header):
         return None
     whole, length = HEADER.unpack(header)
-    data = _read(sender, length)
-    if data is None or whole:
+    data = torch.empty(length, dtype=torch.uint8, pin_memory=pinned)
+    if not _read(sender, data.numpy()):
+        return None
+    if whole:
         return data
-    raise UserError(data.tobytes().decode(errors="surrogateescape"))
+    raise UserError(data.numpy().tobytes().decode(errors="surrogateescape"))
 
 
-def _read(sender: socket.socket, length: int) -> np.ndarray | None:
-    data = np.empty(length, np.uint8)
-    place = 0
-    while place < length:
+def _read(sender: socket.socket, into: bytearray | np.ndarray) -> bool:
+    """Whether the sender has filled `into`; not where it has ended."""
+    room, place = memoryview(into), 0
+    while place < len(room):
         try:
-            received = sender.recv_into(memoryview(data)[place:])
+            received = sender.recv_into(room[place:])
         except ConnectionResetError:
             received = 0
         if not received:
-            return None
+            return False
         place += received
-    return data
+    return True
 
 
 def _death(process: multiprocessing.Process) -> str:

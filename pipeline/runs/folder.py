@@ -120,9 +120,8 @@ def open_run(folder: str | Path) -> Run:
 def experiment_of(run: Run) -> dict[str, str]:
     """What tells apart the experiments that runs were made by, whatever their seeds: the method, and a digest of the rest."""
     config = run.config()
-    data, *parts = (part.model_dump(mode="json") for part in (config.data, getattr(config, run.stage), config.cache))
-    for key in {"root", *schema.READING} & data.keys():
-        del data[key]
+    data = config.data.model_dump(mode="json", exclude=schema.PLACE)
+    parts = [part.model_dump(mode="json") for part in (getattr(config, run.stage), config.cache)]
     text = json.dumps([run.stage, data, *parts, to_json(config.views)])
     return {"method": run.summary()["method"], "settings": hashlib.sha256(text.encode()).hexdigest()[:12]}
 

@@ -128,10 +128,7 @@ def peak_memory(device: torch.device) -> int:
 
 def settings(config: Experiment, stage: str) -> dict:
     """What tells a run of `stage` from others. What its images are stands in data, what its cache is in learns_from."""
-    values = config.model_dump(mode="json", include={"seed", "data", "views", stage})
-    for key in {"root", *schema.READING} & values["data"].keys():
-        del values["data"][key]
-    return values
+    return config.model_dump(mode="json", include={"seed", "data", "views", stage}, exclude={"data": schema.PLACE})
 
 
 def difference(old, new, key: str = "") -> str | None:

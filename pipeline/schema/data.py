@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from offline_bkd.pipeline.schema.base import PerChannel, Positive, PositivePerChannel, Section
 
-READING = {"workers", "copies"}  # keys of how images are read, which changes no result
+PLACE = {"root", "workers", "copies"}  # keys of where images are and how they are read, which changes no result
 
 
 def _validation(value):

@@ -145,9 +145,9 @@ def _differences(lines: Sequence[Seeds]) -> str:
 def _settings(run: runs.Run) -> dict:
     """What the run looked at, with a teacher's and a student's settings under the same names; and where it ran."""
     environment = run.environment()
-    values = run.config().model_dump(mode="json", include={"data", "views", "cache", run.stage})
-    for key in {"root", *schema.READING} & values["data"].keys():
-        del values["data"][key]
+    values = run.config().model_dump(
+        mode="json", include={"data", "views", "cache", run.stage}, exclude={"data": schema.PLACE}
+    )
     own = values.pop(run.stage)
     if run.stage == "teacher":
         del values["cache"]
