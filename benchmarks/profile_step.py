@@ -1,21 +1,26 @@
-"""Where a step's time goes on a CPU: by operation, and what memory costs that the kernel has to give again.
+"""Where a step's time goes on a CPU: by operation, beside what the arithmetic allows, and what memory costs that the kernel
+has to give again.
 
     python benchmarks/profile_step.py --out results
 
 ResNet-32 on CIFAR's image size: a training step of 128 images, and the forward pass of a dump in batches of 512 and 128.
-System time and page faults are the process's own, with freed memory given back to the kernel and kept (--keep).
+A step's rate stands beside that of one large matrix product on the same threads, the median of several each. System time and
+page faults are the process's own, with freed memory given back to the kernel and kept (--keep).
 """
 
 import json
 import resource
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
 import torch
 from measuring import save
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from offline_bkd.pipeline import runs, schema
 from offline_bkd.pipeline.allocation import keep_freed_memory
@@ -41,7 +46,7 @@ def measured(work, batch: int) -> dict:
     return {"user, ms": 1e3 * user / images, "system, ms": 1e3 * system / images, "page faults": faults / images}
 
 
-def steps() -> dict:
+def steps(precision: str = "float32") -> dict:
     """A name for each piece of work, with its batch."""
     network = schema.CifarResNet(name="cifar_resnet", depth=32)
     model = build_model(network, 100, schema.Digits(name="digits"), 0)
@@ -49,9 +54,10 @@ def steps() -> dict:
     images, label = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 100, (512,))
 
     def train():
-        loss = functional.cross_entropy(model.train()(images[:128]), label[:128])
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = model.train()(images[:128])
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        functional.cross_entropy(logits.float(), label[:128]).backward()
         optimiser.step()
 
     def answer(batch):
@@ -62,6 +68,36 @@ def steps() -> dict:
         "training step, batch 128": (train, 128),
         "dump's forward pass, batch 512": (lambda: answer(512), 512),
         "dump's forward pass, batch 128": (lambda: answer(128), 128),
+    }
+
+
+def seconds(work, repeats: int = 10) -> float:
+    """A median."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])
+
+
+def profiled(precision: str) -> dict:
+    """Of a training step: milliseconds an image, billions of operations a second beside a matrix product's, and shares."""
+    train, batch = steps(precision)["training step, batch 128"]
+    train()
+    with FlopCounterMode(display=False) as counter:
+        train()
+    square = torch.randn(4096, 4096, dtype=getattr(torch, precision))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(5):
+            train()
+    spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    took = seconds(train)
+    return {
+        "ms an image": 1e3 * took / batch,
+        "GFLOP/s": counter.get_total_flops() / took / 1e9,
+        "GFLOP/s of a matrix product": 2 * 4096**3 / seconds(lambda: square @ square) / 1e9,
+        "shares": {key: round(spent[key] / sum(spent.values()), 4) for key in sorted(spent, key=spent.get, reverse=True)[:12]},
     }
 
 
@@ -77,17 +113,9 @@ def main(out, keep):
     for way, option in ("given back", "--both"), ("kept", "--keep"):
         command = [sys.executable, __file__, option]
         ways[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    train, _ = steps()["training step, batch 128"]
-    train()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(3):
-            train()
-    total = sum(event.self_cpu_time_total for event in profile.key_averages())
-    top = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
-    figures = {
-        "an image, freed memory": ways,
-        "share of a training step": {event.key: round(event.self_cpu_time_total / total, 4) for event in top},
-    }
+    keep_freed_memory()
+    figures = {"an image, freed memory": ways, "threads": torch.get_num_threads()}
+    figures["a training step"] = {precision: profiled(precision) for precision in ("float32", "bfloat16")}
     save(Path(out) / "profile-cpu.json", figures, "torch", device=runs.device_name(torch.device("cpu")))
 
 
