@@ -28,7 +28,7 @@ from offline_bkd.cache.storage import open_storage
 ROWS, CLASSES = 4, 5
 S3_BLOCKS = 10_000  # at most: moto takes 0.3 s for each listing of a thousand
 SIZES = {1_000: (10, 100), 10_000: (100, 100), 100_000: (100, 1000)}  # blocks: views, and blocks of each
-store_format._CHUNK_BYTES = ROWS * CLASSES * 4  # so that a block is of ROWS samples
+CHUNK_BYTES = ROWS * CLASSES * 4  # so that a block is of ROWS samples
 
 
 def arguments(views: int, blocks: int) -> dict:
@@ -103,6 +103,7 @@ def main():
     parser.add_argument("--s3", action="store_true")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    store_format._CHUNK_BYTES = CHUNK_BYTES
     if asked.work:
         name, url, views, blocks = asked.work
         import pandas  # noqa: F401  what tables take to import is no matter of the store

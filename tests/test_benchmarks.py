@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from offline_bkd.cache import format as store_format
 from offline_bkd.cache import open_cache
 from offline_bkd.pipeline import schema
 
@@ -64,9 +65,10 @@ def test_an_epoch_with_a_live_teacher_is_one_from_its_cache(monkeypatch, precisi
     assert records[0]["loss"] == records[1]["loss"] and records[0]["kd"] > 0
 
 
-def test_blocks_of_large_stores_are_whole(tmp_path):
+def test_blocks_of_large_stores_are_whole(tmp_path, monkeypatch):
     import large
 
+    monkeypatch.setattr(store_format, "_CHUNK_BYTES", large.CHUNK_BYTES)
     large.build(str(tmp_path / "s"), 2, 3, whole=True)
     assert open_cache(tmp_path / "s").verify_checksums() == [] and open_cache(tmp_path / "s").complete
     assert large.WORK["resume"](str(tmp_path / "s"), 2, 3) == 0
