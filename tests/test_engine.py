@@ -486,14 +486,15 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-# float32 differs by 4e-7 at most in these steps; bfloat16 rounds each activation by up to 2^-9, which comes to 1e-3
+# Float32 that is not compiled ends such steps 3e-6 from float64, compiled 5e-7: the two may be so far apart. Bfloat16 rounds each
+# activation by up to 2^-9, which comes to 1e-3.
 @pytest.mark.parametrize(
     ("device", "switch", "rounding"),
     [
         ("cpu", "channels_last=false", 2e-6),
         ("cpu", "fused=false", 2e-6),
         ("cpu", "precision=bfloat16", 4e-3),
-        pytest.param("cpu", "compile=true", 2e-6, marks=needs_compiler),
+        pytest.param("cpu", "compile=true", 4e-6, marks=needs_compiler),
         pytest.param("cuda", "compile=cuda_graphs", 1e-3, marks=[pytest.mark.cuda, needs_compiler]),
     ],
 )
