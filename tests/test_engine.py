@@ -486,8 +486,8 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-# Float32 that is not compiled ends such steps 3e-6 from float64, compiled 5e-7: the two may be so far apart. Bfloat16 rounds each
-# activation by up to 2^-9, which comes to 1e-3.
+# Float32 that is not compiled ends such steps 3e-6 from float64, compiled 5e-7: the two may be so far apart. Bfloat16 rounds
+# each activation by up to 2^-9, which comes to 1e-3.
 @pytest.mark.parametrize(
     ("device", "switch", "rounding"),
     [
