@@ -117,6 +117,15 @@ class Cache:
         there = self._chunk_sizes()
         return [pair for pair, written in self._written(committed) if not written.items() <= there.items()]
 
+    def refuse_incomplete(self) -> None:
+        """Raises CacheError where blocks are not dumped, or have lost a chunk since. No chunk is read."""
+        if missing := self.missing_blocks:
+            raise CacheError(f"{self} lacks {_blocks(missing)}; finish it with dump-logits --resume")
+        if lost := self.lost():
+            raise CacheError(
+                f"{self}: {_blocks(len(lost))} lost files, or parts of them; write them again with dump-logits --resume"
+            )
+
     def _chunk_sizes(self):
         """Bytes of every chunk that is there, by key."""
         with self._reading(self):
@@ -420,10 +429,10 @@ class Cache:
 
     def checksum_report(self) -> dict:
         """Whether the store is whole and as it was written, how many blocks were read, and what is wrong, as JSON values."""
-        problems, blocks, missing = self.verify_checksums(), len(self.committed()), self.missing_blocks
+        problems, missing, blocks = self.verify_checksums(), self.missing_blocks, self.layout.views * self.layout.blocks
         if missing:
-            problems.append(f"{missing:,} of {blocks + missing:,} blocks are not dumped; finish it with dump-logits --resume")
-        return {"passed": not problems, "blocks": blocks, "problems": problems}
+            problems.append(f"{missing:,} of {blocks:,} blocks are not dumped; finish it with dump-logits --resume")
+        return {"passed": not problems, "blocks": blocks - missing, "problems": problems}
 
     def to_pandas(self, view=None, sample=None, label=None, probabilities: bool = False):
         """One row a (view, sample) as a DataFrame; `cache.frame.to_pandas` says which columns."""
@@ -447,6 +456,10 @@ class Cache:
 def _redo(view: int, block: int) -> str:
     """What to do about a block that is damaged."""
     return f"delete its marker done/{view}.{block} and resume the dump, which writes it again"
+
+
+def _blocks(count):
+    return "1 block" if count == 1 else f"{count:,} blocks"
 
 
 def _length(rows):

@@ -112,15 +112,7 @@ class CachedTargets(torch.utils.data.Dataset):
         it where label or size are not the sample's.
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(str(cache))
-        if self.cache.missing_blocks:
-            raise CacheError(
-                f"{self.cache} lacks {counted(self.cache.missing_blocks, 'block')}; finish it with dump-logits --resume"
-            )
-        if lost := self.cache.lost():
-            raise CacheError(
-                f"{self.cache}: {counted(len(lost), 'block')} lost files, or parts of them; "
-                "write them again with dump-logits --resume"
-            )
+        self.cache.refuse_incomplete()
         if "experts" in self.cache.identity.teacher:
             raise CacheError(
                 f"{self.cache} holds experts' answers, each for its own classes alone, which no BKD learns from; "

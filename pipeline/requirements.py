@@ -43,12 +43,7 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     """The complete cache at `path`. Raises CacheError with every difference if it is not for this experiment."""
     cache = open_cache(path)
     refuse_other(cache, path, training_set, config.cache.temperature, config.views, cache.identity.teacher)
-    if missing := cache.missing_blocks:
-        raise CacheError(f"{path} lacks {counted(missing, 'block')}; finish it with dump-logits --resume")
-    if lost := cache.lost():
-        raise CacheError(
-            f"{path}: {counted(len(lost), 'block')} lost files, or parts of them; write them again with dump-logits --resume"
-        )
+    cache.refuse_incomplete()
     method = config.student.method
     if (method.learns_from == "experts") != ("experts" in cache.identity.teacher):
         what, remedy = (
