@@ -22,6 +22,8 @@ SMALL = (
     "student.model.depth=8",
     "teacher.training.epochs=5",
     "student.training.epochs=5",
+    "teacher.training.evaluate_every=5",
+    "student.training.evaluate_every=5",
     "views={name: crop_flip, pad: 0, flip: true}",
 )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from offline_bkd import cli
 from offline_bkd.pipeline import UserError, guard
@@ -25,15 +25,23 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = ("train-teacher", "dump-logits", "train-student", "evaluate", "inspect", "verify", "export", "report")
 
 
-def run(*arguments, **named) -> subprocess.CompletedProcess:
+def run_alone(*arguments, **named) -> subprocess.CompletedProcess:
+    """A command in a process of its own, as a shell starts it."""
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **named)
+
+
+def run(*arguments) -> Result:
+    """A command in this process, where torch is imported already; it has ended as a command does."""
+    result = CliRunner().invoke(cli.main, [*map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
 
 
 def refused(*arguments, code=2) -> str:
     """The one line of an error."""
     result = run(*arguments)
-    assert result.returncode == code, result.stderr
+    assert result.exit_code == code, result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr
 
@@ -45,7 +53,7 @@ def test_the_three_commands_make_a_student(tmp_path):
         ["dump-logits", *tiny.options(), "--teacher", teacher, "--out", cache],
         ["train-student", *tiny.options(), "--cache", cache, "--out", student],
     ):
-        result = run(*arguments)
+        result = run_alone(*arguments)
         assert result.returncode == 0, result.stderr
     files = {path.name for path in student.iterdir()}
     assert files == {
@@ -64,28 +72,28 @@ def test_the_three_commands_make_a_student(tmp_path):
     assert f"{summary['last']['few']:.2f}" in (tmp_path / "report" / "table.md").read_text()
     several = ["train-student", *tiny.options(), "--cache", cache, "--out", tmp_path / "s", "--seeds", "0,3"]
     result = run(*several)
-    assert result.returncode == 0 and "seed 3: epoch 2/2" in result.stdout, result.stderr
+    assert result.exit_code == 0 and "seed 3: epoch 2/2" in result.stdout, result.stderr
     assert json.loads((tmp_path / "s-0" / "summary.json").read_text())["digest"] == summary["digest"]
     assert "s-0 is not empty; add --resume" in refused(*several)
     assert "--seeds '0,x': seeds are whole numbers" in refused(*several[:-1], "0,x")
     assert "seeds are whole numbers" in refused(*several[:-1], "")
     assert "leave out the one or the other" in refused(*several, "--seed", 1)
     complete = run("train-student", *tiny.options(), "--cache", cache, "--out", student, "--resume")
-    assert complete.returncode == 0 and "is complete" in complete.stdout
+    assert complete.exit_code == 0 and "is complete" in complete.stdout
 
 
 def test_inspect_and_verify_tell_what_a_cache_is(cache, teacher_run, tmp_path):
     shown = run("inspect", cache)
-    assert shown.returncode == 0 and "464 samples of 10 classes" in shown.stdout
+    assert shown.exit_code == 0 and "464 samples of 10 classes" in shown.stdout
     assert shown.stdout.endswith("whole: all 9 blocks are there\n")
     assert json.loads(run("inspect", cache, "--json").stdout)["complete"] is True
     compared = run("verify", cache, "--teacher", teacher_run, "--device", "cpu").stdout
     assert compared.endswith("\nPASSED\n")
-    assert run("verify", cache, "--checksums").returncode == 0
+    assert run("verify", cache, "--checksums").exit_code == 0
     assert "name the teacher's run with --teacher" in refused("verify", cache)
     dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "rounded.zarr"), tiny.CPU)
     failed = run("verify", tmp_path / "rounded.zarr", "--teacher", teacher_run, "--device", "cpu", "--tolerance", "0")
-    assert failed.returncode == 1 and "FAILED" in failed.stdout.splitlines()[-1]
+    assert failed.exit_code == 1 and "FAILED" in failed.stdout.splitlines()[-1]
     for tolerance in "-1", "nan":
         assert "'--tolerance'" in refused("verify", cache, "--teacher", teacher_run, "--tolerance", tolerance)
 
@@ -121,7 +129,7 @@ def test_export_writes_what_pandas_shows(tmp_path, cache):
 
     out = tmp_path / "answers.parquet"
     result = run("export", cache, "--out", out, "--view", 1, "--view", 3, "--label", "7", "--probabilities")
-    assert result.returncode == 0 and "26 rows" in result.stdout, "thirteen samples of class 7 in two views"
+    assert result.exit_code == 0 and "26 rows" in result.stdout, "thirteen samples of class 7 in two views"
     expected = open_cache(cache).to_pandas(view=[1, 3], label=["7"], probabilities=True)
     pandas.testing.assert_frame_equal(pandas.read_parquet(out), expected, check_dtype=False, check_categorical=False)
     assert "exists; choose another file" in refused("export", cache, "--out", out)
@@ -136,7 +144,7 @@ def test_damage_ends_with_1_and_names_the_rows(tmp_path, cache):
     data[100] ^= 4
     chunk.write_bytes(data)
     found = run("verify", tmp_path / "cache.zarr", "--checksums")
-    assert found.returncode == 1 and "probability" in found.stdout and "rows 0 to 463" in found.stdout
+    assert found.exit_code == 1 and "probability" in found.stdout and "rows 0 to 463" in found.stdout
     error = refused("train-student", *tiny.options(), "--cache", tmp_path / "cache.zarr", "--out", tmp_path / "run", code=1)
     assert "probability" in error and "rows 0 to 463" in error
 
@@ -145,7 +153,7 @@ def test_damage_ends_with_1_and_names_the_rows(tmp_path, cache):
 def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, command):
     extra = {"dump-logits": ["--teacher", "nowhere"], "train-student": ["--cache", "nowhere"]}.get(command, [])
     result = run(command, *tiny.options(), *extra, "--out", tmp_path / "out", "--dry-run")
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     for fact in (
         "training samples (N)",
         "464",
@@ -279,7 +287,7 @@ def test_a_reader_that_goes_away_is_no_error(cache):
 def test_help_begins_with_an_example(command):
     result = run(command, "--help")
     lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-    assert result.returncode == 0 and lines[1].startswith(f"Example: python cli.py {command}")
+    assert result.exit_code == 0 and lines[1].startswith(f"Example: python cli.py {command}")
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_path, teacher_run):
@@ -319,9 +327,11 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
         (["train-teacher", *tiny.options(), "--device", "cuda", "--out", "x"], "torch finds no CUDA device"),
     ],
 )
-def test_what_a_user_gets_wrong_ends_with_2_and_one_line(arguments, message, tmp_path):
-    result = run(*arguments, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert result.returncode == 2 and message in result.stderr
+def test_what_a_user_gets_wrong_ends_with_2_and_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run(*arguments)
+    assert result.exit_code == 2 and message in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -363,13 +373,15 @@ def test_streams_that_the_shell_closed_are_no_failure_and_no_files(tmp_path, cac
 
 def test_letters_that_the_output_cannot_show_are_shown_by_their_escapes(tmp_path, cache):
     (tmp_path / "é").symlink_to(cache)
-    result = run("inspect", tmp_path / "é", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    result = run_alone("inspect", tmp_path / "é", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (result.returncode, result.stderr) == (0, "") and "\\xe9" in result.stdout and result.stdout.isascii()
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path):
-    result = run("evaluate", tmp_path, "--debug")
+    result = run_alone("evaluate", tmp_path, "--debug")
     assert result.returncode == 2 and "Traceback" in result.stderr
+    result = run_alone("evaluate", tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -433,7 +445,7 @@ def test_help_starts_fast_because_nothing_heavy_is_imported():
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run("--help")
+        run_alone("--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.4, "of processor time: the clock on the wall depends on who else is running"

@@ -167,18 +167,18 @@ def test_twenty_interruptions_at_random_steps_change_no_bit(tmp_path, monkeypatc
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    options = tiny.options("teacher.training.epochs=12")
-    command = [sys.executable, str(ROOT / "cli.py"), "train-teacher", *options, "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    epochs = "teacher.training.epochs=12"
+    train_teacher(tiny.experiment(epochs), str(tmp_path / "whole"), tiny.CPU)
+    command = [sys.executable, str(ROOT / "cli.py"), "train-teacher", *tiny.options(epochs), "--out", str(tmp_path / "cut")]
     for attempt in range(3):
-        process = subprocess.Popen([*command, str(tmp_path / "cut"), "--resume"], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([*command, "--resume"], stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.startswith(f"epoch {3 * attempt + 2}/"):
                 break
         time.sleep(0.013 * attempt)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, capture_output=True)
+    train_teacher(tiny.experiment(epochs), str(tmp_path / "cut"), tiny.CPU, resume=True)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
