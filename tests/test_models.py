@@ -1,16 +1,18 @@
 """Networks: the published sizes, the published shortcuts, initial weights from the seed, normalisation inside."""
 
+from copy import deepcopy
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.models import build_model, classifier
-from offline_bkd.pipeline.models.heads import CosineClassifier
+from offline_bkd.pipeline.models.classifiers import CosineClassifier
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DATA = schema.Digits(name="digits", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
@@ -89,6 +91,36 @@ def test_or_as_glorot_has_them_in_cbds_code():
     weight = classifier(build_model(section, 500, DATA, 0)).weight.detach()
     bound = (6 / (64 + 500)) ** 0.5
     assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
+    projected = section.model_copy(update={"projection": 128})
+    layer = build_model(projected, 500, DATA, 0).network.fc[0]
+    assert layer.weight.std().item() == pytest.approx((2 / (64 + 128)) ** 0.5, rel=0.02) and not layer.bias.any()
+
+
+LAST_LAYERS = [
+    {},
+    {"projection": 24},
+    {"cosine_scale": 30},
+    {"memory": True},
+    {"name": "torchvision", "architecture": "resnet10"},
+    {"name": "timm", "architecture": "convnext_atto"},
+]
+
+
+@pytest.mark.parametrize("asked", LAST_LAYERS, ids=str)
+def test_logits_are_float32s_also_of_a_bfloat16_forward(asked):
+    """In bfloat16 one or two of a hundred images have two best classes, of which argmax takes the more frequent."""
+    own = asked if "name" in asked else {"name": "cifar_resnet", "depth": 8, "width": 4, **asked}
+    section = TypeAdapter(schema.Model).validate_python(own)
+    model = build_model(section, 100, DATA, 0, (32, 32)).eval()
+    last, seen = classifier(model), []
+    last.register_forward_hook(lambda layer, given, logits: seen.append((given[0], logits)))
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    ((features, found),) = seen
+    expected = deepcopy(last).double()(features.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits, found)
 
 
 @pytest.mark.parametrize("architecture", ["cifar_resnet", "resnet10", "resnet50"])

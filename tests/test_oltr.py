@@ -13,7 +13,8 @@ from offline_bkd.pipeline.data.images import Batch, open_images
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import ask_run, load_model
 from offline_bkd.pipeline.models import build_model, classifier, memory, new_parts
-from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention, SquashedCosineClassifier
+from offline_bkd.pipeline.models.classifiers import SquashedCosineClassifier
+from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods import Context, build_method

@@ -7,7 +7,7 @@ from torch import nn
 
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.models.cifar_resnet import CifarResNet
-from offline_bkd.pipeline.models.heads import Projection, classifier, classifier_name, replace_classifier
+from offline_bkd.pipeline.models.heads import Projection, classifier, classifier_name, give_classifier
 from offline_bkd.pipeline.models.image_classifier import ImageClassifier
 from offline_bkd.pipeline.models.oltr import Memory, ModulatedAttention
 
@@ -35,7 +35,7 @@ def build_model(
         network = _build_network(section, classes, image_size)
         if section.memory:
             _add_attention(network, section, image_size)
-        replace_classifier(network, section, classes)
+        give_classifier(network, section, classes)
     own = getattr(network, "pretrained_cfg", IMAGENET)  # timm's
     return ImageClassifier(network, data.mean or own["mean"], data.std or own["std"], members, channels_last)
 

@@ -3,32 +3,12 @@
 Shapes: B images, D features, C classes.
 """
 
-from typing import Literal
-
-import torch
 from torch import nn
-from torch.nn import functional
 
 from offline_bkd.pipeline import UserError
-from offline_bkd.pipeline.models.oltr import Memory, SquashedCosineClassifier
+from offline_bkd.pipeline.models.classifiers import CosineClassifier, LinearClassifier, SquashedCosineClassifier
+from offline_bkd.pipeline.models.oltr import Memory
 from offline_bkd.pipeline.schema import Network
-
-
-class CosineClassifier(nn.Module):
-    """Features [B, D] to the cosines of their angles with each class's weight, times `scale`: [B, C].
-
-    The weights [C, D] begin with the directions of points in a cube and length one (`init` "unit"), or as Glorot's uniform.
-    """
-
-    def __init__(self, inputs: int, classes: int, scale: float, init: Literal["unit", "glorot"] = "unit"):
-        super().__init__()
-        self.in_features, self.scale = inputs, scale
-        weight = torch.empty(classes, inputs)
-        weight = functional.normalize(weight.uniform_(-1, 1)) if init == "unit" else nn.init.xavier_uniform_(weight)
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.scale * functional.linear(functional.normalize(features), functional.normalize(self.weight))
 
 
 class Projection(nn.Linear):
@@ -42,33 +22,42 @@ def classifier(model: nn.Module) -> nn.Module:
 
 def classifier_name(model: nn.Module) -> str:
     """The last layer's name among the model's modules. Raises UserError where none is linear, as in a SqueezeNet."""
+    if not (names := _classifiers(model)):
+        kind = type(getattr(model, "network", model)).__name__
+        raise UserError(f"a {kind} has no linear last layer, whose input is its feature; choose another architecture")
+    return names[-1]
+
+
+def _classifiers(model: nn.Module) -> list[str]:
+    """The names of the modules that may be the last layer."""
     named = dict(model.named_modules())
     for module in [*named.values()]:
         if hasattr(module, "get_classifier"):  # timm's networks, whose last layer need not be the last that they name
             inside = [*module.get_classifier().modules()]
             named = {name: part for name, part in named.items() if any(part is other for other in inside)}
     kinds = nn.Linear, CosineClassifier, SquashedCosineClassifier
-    found = [name for name, module in named.items() if isinstance(module, kinds)]
-    if not found:
-        kind = type(getattr(model, "network", model)).__name__
-        raise UserError(f"a {kind} has no linear last layer, whose input is its feature; choose another architecture")
-    return found[-1]
+    return [name for name, module in named.items() if isinstance(module, kinds)]
 
 
-def replace_classifier(network: nn.Module, section: Network, classes: int) -> None:
-    """Puts the projection and the classifier that `section` asks for in the place of the last layer."""
+def give_classifier(network: nn.Module, section: Network, classes: int) -> None:
+    """Makes the last layer the classifier that `section` asks for, after its projection, or else a `LinearClassifier`."""
     if section.projection is None and section.cosine_scale is None and not section.memory:
+        own = [network.get_submodule(name) for name in _classifiers(network)[-1:]]
+        if own and type(own[0]) is nn.Linear:
+            own[0].__class__ = LinearClassifier  # the same layer, under every name that the network has for it
         return
     name = classifier_name(network)
     layers, inputs = [], network.get_submodule(name).in_features
     if section.projection is not None:
         layers += [Projection(inputs, section.projection), nn.ReLU()]
-        nn.init.kaiming_normal_(layers[0].weight)
+        if section.cosine_init == "glorot":  # as CBD's code begins each layer; those of OLTR and LFME begin it as torch does
+            nn.init.xavier_uniform_(layers[0].weight)
+            nn.init.zeros_(layers[0].bias)
         inputs = section.projection
     if section.memory:
         layers.append(Memory(inputs, classes))
     elif section.cosine_scale is None:
-        layers.append(nn.Linear(inputs, classes))
+        layers.append(LinearClassifier(inputs, classes))
         nn.init.kaiming_normal_(layers[-1].weight)
     else:
         layers.append(CosineClassifier(inputs, classes, section.cosine_scale, section.cosine_init))

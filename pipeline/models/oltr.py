@@ -5,9 +5,9 @@ Shapes: B images, D channels and so features, h x w positions of the last featur
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-SCALE = 16  # of the logits
+from offline_bkd.pipeline.models.classifiers import SquashedCosineClassifier
+
 REACH = 10  # over the distance to the nearest centroid: how surely a feature is of a known class
 NEAREST = 1e-6  # below which that distance, a divisor, does not fall
 
@@ -34,19 +34,6 @@ class ModulatedAttention(nn.Module):
         share = (query.transpose(1, 2) @ key).softmax(2)  # of every position in each: [B, h w, h w]
         mask = self.mask((value @ share.transpose(1, 2)).unflatten(2, x.shape[2:]))
         return x + self.spatial(x.flatten(1)).softmax(1).view(len(x), 1, *x.shape[2:]) * mask
-
-
-class SquashedCosineClassifier(nn.Module):
-    """Features x [B, D] to SCALE * |x| / (1 + |x|) times the cosines of their angles with each class's weight: [B, C]."""
-
-    def __init__(self, inputs: int, classes: int):
-        super().__init__()
-        self.in_features = inputs
-        self.weight = nn.Parameter(torch.empty(classes, inputs).uniform_(-(inputs**-0.5), inputs**-0.5))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        squashed = features / (1 + features.norm(dim=1, keepdim=True))
-        return SCALE * functional.linear(squashed, functional.normalize(self.weight))
 
 
 class Memory(nn.Module):

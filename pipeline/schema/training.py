@@ -59,7 +59,8 @@ class Training(Section):
     gradient_clip: Annotated[float, Field(gt=0)] | None = None  # the largest norm of all gradients together
     # decay of an exponential moving average of the weights, step by step, which is then what is evaluated and saved
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    # of the forward pass; weights and losses stay float32. On a GPU torch multiplies in TF32 within float32's convolutions
+    # of the forward pass; weights, the last layer and losses stay float32. On a GPU torch multiplies in TF32 within float32's
+    # convolutions
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = True  # the memory format of images, weights and activations; false: contiguous
     fused: bool = True  # the optimiser steps all weights in one call; false: tensor by tensor
