@@ -56,7 +56,7 @@ def expand(path: str) -> Path:
     """`path` with ~ and ${VARIABLES} replaced. Raises UserError for a variable that is not set."""
     expanded = os.path.expanduser(os.path.expandvars(path))
     if unset := re.search(r"\$\{?(\w+)", expanded):
-        raise UserError(f"the environment variable {unset[1]} in {path!r} is not set; set it, or give -o data.root=FOLDER")
+        raise UserError(f"the environment variable {unset[1]} in {path!r} is not set; set it, or override data.root")
     return Path(expanded).resolve()
 
 

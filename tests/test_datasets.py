@@ -1,6 +1,8 @@
 """Data sets: the long-tailed draw, the layouts that are read, and what is wrong with them, named before training."""
 
 import fcntl
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,10 @@ from pictures import png
 from test_parquet import parquet, section
 
 from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.data import datasets
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -210,26 +215,45 @@ def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path):
         datasets.load(section(tmp_path))
 
 
-def test_cifar_is_read_through_torchvision(tmp_path):
-    """A small archive in CIFAR's own layout; its checksum is not the real one, which torchvision is told to accept."""
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A folder of small archives in CIFAR's own layout; their checksums, not the real ones, torchvision is told to accept."""
     import pickle
 
-    from torchvision.datasets import CIFAR10
+    from torchvision.datasets import CIFAR10, CIFAR100
 
-    folder = tmp_path / CIFAR10.base_folder
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
-        batch = {"data": generator.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [*range(10)] * 2}
-        (folder / name).write_bytes(pickle.dumps(batch))
-    names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-        train, test, _ = datasets.load(schema.Cifar(name="cifar10", root=str(tmp_path)))
-    assert train.classes == tuple(names) and train.class_counts.tolist() == [10] * 10 and len(test) == 20
+    generator, names = np.random.default_rng(0), list("abcdefghij")
+    ten = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+    kinds = (CIFAR10, ten, "labels", "batches.meta"), (CIFAR100, ["train", "test"], "fine_labels", "meta")
+    for source, files, labels, meta in kinds:
+        folder = tmp_path / source.base_folder
+        folder.mkdir()
+        for name in files:
+            batch = {"data": generator.integers(0, 256, (20, 3072), dtype=np.uint8), labels: [*range(10)] * 2}
+            (folder / name).write_bytes(pickle.dumps(batch))
+        (folder / meta).write_bytes(pickle.dumps({source.meta["key"]: names}))
+        monkeypatch.setattr(source, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    return tmp_path
+
+
+def test_cifar_is_read_through_torchvision(cifar):
+    train, test, _ = datasets.load(schema.Cifar(name="cifar10", root=str(cifar)))
+    assert train.classes == tuple("abcdefghij") and train.class_counts.tolist() == [10] * 10 and len(test) == 20
     assert train.image_size[0].tolist() == [32, 32]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_example_writes_cifar_as_the_configurations_read_it(cifar, monkeypatch, name):
+    spec = importlib.util.spec_from_file_location("cifar_parquet", ROOT / "examples" / "cifar_parquet.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert len(example.main(str(cifar))) == 4
+    monkeypatch.setenv("OFFLINE_BKD_DATA", str(cifar))
+    section = load_config(ROOT / "configs" / f"{name}-lt-quick.yaml", ["data.imbalance_ratio=null"]).data
+    for written, own in zip(datasets.load(section), datasets.load(schema.Cifar(name=name, root=str(cifar)))[:2]):
+        assert written.classes == own.classes and np.array_equal(written.label, own.label)
+        assert all(np.array_equal(written.decode(row), own.decode(row)) for row in range(len(own)))
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
@@ -245,7 +269,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
 
 def test_a_variable_that_is_not_set_is_named(monkeypatch):
     monkeypatch.delenv("OFFLINE_BKD_DATA", raising=False)
-    with pytest.raises(UserError, match="OFFLINE_BKD_DATA in .* is not set; set it, or give -o data.root=FOLDER"):
+    with pytest.raises(UserError, match="OFFLINE_BKD_DATA in .* is not set; set it, or override data.root"):
         datasets.load(schema.Digits(name="digits", root="${OFFLINE_BKD_DATA}/x"))
 
 
