@@ -2,9 +2,10 @@
 
     python benchmarks/students.py --config configs/cifar100-lt-quick.yaml --cache runs/cache.zarr --out runs/encodings
 
-Takes a complete cache of probabilities, stores its answers again in each way, trains BKD students of several seeds from
-each, and writes the table to OUT/students.json: bytes an answer, the BKD target's mean total variation and divergence from
-the exact one, and accuracy. What is there already is kept, so it can be interrupted, and several may run with --only.
+Takes a complete cache of encoding `logit` or `probability`, stores its answers again in each way, trains BKD students of
+several seeds from each, and writes the table to OUT/students.json: bytes an answer, the BKD target's mean total variation and
+divergence from the exact one, and accuracy. What is there already is kept, so it can be interrupted, and several may run with
+--only.
 The peers' ways are as their own sources have them: TinyViT keeps the k largest probabilities and spreads the rest evenly,
 FKD keeps the k largest and renormalises.
 """
