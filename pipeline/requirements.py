@@ -95,7 +95,7 @@ def notes_on_training(section: TrainedNetwork, cache: Cache | None) -> list[str]
     linear = [name for name, one in teachers.items() if not one["model"]["cosine_scale"]]
     if section.method.name == "cbd" and linear:
         notes.append(f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {', '.join(linear)}")
-    balanced = [name for name, one in teachers.items() if one["method"] in BALANCED]
+    balanced = [name for name, one in teachers.items() if one.get("method") in BALANCED]
     if section.method.name == "bkd" and balanced:
         notes.append(
             f"BKD's class weights balance a plain teacher's answers; balanced already are those of {', '.join(balanced)}: "
@@ -105,7 +105,8 @@ def notes_on_training(section: TrainedNetwork, cache: Cache | None) -> list[str]
 
 
 def _teachers(cache: Cache) -> dict[str, dict]:
-    """What the cache keeps of each of its teachers that was trained here, by a name for it."""
+    """What the cache keeps of each of its teachers that was trained here, by a name for it; caches of old name no method."""
     identity = cache.identity.teacher
     teachers = [one for one in identity.get("average_of", [identity]) if "model" in one]
-    return {f"the cache's {one['model']['name']} of method {one['method']}, seed {one['seed']}": one for one in teachers}
+    said = "the cache's {} of method {}, seed {}"
+    return {said.format(one["model"]["name"], one.get("method", "unknown"), one["seed"]): one for one in teachers}

@@ -18,6 +18,7 @@ from offline_bkd.pipeline.data.images import Batch
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import ask_run
 from offline_bkd.pipeline.models import build_model
+from offline_bkd.pipeline.requirements import notes_on_training
 from offline_bkd.pipeline.show.report import write_report
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training.methods import Context, build_method
@@ -261,6 +262,18 @@ def test_bkd_notes_a_teacher_that_is_balanced_already(tmp_path, method, teacher,
     notes = [line for line in (tmp_path / "student" / "log.txt").read_text().splitlines() if "note: " in line]
     assert len(notes) == noted
     assert all("already are those of the cache's cifar_resnet of method ldam, seed 0" in line for line in notes)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_store_from_before_methods_were_kept_has_a_teacher_of_an_unknown_one(cache, averaged):
+    old = open_cache(cache)
+    teacher = old.identity.teacher
+    del teacher["method"]
+    if averaged:
+        teacher["average_of"] = [dict(teacher)]
+    assert not notes_on_training(tiny.experiment().student, old)
+    (note,) = notes_on_training(tiny.experiment(*CBD).student, old)
+    assert "linear is that of the cache's cifar_resnet of method unknown, seed 0" in note
 
 
 def test_the_new_classifier_starts_anew(tmp_path, teacher_run):
