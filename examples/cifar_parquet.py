@@ -5,6 +5,7 @@
 
 torchvision downloads both sets into the folder. Beside them come `cifar10-lt/` and `cifar100-lt/`, each with a train-*.parquet
 and a test-*.parquet in the Hugging Face layout. All training images are in them: the configurations draw the long-tailed part.
+A folder that is there already is left alone.
 """
 
 import io
@@ -21,6 +22,11 @@ from torchvision import datasets
 def main(folder: str) -> list[Path]:
     written = []
     for source, name, column in (datasets.CIFAR10, "cifar10-lt", "label"), (datasets.CIFAR100, "cifar100-lt", "fine_label"):
+        place = Path(folder) / name
+        if place.exists():
+            print(f"{place} is there already; left alone")
+            continue
+        place.mkdir(parents=True)
         for part, train in ("train", True), ("test", False):
             images = source(folder, train=train, download=True)
             features = {"img": {"_type": "Image"}, column: {"_type": "ClassLabel", "names": images.classes}}
@@ -29,8 +35,7 @@ def main(folder: str) -> list[Path]:
                 {"huggingface": json.dumps({"info": {"features": features}})},
             )
             img = [{"bytes": png(pixels), "path": f"{row:05d}.png"} for row, pixels in enumerate(images.data)]
-            written.append(Path(folder) / name / f"{part}-00000-of-00001.parquet")
-            written[-1].parent.mkdir(exist_ok=True)
+            written.append(place / f"{part}-00000-of-00001.parquet")
             parquet.write_table(pa.table({"img": img, column: images.targets}, schema), written[-1])
             print(f"{written[-1]}: {len(img):,} images")
     return written

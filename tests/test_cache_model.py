@@ -4,13 +4,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 from cache_store import answers, arguments, fill, identity
+from hypothesis import stateful, strategies
 
 from offline_bkd.cache import CacheError, CropFlip, create_cache, format, open_cache
-
-hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import stateful, strategies  # noqa: E402
 
 GIVEN = arguments(identity=identity(views=CropFlip(pad=0)))
 BLOCKS = strategies.tuples(strategies.integers(0, 1), strategies.integers(0, 2))

@@ -248,7 +248,10 @@ def test_the_example_writes_cifar_as_the_configurations_read_it(cifar, monkeypat
     spec = importlib.util.spec_from_file_location("cifar_parquet", ROOT / "examples" / "cifar_parquet.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    assert len(example.main(str(cifar))) == 4
+    written = example.main(str(cifar))
+    before = [path.stat().st_mtime_ns for path in written]
+    assert len(written) == 4 and example.main(str(cifar)) == []
+    assert [path.stat().st_mtime_ns for path in written] == before, "what is there is not written over"
     monkeypatch.setenv("OFFLINE_BKD_DATA", str(cifar))
     section = load_config(ROOT / "configs" / f"{name}-lt-quick.yaml", ["data.imbalance_ratio=null"]).data
     for written, own in zip(datasets.load(section), datasets.load(schema.Cifar(name=name, root=str(cifar)))[:2]):
