@@ -53,7 +53,7 @@ def training(command):
     """The options of a command that trains a network, or one of each of several seeds."""
 
     @click.option("--backbone", type=PLACE, metavar="RUN", help="A complete run whose backbone is taken, for crt and oltr.")
-    @click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+    @click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run, new or empty.")
     @click.option("--track", "tracker", type=click.Choice(["tensorboard", "wandb"]), help="Follow the run with a tracker.")
     @click.option("--seeds", metavar="0,1,2", help="A run of each, one after the other, in the folders OUT-0, OUT-1, OUT-2.")
     @experiment
@@ -140,7 +140,7 @@ def train_teacher(config, device, backbone, out, tracker, seeds, resume, dry_run
 
 @main.command("import-model", short_help="Make a run of a network that was trained elsewhere.")
 @click.option("--weights", required=True, type=PLACE, metavar="FILE", help="Its state dict: .safetensors, or from torch.save.")
-@click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run; must not exist or be empty.")
+@click.option("--out", required=True, type=PLACE, metavar="RUN", help="Folder for the run, new or empty.")
 @click.option("--prefix", metavar="NAME", help="Which part of the file, if it holds the network twice: state_dict_ema.")
 @click.option("--classes", type=PLACE, metavar="FILE", help="The order of its outputs: a class name of the data on each line.")
 @click.option(
@@ -168,7 +168,7 @@ def import_model(config, device, weights, out, prefix, classes, expect):
     metavar="RUN",
     help="A complete run, whoever trained it; several are averaged, experts (teacher.expert) share a cache.",
 )
-@click.option("--out", required=True, type=PLACE, metavar="STORE.zarr", help="The cache to write; must not exist or be empty.")
+@click.option("--out", required=True, type=PLACE, metavar="STORE.zarr", help="The cache to write: a new or empty folder.")
 @click.option("--apart", is_flag=True, help="Keep several teachers apart: a cache for each, in the folder --out.")
 @click.option("--part", metavar="3/64", help="Only this part; the others are other processes', at once or in any order.")
 @experiment
@@ -182,9 +182,10 @@ def dump_logits(config, device, teachers, out, apart, part, resume, dry_run):
 
     if out.startswith("memory://"):
         raise UserError(f"{out}: nothing stays there when the command ends; name a folder, or an address on an object store")
+    part = parse_part(part)
     if dry_run:
-        return show_dump_plan(config, device, teachers, out, resume or part is not None, apart)
-    dump.dump_logits(config, teachers, out, device, resume, apart, parse_part(part))
+        return show_dump_plan(config, device, teachers, out, resume, apart, part)
+    dump.dump_logits(config, teachers, out, device, resume, apart, part)
 
 
 @main.command("train-student", short_help="Train a student from a cache (stage two).")
@@ -195,7 +196,7 @@ def dump_logits(config, device, teachers, out, apart, part, resume, dry_run):
 def train_student(config, device, cache, backbone, out, tracker, seeds, resume, dry_run):
     """Example: python cli.py train-student --config configs/digits.yaml --cache runs/cache.zarr --out runs/student
 
-    Stage two: train a student from the cache. No teacher is loaded.
+    Stage two: train a student from a cache, without its teacher; or from a run's backbone (crt, oltr), or from labels alone.
     """
     from offline_bkd.pipeline import train
     from offline_bkd.pipeline.dry_run import show_training_plan
@@ -260,7 +261,7 @@ def predict(run, images, out, probabilities, checkpoint, device):
 @main.command("export-model", short_help="Write a network that runs without this package.")
 @click.argument("run", type=PLACE)
 @click.option("--format", "form", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
-@click.option("--out", required=True, type=PLACE, metavar="FOLDER", help="A folder, which must not exist or be empty.")
+@click.option("--out", required=True, type=PLACE, metavar="FOLDER", help="A new or empty folder.")
 @click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
 @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Where its test images are (data); repeatable.")
 @guarded
@@ -309,7 +310,7 @@ def inspect(store, everything, as_json, parts):
 )
 @click.option("--views", type=click.IntRange(min=1), default=2, show_default=True, help="How many views to compute again.")
 @click.option(
-    "--tolerance", type=Number(0, 1), help="Largest mean total variation to accept; default: what the encoding promises."
+    "--tolerance", type=Number(0, 1), help="Largest mean total variation of a block; default: what the encoding promises."
 )
 @click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
 @click.option(

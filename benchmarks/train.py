@@ -36,6 +36,7 @@ from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.training import engine, losses
 from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.training.optimisation import Optimisation
+from offline_bkd.pipeline.training.targets import soften
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,23 +46,24 @@ T, BATCH, VIEWS = 2.0, 128, CropFlip(pad=4, flip=True)
 class SimulatedTargets:
     """What `pipeline.training.targets.Targets` gathers from, filled with random numbers: K planes of N rows."""
 
-    def __init__(self, planes: int, samples: int, classes: int, width: int | None, device: torch.device):
-        """`width`: codes a row of transform-coded targets; None for float16 probabilities."""
-        generator = torch.Generator().manual_seed(0)
-        if width is None:
-            plane = torch.softmax(torch.randn(samples, classes, generator=generator), 1).half()
+    def __init__(self, planes: int, samples: int, classes: int, encoding: str, device: torch.device):
+        """`encoding`: probability, logit, or klt with the codes a row, as in "klt 40"."""
+        self.encoding, _, width = encoding.partition(" ")
+        self.decoder, self.temperature, generator = None, T, torch.Generator().manual_seed(0)
+        if self.encoding == "klt":
+            plane = torch.randint(-300, 300, (samples, int(width)), generator=generator, dtype=torch.int16)
+            basis = torch.randn(int(width), classes, generator=generator) * 0.002
+            self.decoder = torch.zeros(classes, device=device), basis.to(device)
         else:
-            plane = torch.randint(-300, 300, (samples, width), generator=generator, dtype=torch.int16)
+            plane = torch.log_softmax(torch.randn(samples, classes, generator=generator), 1)
+            plane = (plane if self.encoding == "logit" else plane.exp()).half()
         self.planes = plane.expand(planes, *plane.shape).contiguous().to(device)
-        self.basis = width and (torch.randn(width, classes, generator=generator) * 0.002).to(device)
-        self.mean, self.temperature = torch.zeros(classes, device=device), T
 
     def prepare(self, drawn, later):
         pass
 
     def probability(self, rows, views, temperature):
-        stored = self.planes[views % len(self.planes), rows].float()
-        return stored if self.basis is None else torch.softmax(torch.addmm(self.mean, stored, self.basis), 1)
+        return soften(self.planes[views % len(self.planes), rows].float(), self.encoding, self.decoder)
 
 
 class LiveTeacher:
@@ -274,13 +276,15 @@ def growth(experiment, device, repeats) -> list[dict]:
         return seconds
 
     work, entries = {}, {}
-    for samples, classes, width in (
-        (100_000, 10, None), (100_000, 10, 8),
-        (10_000, 100, None), (100_000, 100, None), (1_000_000, 100, None), (100_000, 100, 40),
-        (100_000, 1000, None), (100_000, 1000, 60), (20_000, 8142, None), (100_000, 8142, 60),
+    for samples, classes, encoding in (
+        (100_000, 10, "probability"), (100_000, 10, "logit"), (100_000, 10, "klt 8"),
+        (10_000, 100, "probability"), (100_000, 100, "probability"), (1_000_000, 100, "probability"),
+        (100_000, 100, "logit"), (100_000, 100, "klt 40"),
+        (100_000, 1000, "probability"), (100_000, 1000, "logit"), (100_000, 1000, "klt 60"),
+        (20_000, 8142, "probability"), (20_000, 8142, "logit"), (100_000, 8142, "klt 60"),
     ):  # fmt: skip
-        targets = SimulatedTargets(1, samples, classes, width, device)
-        name = f"N {samples:,}, C {classes:,}, {'klt, R ' + str(width) if width else 'probability'}"
+        targets = SimulatedTargets(1, samples, classes, encoding, device)
+        name = f"N {samples:,}, C {classes:,}, {encoding}"
         work[name] = once(experiment.student.method, targets, classes)
         work.setdefault(classes, once(schema.CE(name="ce"), targets, classes))
         entries[name] = classes, targets.planes[0, 0].nbytes
@@ -304,13 +308,14 @@ def main(out, store, epochs, steps):
     train, test, experiment = load("cifar100-lt", root)
     ce, bkd, network = schema.CE(name="ce"), experiment.student.method, experiment.student.model
     images, test_images = (ResidentImages(part, VIEWS, device) for part in (train, test))
-    targets = {width: SimulatedTargets(162, len(train), 100, width, device) for width in (None, 40)}
+    encodings = {"probability": "probability", "logit": "logit", "klt": "klt 40"}
+    targets = {name: SimulatedTargets(162, len(train), 100, encoding, device) for name, encoding in encodings.items()}
     whole, every = {"live float32": live(experiment, train, test, device)}, -(-len(train) // BATCH)
     for precision in ("float32", "bfloat16"):
         training = schema.Training(precision=precision, batch_size=BATCH)
         teacher = LiveTeacher(build_model(network, 100, experiment.data, 1).to(device), precision)
-        rows = ("ce", ce, None), ("bkd probability", bkd, targets[None]), ("bkd klt", bkd, targets[40])
-        for name, settings, source in *rows, ("live, our engine", bkd, teacher):
+        cached = ((f"bkd {name}", bkd, source) for name, source in targets.items())
+        for name, settings, source in ("ce", ce, None), *cached, ("live, our engine", bkd, teacher):
             whole[f"{name} {precision}"] = ours(network, settings, training, train, images, source, every, test_images)
     if store:
         whole["CachedTargets float32"] = plain_loop(store, network, experiment.data, train, test_images, device)
@@ -320,9 +325,9 @@ def main(out, store, epochs, steps):
         for name in ("live", "live, our engine", "CachedTargets"):
             if (other := f"{name} {precision}") in medians:
                 ratios[f"{name} / bkd probability, {precision}"] = medians[other] / medians[f"bkd probability {precision}"]
-        for encoding in ("probability", "klt"):
+        for encoding in targets:
             ratios[f"bkd {encoding} / ce, {precision}"] = medians[f"bkd {encoding} {precision}"] / medians[f"ce {precision}"]
-    single, more = steps_of_others(experiment, train, images, targets[None], root, device, steps, epochs)
+    single, more = steps_of_others(experiment, train, images, targets["probability"], root, device, steps, epochs)
     figures = {
         "data": train.name,
         "network": network.model_dump(),
@@ -352,7 +357,7 @@ def steps_of_others(experiment, train, images, targets, root, device, steps, rep
         large = schema.TorchvisionModel(name="torchvision", architecture="resnet50")
         others["ResNet-50, image files"] = large, files, decoded, few, batch
         for name, (model, some, source, count, size) in others.items():
-            random = SimulatedTargets(1, len(some), len(some.classes), None, device)
+            random = SimulatedTargets(1, len(some), len(some.classes), "probability", device)
             training = schema.Training(batch_size=size)
             for label, settings in ("ce", ce), ("bkd", bkd):
                 work[f"{label}, {name}"] = ours(model, settings, training, some, source, random, count)

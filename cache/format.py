@@ -36,6 +36,7 @@ FORMAT = 1
 STORE_MARKER = "done/store"
 LOCK = "done/lock"
 _CHUNK_BYTES, _BLOCK_BYTES = 8 << 20, 64 << 20  # of a chunk as stored, of a block as float32 probabilities
+LARGEST = 1e300  # of a number that JSON may say to be larger than any float
 _MOST = {"views": 10**6, "samples": 10**9, "classes": 10**5}
 
 
@@ -138,7 +139,7 @@ class Identity:
             raise ValueError("classes must be distinct names")
         if not 2 <= count <= _MOST["classes"]:
             raise ValueError(f"there must be 2 to {_MOST['classes']} classes, found {count}")
-        if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+        if type(temperature) not in (int, float) or not 0 < temperature < LARGEST:
             raise ValueError(f"temperature must be a positive number, found {temperature!r}")
         if not all(isinstance(part, dict) for part in (self.dataset, self.teacher, self.computed)):
             raise ValueError("dataset, teacher and computed must be JSON objects")
@@ -318,11 +319,12 @@ def whole_numbers(values, what: str, count: int | None = None) -> np.ndarray:
     found = np.asarray(values).reshape(-1)
     if found.size and not np.issubdtype(found.dtype, np.integer):
         raise CacheError(f"a {what} is a whole number, found {reprlib.repr(values)}; give one or several such")
-    found = found.astype(np.int64)
     if count is not None and found.size and not (found.min() >= 0 and found.max() < count):
         wrong = found[(found < 0) | (found >= count)][0]
         raise CacheError(f"there is no {what} {wrong}: the store has {what}s 0 to {count - 1}")
-    return found
+    if found.size and found.max() >= 2**63:
+        raise CacheError(f"a {what} is below 2^63, found {found.max()}; give one or several such")
+    return found.astype(np.int64)
 
 
 def read_marker(data, where: Callable[[], str], remedy: str) -> dict:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numcodecs.zstd import Zstd
 
-from .format import PLAIN, CacheError, array_document, group_document
+from .format import LARGEST, PLAIN, CacheError, array_document, group_document
 from .pieces import on_all_cores, pieces
 from .target import class_weight, no_distribution, row_sums, softmax, total_variation
 from .tempering import accepted_factors
@@ -121,7 +121,7 @@ class Klt:
             isinstance(span, (list, tuple))
             and len(span) == 2
             and all(type(factor) in (int, float) for factor in span)
-            and 0 < span[0] <= 1 <= span[1] < np.inf
+            and 0 < span[0] <= 1 <= span[1] < LARGEST
         ):
             raise ValueError(f"temperature_range is two factors around 1, found {span!r}")
         if type(self.exact_blocks) is not bool:
@@ -130,14 +130,16 @@ class Klt:
     def decompress(self, data: np.ndarray, rows: int) -> np.ndarray:
         """A stored chunk without its checksum, uint8 [size], to columns, int8 [rows, S], in the order they have there.
 
-        Raises ValueError, before anything is allocated, where it would not decode to so many; RuntimeError where it
-        does not decode.
+        Raises ValueError, before more is allocated, where it would not decode to so many; RuntimeError where it does not
+        decode.
         """
         shape = self.columns(0), rows
         found = _zstd_content(bytes(data[:18]))
-        if found != shape[0] * rows:  # the decoder would allocate whatever it is told
+        if found != shape[0] * rows:
             raise ValueError(f"it claims to hold {found} bytes of {shape[0] * rows}")
-        return np.frombuffer(Zstd().decode(data), np.int8).reshape(shape).T
+        out = np.empty(shape, np.int8)
+        Zstd().decode(data, out)  # which by itself would allocate whatever this and later frames claim
+        return out.T
 
     def encode(self, probability: np.ndarray, reference=None) -> tuple[dict[str, np.ndarray], dict]:
         """float32 [B, C] to {"code": int8 [B, S]} and {"shift": …, "error": {"mean": …, "worst": …}}.

@@ -70,8 +70,8 @@ def load_metadata(storage) -> Metadata:
 
     columns = {name: read(name) for name in ("sample_id", "label", "image_size")}
     label, classes = columns["label"], layout.classes
-    if label.min() < 0 or label.max() >= classes:
-        raise CacheError(f"{storage} is not usable: it has labels outside [0, {classes}); dump it again")
+    if wrong := wrong_columns(**columns, classes=classes):
+        raise CacheError(f"{storage} is not usable: {wrong}; dump it again")
     counts = np.bincount(label, minlength=classes)
     encoding = encoding.with_codebook(read, counts)
     return Metadata(
@@ -116,6 +116,19 @@ def _attributes(storage):
     if not {"identity", "encoding"} <= attributes.keys():
         raise CacheError(f"{storage} is not a store: its attributes are {sorted(attributes)}; {FOREIGN}")
     return attributes
+
+
+def wrong_columns(sample_id: np.ndarray, label: np.ndarray, image_size: np.ndarray, classes: int) -> str | None:
+    """What is wrong with the columns of N >= 1 samples: int64 [N], int64 [N], int64 [N, 2]. None where nothing is."""
+    if not (np.diff(sample_id) > 0).all() and len(np.unique(sample_id)) != len(sample_id):
+        return f"sample_id must be distinct, found {len(sample_id)} of which some are equal"
+    if sample_id.min() < 0 or sample_id.max() >= 2**32:  # a word of the generator that crops follow from
+        return f"sample_id must be in [0, 2^32), found {sample_id.min()} to {sample_id.max()}"
+    if label.min() < 0 or label.max() >= classes:
+        return f"label must be in [0, {classes}), found {label.min()} to {label.max()}"
+    if image_size.min() < 1:
+        return f"image_size must be at least 1, found {image_size.min()}"
+    return None
 
 
 def _samples(storage):

@@ -204,9 +204,11 @@ class Lease:
         for key, entry in leases.items():
             if (now - entry["last_modified"]).total_seconds() > LEASE:
                 with suppress(FileNotFoundError):  # it was renewed or given back meanwhile
-                    client.replace(key, b"", entry)
-                    client.ask(lambda store, key=key: store.delete(key))
-                    continue
+                    seen = client.ask(lambda store, key=key: store.head(key))  # Google's listings name no version
+                    if (now - seen["last_modified"]).total_seconds() > LEASE:
+                        client.replace(key, b"", seen)
+                        client.ask(lambda store, key=key: store.delete(key))
+                        continue
             if self._contested(client, key):
                 if key < self._held.key:
                     self._refuse()
@@ -249,7 +251,8 @@ class _Held:
         self.client, self.key, self.ranges = client, key, ranges
         self._holds, self._lost, self._ended = False, False, threading.Event()
         self._renewing = threading.RLock()  # a lease may end while this very thread renews: wherever it is collected
-        self._renewed, self._object = time.time(), client.ask(lambda store: store.put(key, self._data(), mode="create"))
+        # A put without conditions, which may be tried again where the answer to it is lost: no other has this key.
+        self._renewed, self._object = time.time(), client.ask(lambda store: store.put(key, self._data(), use_multipart=False))
 
     def _data(self) -> bytes:
         # No two are alike, as an etag may be of the bytes alone.

@@ -294,6 +294,11 @@ class Cache:
         """Of a compressed store: codes, [rows of the block, R]."""
         columns = self._read_columns(view, block, marker)
         reference = self.reference_codes(view, block)  # whose errors are its own
+        if reference is not None and marker.get("reference_checksum", known := self.reference_checksum(block)) != known:
+            raise CorruptCacheError(
+                f"{self._where(view, block)} is stored as differences from what view {self.encoding.reference} was before it "
+                f"was written anew; {_redo(view, block)}"
+            )
         try:
             return self.encoding.unpack(columns, marker, reference, out)
         except ValueError as error:
@@ -312,6 +317,11 @@ class Cache:
             # Column by column, as the differences are stored.
             self._reference[block] = marker, np.asfortranarray(self._read_codes(reference, block, marker))
         return self._reference[block][1]
+
+    def reference_checksum(self, block: int) -> str:
+        """The checksum of the chunk that `reference_codes` has read for `block`."""
+        marker, _ = self._reference[block]
+        return marker["files"][self.layout.chunk(self.encoding.array, self.encoding.reference, block)]["checksum"]
 
     def _read_columns(self, view, block, marker):
         """A compressed chunk: the rows of columns, int8 [rows, S], that are of the block. Zarr reads it as well."""

@@ -29,6 +29,7 @@ from .format import (
     to_bytes,
     whole_numbers,
 )
+from .metadata import wrong_columns
 from .reader import Cache
 from .storage import ZarrStorage, open_storage
 from .target import no_distribution
@@ -167,23 +168,21 @@ class _Contents:
         features.check(widths)
         self.identity = identity
         self.sample_id = whole_numbers(sample_id, "sample_id")
-        self.label, self.image_size = (np.ascontiguousarray(values, np.int64) for values in (label, image_size))
+        self.label, self.image_size = (
+            whole_numbers(values, what).reshape(np.shape(values))
+            for values, what in ((label, "label"), (image_size, "side of an image"))
+        )
         count = len(self.sample_id)
         if count == 0:
             raise ValueError("a cache is of samples; found none")
-        if len(np.unique(self.sample_id)) != count:
-            raise ValueError(f"sample_id must be distinct, found {count} of which some are equal")
-        if self.sample_id.min() < 0 or self.sample_id.max() >= 2**32:  # a word of the generator that crops follow from
-            found = f"{self.sample_id.min()} to {self.sample_id.max()}"
-            raise ValueError(f"sample_id must be in [0, 2^32), found {found}; number the samples")
         if self.label.shape != (count,) or self.image_size.shape != (count, 2):
             raise ValueError(
                 f"label must be [{count}] and image_size [{count}, 2], "
                 f"found {list(self.label.shape)} and {list(self.image_size.shape)}"
             )
         classes = len(identity.classes)
-        if self.label.min() < 0 or self.label.max() >= classes:
-            raise ValueError(f"label must be in [0, {classes}), found {self.label.min()} to {self.label.max()}")
+        if wrong := wrong_columns(self.sample_id, self.label, self.image_size, classes):
+            raise ValueError(wrong)
         self.class_counts = np.bincount(self.label, minlength=classes)
         self.encoding = encodings.from_json(encoding)
         self.features = dict(sorted(widths.items()))
@@ -370,6 +369,7 @@ class CacheWriter:
     def _encode(self, view, block, probability, vectors):
         """What each array of the store gets, by path, and what the marker says of it."""
         reference = self.cache.reference_codes(view, block)  # whose errors are its own
+        from_chunk = {} if reference is None else {"reference_checksum": self.cache.reference_checksum(block)}
         try:
             stored, values = self._encoding.encode(probability, reference)
             errors = {}
@@ -378,7 +378,7 @@ class CacheWriter:
         except CacheError as error:
             rows = self._layout.rows(block)
             raise CacheError(f"view {view}, rows {rows.start} to {rows.stop - 1}: {error}") from error
-        return stored, values | ({"features": errors} if errors else {})
+        return stored, values | from_chunk | ({"features": errors} if errors else {})
 
     def _check(self, probability, view, rows):
         if wrong := no_distribution(probability):

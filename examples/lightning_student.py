@@ -1,4 +1,4 @@
-"""The same in Lightning: a student that learns from a cache, with the trainer's own loop, workers and checkpoints.
+"""The same in Lightning: a student that learns from a cache in the trainer's own loop, on the CPU and without checkpoints.
 
 pip install lightning
 python examples/lightning_student.py runs/digits/cache.zarr

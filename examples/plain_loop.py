@@ -25,15 +25,16 @@ def main(store: str, epochs: int = 3) -> list[float]:
     cache = open_cache(store)
     data = CachedTargets(cache, pairs, seed=0)
     loader = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True, num_workers=2, persistent_workers=True)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 128), nn.ReLU(), nn.Linear(128, len(cache.classes)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 128), nn.ReLU(), nn.Linear(128, len(cache.classes))).to(device)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     means = []
     for epoch in range(epochs):
         data.set_epoch(epoch)
         losses = []
         for batch in loader:
-            logits = network(batch.image / 255)
-            loss = bkd_loss(logits, batch.target, batch.label, cache.class_counts, temperature=cache.temperature)
+            image, target, label = (part.to(device) for part in (batch.image, batch.target, batch.label))
+            loss = bkd_loss(network(image / 255), target, label, cache.class_counts, temperature=cache.temperature)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -1,4 +1,6 @@
-"""Dump a teacher's answers with Ray: a task for each part, on any number of machines that share a folder.
+"""Dump a teacher's answers with Ray (pip install ray): a task for each part, on any number of machines that share a folder.
+
+All of them need this package too; of several, give absolute paths.
 
     python examples/ray_dump.py configs/digits.yaml runs/digits/teacher-0 runs/digits/by-ray.zarr [KEY=VALUE …]
 

@@ -1,9 +1,12 @@
 #!/bin/bash
 # Dump a teacher's answers as a Slurm job array: one part a job, at once or one after the other, on any nodes that share the folder.
 #
+# From the repository's root, with its environment active:
+#
 #   sbatch examples/slurm_array.sh configs/digits.yaml runs/digits/teacher-0 runs/digits/cache.zarr
 #
-# What has failed or was killed is submitted again, part by part; each writes only what is missing:
+# What has failed or was killed is submitted again, part by part; each writes only what is missing. `inspect` prints nothing where
+# nothing is:
 #
 #   sbatch --array="$(python cli.py inspect runs/digits/cache.zarr --parts 64)" examples/slurm_array.sh …
 #

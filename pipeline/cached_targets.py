@@ -243,6 +243,6 @@ def bkd_loss(
         raise ValueError(f"class_counts are at least 1, found {counts.min()}; leave out classes without training samples")
     if target.device.type == "cpu" and not ((target.detach().sum(1) - 1).abs() < 0.01).all():
         raise ValueError("the target is probabilities, which sum to 1 in each row; give those of a cache, not logits")
-    weights = losses.effective_number_weights(counts.to(logits.device), beta).to(target.dtype)
+    weights = losses.effective_number_weights(counts, beta).to(target, non_blocking=True)  # which no step waits for
     kd = losses.distillation(logits, losses.balanced_probability(target, weights), temperature)
     return (losses.cross_entropy(logits, label) + alpha * kd).mean()

@@ -1,6 +1,8 @@
 """What a command would do: sizes, and estimates of time and memory from a few real steps. Writes nothing."""
 
+import copy
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 
 from offline_bkd.cache import Cache, encodings
+from offline_bkd.cache.parts import VIEWS_TOGETHER
 from offline_bkd.cache.planes import row_format
 from offline_bkd.cache.views import CropFlip
 from offline_bkd.cache.writer import refuse_taken
@@ -17,9 +20,9 @@ from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.data import datasets
-from offline_bkd.pipeline.data.images import ImageSource, open_images
+from offline_bkd.pipeline.data.images import Batch, ImageSource, open_images
 from offline_bkd.pipeline.dump import cache_paths
-from offline_bkd.pipeline.evaluate import infer
+from offline_bkd.pipeline.evaluate import infer, refuse_size
 from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
 from offline_bkd.pipeline.requirements import (
     notes_on_training,
@@ -32,11 +35,13 @@ from offline_bkd.pipeline.schema import Experiment, TrainedNetwork
 from offline_bkd.pipeline.show import terminal
 from offline_bkd.pipeline.teachers import load_teachers, notes_on_teachers
 from offline_bkd.pipeline.training import losses
+from offline_bkd.pipeline.training.methods.crt import FrozenBackbone
 from offline_bkd.pipeline.training.methods.distillation import refuse_width
 from offline_bkd.pipeline.training.optimisation import Optimisation
 from offline_bkd.pipeline.training.targets import room
 
 TRIED = 512  # images that are read, and on which steps are timed
+READ = 24  # of them, on which reading is timed
 SECONDS = 4.0  # about as long may the timed steps take; a batch that is slower is timed in part
 
 
@@ -66,11 +71,11 @@ def show_training_plan(
         refuse_width(model, store.features.values())
     samples, batch_size = len(plan.training_set) * section.model.branches, section.training.batch_size  # BBN's pairs
     refuse_unfit(model, plan.images, samples, batch_size)
-    step = plan.cost_of(lambda size: _step(model, section, plan.images, size), min(batch_size, samples))
-    score = plan.cost_of(lambda size: _infer(model, plan.test_images, size, section.training.precision), 500)
+    step = plan.cost_of(_steps(model, section, plan.images), plan.images, min(batch_size, samples))
+    score = plan.cost_of(_forward(model, plan.test_images, section.training.precision), plan.test_images, 500)
     evaluations = math.ceil(section.training.epochs / section.training.evaluate_every)
     steps = section.training.epochs * math.ceil(samples / batch_size)
-    seconds = steps * step.seconds + evaluations * len(plan.test_set) / 500 * score.seconds
+    seconds = steps * step.seconds + evaluations * plan.judged / 500 * score.seconds
     facts, held = plan.sizes(model), plan.held
     from_cache, row = section.method.learns_from not in (None, "backbone"), None
     if from_cache or role == "teacher":
@@ -87,31 +92,44 @@ def show_training_plan(
 
 
 def show_dump_plan(
-    config: Experiment, device: torch.device, teachers: Sequence[str], out: str, resume: bool = False, apart: bool = False
+    config: Experiment,
+    device: torch.device,
+    teachers: Sequence[str],
+    out: str,
+    resume: bool = False,
+    apart: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> None:
-    """Prints the resolved configuration, and what dumping the teachers' answers would need; teachers may be yet to be made."""
+    """Prints the resolved configuration, and what dumping the teachers' answers would need; teachers may be yet to be made.
+
+    part: (number from 1, count), whose time is meant.
+    """
     for path in cache_paths(teachers, out, apart):
-        refuse_taken(path, resume)
+        refuse_taken(path, resume or part is not None)
     plan, notes = _Plan(config, config.teacher, device), []
     if all(map(_there, teachers)):
         _, identities = load_teachers(teachers, plan.training_set)
         notes = notes_on_teachers(teachers, identities, plan.training_set)
+        for folder in teachers:
+            refuse_size(runs.open_run(folder), plan.images.crop_size)
     model, batch_size = plan.build(config.teacher, weights=False), min(config.cache.batch_size, len(plan.training_set))
-    forward = plan.cost_of(lambda size: _infer(model, plan.images, size, config.cache.precision), batch_size)
-    answers = config.views.count * len(plan.training_set) * len(teachers)
+    views = min(VIEWS_TOGETHER, config.views.count)
+    forward = plan.cost_of(_forward(model, plan.images, config.cache.precision), plan.images, batch_size, views, len(teachers))
+    crops = config.views.count * len(plan.training_set) / (part[1] if part else 1)
     facts, classes = plan.sizes(model), len(plan.training_set.classes)
     facts["store"] = _store_size(config, len(plan.training_set), _row_bytes(config, config.teacher, classes, None))
     if apart:
         facts["store"] += f", each of {len(teachers)}"
     memory = runs.peak_memory(device) + forward.more_memory + plan.held
     facts["memory"] = f"about {memory / 1e6:,.0f} MB on {device.type}"
-    facts["time"] = f"about {answers / batch_size * forward.seconds:,.0f} s on {device.type}, {forward.basis}"
+    time_of = f"part {part[0]}/{part[1]}: " if part else ""
+    facts["time"] = f"{time_of}about {crops / batch_size * forward.seconds:,.0f} s on {device.type}, {forward.basis}"
     _show(config, facts, notes, "dump")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Cost:
-    seconds: float  # of a step of the whole batch
+    seconds: float  # of a step of the whole batch, and of reading it as far as that does not go on meanwhile
     more_memory: float  # bytes that it takes beyond what was taken so far
     basis: str  # what it was extrapolated from
 
@@ -121,7 +139,8 @@ class _Plan:
 
     def __init__(self, config: Experiment, section: TrainedNetwork, device: torch.device):
         self.config, self.device = config, device
-        self.training_set, self.test_set, _ = datasets.load(config.data, section.expert, download=False)
+        self.training_set, self.test_set, validation_set = datasets.load(config.data, section.expert, download=False)
+        self.judged = len(self.test_set) + (0 if validation_set is None else len(validation_set))  # images an evaluation
         first = (part.take(np.arange(min(TRIED, len(part)))) for part in (self.training_set, self.test_set))
         self.images, self.test_images = (open_images(part, config.views, device, config.data.workers) for part in first)
 
@@ -143,8 +162,13 @@ class _Plan:
         size = self.images.crop_size
         return build_model(network, classes, self.config.data, self.config.seed, size, channels_last=layout).to(self.device)
 
-    def cost_of(self, work: Callable[[int], None], batch_size: int) -> _Cost:
-        """Of `work` on a batch: from whole batches where they are fast, else from a part of one."""
+    def cost_of(
+        self, work: Callable[[int], None], images: ImageSource, batch_size: int, views: int = 1, times: int = 1
+    ) -> _Cost:
+        """Of `work`, `times` on each batch of `images`: from whole batches where they are fast, else from a part of one.
+
+        `views` of an image are read together.
+        """
         size = min(batch_size, 8)
         first, before = _median_time(work, size, self.device, 2), runs.peak_memory(self.device)
         whole = first * batch_size / size
@@ -154,7 +178,24 @@ class _Plan:
             whole = _median_time(work, size, self.device, 3) * batch_size / size
         grown = runs.peak_memory(self.device) - before  # by three quarters of what the last size takes
         more = 0 if size == batch_size else grown * 4 / 3 * (batch_size / size - 1)
-        return _Cost(seconds=whole, more_memory=more, basis=f"from steps of {size} images")
+        seconds, read = times * whole, batch_size * self._reading(images, views)
+        if read:  # by workers, while a step runs; on a CPU on the same cores
+            cores = len(os.sched_getaffinity(0))
+            meanwhile = seconds + (read / cores if self.device.type == "cpu" else 0)
+            seconds = max(read / images.workers, meanwhile) if images.workers else seconds + read
+        return _Cost(seconds=seconds, more_memory=more, basis=f"from steps of {size} images")
+
+    def _reading(self, images: ImageSource, views: int) -> float:
+        """Seconds in which a core reads an image for each of `views` crops that follow each other; 0 where images are held."""
+        if not images.decodes:
+            return 0.0
+        alone = copy.copy(images)
+        alone.workers = 0
+        rows = np.arange(min(READ, len(images.label))).repeat(views)
+        start = time.perf_counter()
+        for _ in alone.batches(rows, np.arange(len(rows)) % views, len(rows)):
+            pass
+        return (time.perf_counter() - start) / len(rows)
 
     def sizes(self, model: torch.nn.Module) -> dict[str, str]:
         counts = self.training_set.class_counts
@@ -167,17 +208,44 @@ class _Plan:
         }
 
 
-def _step(model: torch.nn.Module, section: TrainedNetwork, images: ImageSource, size: int) -> None:
-    """A training step on `size` images, by cross-entropy: other methods' losses cost little beside the network."""
-    rows = np.arange(size) % len(images.label)
-    (batch,) = images.batches(rows, np.zeros(size, np.int64), size)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=section.training.precision == "bfloat16"):
-        logits = model.train()(batch.images)
-    Optimisation(model, model, section.training).step(losses.cross_entropy(logits, batch.label).mean(), 0.0)
+def _steps(model: torch.nn.Module, section: TrainedNetwork, images: ImageSource) -> Callable[[int], None]:
+    """A training step on so many images, by cross-entropy: other methods' losses cost little beside the network."""
+    method, read = section.method, _Read(images)
+    network = FrozenBackbone(model, method.batch_statistics) if method.name == "crt" else model
+    optimisation = Optimisation(network, model, section.training)
+
+    def step(size: int) -> None:
+        (batch,) = read.batches(np.arange(size) % len(images.label), np.zeros(size, np.int64), size)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=section.training.precision == "bfloat16"):
+            logits = network.train()(batch.images)
+        optimisation.step(losses.cross_entropy(logits, batch.label).mean(), 0.0)
+
+    return step
 
 
-def _infer(model: torch.nn.Module, images: ImageSource, size: int, precision: str) -> None:
-    infer(model, images, np.arange(size) % len(images.label), batch_size=size, precision=precision)
+def _forward(model: torch.nn.Module, images: ImageSource, precision: str) -> Callable[[int], None]:
+    """A forward pass of so many images."""
+    read = _Read(images)
+
+    def forward(size: int) -> None:
+        infer(model, read, np.arange(size) % len(images.label), batch_size=size, precision=precision)
+
+    return forward
+
+
+class _Read:
+    """Images of which each batch, where it has to be decoded, is read once: what a step then takes is its own."""
+
+    def __init__(self, images: ImageSource):
+        self.images, self.device, self.known = images, images.device, dict[int, list[Batch]]()
+
+    def batches(self, rows: np.ndarray, views: np.ndarray | None, batch_size: int) -> list[Batch]:
+        if self.images.decodes and len(rows) in self.known:
+            return self.known[len(rows)]
+        found = list(self.images.batches(rows, views, batch_size))
+        if self.images.decodes:
+            self.known = {len(rows): found}
+        return found
 
 
 def _median_time(work: Callable[[int], None], size: int, device: torch.device, times: int) -> float:

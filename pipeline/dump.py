@@ -35,6 +35,7 @@ from offline_bkd.pipeline.config import explain
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.images import ImageSource, open_images
+from offline_bkd.pipeline.evaluate import refuse_size
 from offline_bkd.pipeline.schema import CacheSection, Experiment
 from offline_bkd.pipeline.show.progress import Progress
 from offline_bkd.pipeline.show.terminal import counted
@@ -69,7 +70,7 @@ def dump_logits(
     networks, identities = load_teachers(teachers, training_set, config.cache.features)
     if apart and "expert" in identities[0]:
         raise UserError("experts teach together, from one cache; leave out --apart")
-    for note in notes_on_teachers(teachers, identities, training_set):
+    for note in notes_on_teachers(teachers, identities, training_set) if torchrun.rank() == 0 else ():
         print(f"note: {note}", flush=True)
     names = [Path(folder).resolve().name for folder in teachers]
     if len(set(names)) < len(names) and (apart or config.cache.features):
@@ -89,6 +90,8 @@ def dump_logits(
     for path in paths if torchrun.rank() == 0 else ():
         refuse_taken(path, resume)
     images = open_images(training_set, config.views, device, config.data.workers)
+    for folder in teachers:
+        refuse_size(runs.open_run(folder), images.crop_size)
     write_stores(networks.to(device), names, stores, training_set, images, config.views, config.cache, resume, share)
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from offline_bkd.pipeline import UserError, metrics, runs, schema
+from offline_bkd.pipeline import NotFinite, UserError, metrics, runs, schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.models import build_model
@@ -41,10 +41,19 @@ def answers_of(logits: torch.Tensor, label: torch.Tensor, ranks: Ranks = ALONE) 
 
 
 def answer(model: torch.nn.Module, images, precision: str = "float32", ranks: Ranks = ALONE) -> metrics.Answers:
-    """What `model` answers about every image of the source. Each of `ranks` looks at a share of the images."""
+    """What `model` answers about every image of the source. Each of `ranks` looks at a share of the images.
+
+    Raises NotFinite.
+    """
     rows = np.array_split(np.arange(len(images.label)), ranks.world)[ranks.rank]
     logits = infer(model, images, rows, precision=precision)
-    return answers_of(logits, images.label[torch.from_numpy(rows).to(images.label.device)], ranks)
+    answers = answers_of(logits, images.label[torch.from_numpy(rows).to(images.label.device)], ranks)
+    if not np.isfinite(answers.confidence).all():
+        raise NotFinite(
+            "the network's answers are not finite, though its loss is: running statistics have overflowed, perhaps; lower the "
+            "learning rate"
+        )
+    return answers
 
 
 def evaluate(
@@ -64,6 +73,7 @@ class Evaluation:
     test_dataset: dict  # the test set's fingerprint
     classes: tuple[str, ...]
     class_counts: np.ndarray  # int64 [C], training samples
+    precision: str  # in which the network ran
     answers: metrics.Answers
 
     @cached_property
@@ -91,6 +101,15 @@ def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, cl
     return model.eval()
 
 
+def refuse_size(run: runs.Run, size: tuple[int, int]) -> None:
+    """Raises UserError where the run's network was trained on images of another `size`, (height, width) in pixels."""
+    trained, found = (" x ".join(map(str, sides)) for sides in (run.summary().get("image_size", size), size))
+    if trained != found:
+        raise UserError(
+            f"the network in {run.folder} was trained on images of {trained} pixels, found {found}; give it images that large"
+        )
+
+
 def ask_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: torch.device) -> Evaluation:
     """Asks a complete run's checkpoint about its test set, or another that `overrides` name.
 
@@ -112,11 +131,8 @@ def ask_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: to
         raise UserError(f"{test_set.name} has no test image of a class that the expert in {folder} knows; name others")
     model = load_model(run, checkpoint, experiment, len(test_set.classes)).to(device)
     images = open_images(test_set, experiment.views, device, experiment.data.workers)
-    trained, found = (" x ".join(map(str, size)) for size in (summary.get("image_size", images.crop_size), images.crop_size))
-    if trained != found:
-        raise UserError(
-            f"the network in {folder} was trained on images of {trained} pixels, found {found}; score it on images that large"
-        )
+    refuse_size(run, images.crop_size)
+    precision = experiment.network(run.stage).training.precision
     return Evaluation(
         run=run,
         checkpoint=checkpoint,
@@ -124,7 +140,8 @@ def ask_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: to
         test_dataset=test_set.fingerprint,
         classes=test_set.classes,
         class_counts=class_counts,
-        answers=answer(model, images, experiment.network(run.stage).training.precision),
+        precision=precision,
+        answers=answer(model, images, precision),
     )
 
 

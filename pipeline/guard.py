@@ -122,7 +122,7 @@ def fail(message: str, code: int):
 
 def interrupted():
     signal.signal(signal.SIGINT, lambda *_: None)  # it is said once
-    fail("interrupted; --resume goes on from the last epoch or block that was finished, reproduce needs no option", 130)
+    fail("interrupted; a command that has --resume goes on with it where it was, reproduce needs no option", 130)
 
 
 def guarded(command):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 
 import numpy as np
@@ -61,18 +62,22 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     return cache
 
 
-def refuse_unfit(network: torch.nn.Module, images: ImageSource, samples: int, batch_size: int) -> None:
+def refuse_unfit(network: torch.nn.Module, images: ImageSource, samples: int, batch_size: int, world: int = 1) -> None:
     """Raises UserError if `network` cannot take the first or the last, perhaps smaller, batch of an epoch of `samples`.
 
     Four images stand for more: what fails does so for the size of the images, or for too few of them to normalise over.
+    On CPUs each of `world` processes normalises over its own share.
     """
-    for size in {min(batch_size, samples), samples % batch_size or min(batch_size, samples)}:
+    sizes = {min(batch_size, samples), samples % batch_size or min(batch_size, samples)}
+    for size in {max(1, size // world) for size in sizes} if images.device.type == "cpu" else sizes:
         tried, rows = copy.deepcopy(network).train(), np.arange(min(size, 4)) % len(images.label)  # batch statistics move
         (batch,) = images.batches(rows, np.zeros(len(rows), np.int64), len(rows))
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 output = tried(batch.images)
         except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
+            if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError) or re.match("CUDA|cuDNN", str(error)):
+                raise  # which no other network would mend
             raise UserError(
                 f"the network cannot train on {counted(size, 'image')} of {tuple(batch.images.shape[2:])} pixels "
                 f"({str(error).splitlines()[0]}); choose another model, views or batch_size"

@@ -41,7 +41,7 @@ def tempered(
 
     And each one's feature, float32 [M, D], of length one, if the teachers give them.
     """
-    answers = infer(teachers, images, rows, views, section.batch_size, section.precision)
+    answers = infer(teachers, images, rows, views, section.batch_size, section.precision).float()  # of a network in half, too
     size = answers.shape[1] - sum(teachers.widths)
     logits, *features = answers.split([size, *teachers.widths], dim=1)
     logits = logits.reshape(len(rows), len(teachers.members), -1)

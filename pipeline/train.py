@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from offline_bkd.cache import Cache
-from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline import NotFinite, UserError, runs
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.color_jitter import ColorJitter
@@ -27,7 +27,7 @@ from offline_bkd.pipeline.requirements import (
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show.report import draw_run
 from offline_bkd.pipeline.show.trackers import follow, refuse_missing
-from offline_bkd.pipeline.training.engine import NotFinite, Task, train
+from offline_bkd.pipeline.training.engine import Task, train
 from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.training.ranks import Ranks, join, refuse_shares
 from offline_bkd.pipeline.training.targets import Targets
@@ -130,9 +130,9 @@ def _train(
             train_network(seeded, role, inputs, folder, device, ranks, resume, f"seed {seeded.seed}: ", tracker)
         except NotFinite as error:
             print(error, flush=True)  # the others may take long
-            diverged = diverged or error
+            diverged = diverged or str(error)  # not itself, which would keep all that was on the device
     if diverged:
-        raise diverged
+        raise NotFinite(diverged)
 
 
 def read_inputs(
@@ -193,11 +193,11 @@ def train_network(
         seed=config.seed,
         device=device,
         images=images,
-        backbone=take_backbone(model, section.model, inputs.backbone, training_set).to(device) if inputs.backbone else None,
+        backbone=take_backbone(model, section.model, inputs.backbone, training_set) if inputs.backbone else None,
     )
     method = build_method(section.method, context)
     network = ColorJitter(method.network, section.color_jitter) if section.color_jitter else method.network
-    refuse_unfit(network, images, len(method.rows(0)), section.training.batch_size)
+    refuse_unfit(network, images, len(method.rows(0)), section.training.batch_size, ranks.world)
     judged = min(len(part) for part in (inputs.test_set, inputs.validation_set) if part is not None)
     refuse_shares(section.method.name, section.training.batch_size, judged, ranks.world)
     started = runs.start_run(out, config, role, device, resume, inputs.learns_from, inputs.fingerprints, label)

@@ -58,6 +58,7 @@ def make_run(folder: Path, names: list[str], method: str = "bkd", seed: int = 0,
             test_dataset=PART,
             classes=tuple(names),
             class_counts=counts,
+            precision="float32",
             answers=found,
         )
         keep_evaluation(evaluation, None)

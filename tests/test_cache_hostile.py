@@ -84,6 +84,7 @@ def test_array_metadata_that_differ_from_the_format_are_refused(url, field, valu
         (["identity", "classes"], [str(c) for c in range(100_001)], "there must be 2 to 100000 classes, found 100001"),
         (["identity", "classes"], ["a", "b", "c"], "zarr.json is not what format 1 says"),
         (["identity", "temperature"], "2", "temperature must be a positive number, found '2'"),
+        (["identity", "temperature"], 10**400, "temperature must be a positive number, found 1000"),
         (["identity", "temperature"], True, "temperature must be a positive number, found True"),
         (["identity", "views"], {"name": "os.system"}, "unknown view specification"),
         (["identity", "views", "pad"], 10**9, "identity is not readable"),
@@ -157,25 +158,35 @@ def test_files_that_are_longer_than_they_may_be_are_refused_unread(url, tmp_path
     tracemalloc.stop()
 
 
-def replace_label(url, label):
+def replace_column(url, key, values):
     import google_crc32c
 
-    data = np.asarray(label, "<i8").tobytes()
+    data = np.asarray(values, "<i8").tobytes()
     data += google_crc32c.value(data).to_bytes(4, "little")
-    (url / "label/c.0").write_bytes(data)
+    (url / key).write_bytes(data)
     files = json.loads((url / "done/store").read_text())["files"]
-    files["label/c.0"] = {"size": len(data), "checksum": data[-4:].hex()}
+    files[key] = {"size": len(data), "checksum": data[-4:].hex()}
     (url / "done/store").write_bytes(format.marker(files))
 
 
-def test_labels_that_are_no_class_are_refused(url):
-    replace_label(url, np.full(360, 7))
-    refused(url, r"has labels outside \[0, 5\); dump it again")
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("label/c.0", np.full(360, 7), r"label must be in \[0, 5\), found 7 to 7"),
+        ("sample_id/c.0", np.full(360, 5), "sample_id must be distinct"),
+        ("sample_id/c.0", np.arange(360) - 5, r"sample_id must be in \[0, 2\^32\), found -5 to 354"),
+        ("sample_id/c.0", np.arange(360) + 2**32 - 1, r"sample_id must be in \[0, 2\^32\), found 4294967295"),
+        ("image_size/c.0.0", np.full((360, 2), -3), "image_size must be at least 1, found -3"),
+    ],
+)
+def test_columns_that_no_writer_writes_are_refused(url, key, values, message):
+    replace_column(url, key, values)
+    refused(url, f"is not usable: {message}.*; dump it again")
 
 
 @pytest.mark.parametrize("count", [0, 359, 361])
 def test_more_or_fewer_labels_than_samples_are_refused(url, count):
-    replace_label(url, np.zeros(count))
+    replace_column(url, "label/c.0", np.zeros(count))
     refused(url, f"label/c.0 is damaged: it has {8 * count + 4} bytes of 2884")
 
 

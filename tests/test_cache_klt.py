@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import os
+import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -536,20 +538,47 @@ def test_what_a_store_says_of_its_codebook_makes_sense_or_is_refused(tmp_path, f
         open_cache(tmp_path / "s")
 
 
-def test_a_chunk_that_claims_to_grow_is_refused_before_it_does(tmp_path):
+def test_differences_from_what_a_view_was_before_are_not_read(tmp_path):
+    dump(tmp_path / "s", teacher())
+    kept = "code/c.8.0.0", "done/8.0"
+    assert REFERENCE == 8
+    shutil.copytree(tmp_path / "s", tmp_path / "before")
+    (tmp_path / "s/done/8.0").unlink()
+    with create_cache(tmp_path / "s", resume=True, **klt_arguments(teacher())) as writer:
+        other = teacher(wander=0.31)
+        fill(writer, lambda view: other(view))
+    cache = open_cache(tmp_path / "s")
+    assert cache.complete and cache.verify_checksums() == []
+    for name in kept:  # a file put back from a copy
+        shutil.copy(tmp_path / "before" / name, tmp_path / "s" / name)
+    cache = open_cache(tmp_path / "s")
+    assert cache.complete and len(cache.verify_checksums()) == 17
+    with pytest.raises(CorruptCacheError, match="view 3, .* stored as differences from what view 8 was before it was written"):
+        cache.plane(3)
+    values = {view: json.loads((tmp_path / f"s/done/{view}.0").read_text()).get("reference_checksum") for view in (3, 8)}
+    assert values == {3: values[3], 8: None} and len(values[3]) == 8
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_chunk_that_claims_to_grow_is_refused_before_it_does(tmp_path, frames):
     import google_crc32c
     from numcodecs.zstd import Zstd
 
     dump(tmp_path / "s", teacher())
     path, marker = tmp_path / "s/code/c.3.0.0", tmp_path / "s/done/3.0"
     bomb = Zstd(level=1).encode(bytes(1 << 26))
+    if frames == 2:  # of which the first is what it should be
+        bomb = path.read_bytes()[:-4] + bomb
     bomb += google_crc32c.value(bomb).to_bytes(4, "little")
     path.write_bytes(bomb)
     values = json.loads(marker.read_text())
     values["files"] = {"code/c.3.0.0": {"size": len(bomb), "checksum": bomb[-4:].hex()}}
     marker.write_bytes(format.marker(**{key: value for key, value in values.items() if key != "checksum"}))
-    with pytest.raises(CorruptCacheError, match="view 3, rows 0 to 599 is damaged: it claims to hold 67108864 bytes of"):
-        open_cache(tmp_path / "s").plane(3)
+    cache, found = open_cache(tmp_path / "s"), "it claims to hold 67108864 bytes of" if frames == 1 else "destination buffer"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptCacheError, match=f"view 3, rows 0 to 599 is damaged: .*{found}"):
+        cache.plane(3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 15  # of kB
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 300, 65_791, 65_792, 1 << 20])

@@ -15,6 +15,7 @@ from datetime import timedelta
 import pytest
 import tiny
 from cache_store import TWO_VIEWS, answers, arguments, dump, fill
+from google_store import GoogleStore
 
 from offline_bkd.cache import (
     CacheError,
@@ -242,6 +243,50 @@ def test_a_renewal_that_was_carried_out_though_it_seemed_to_fail_loses_nothing(b
         assert proxy.broke == 1
         lease.keep(), lease._held.renew(), lease.keep()
         lease.close()
+
+
+@pytest.mark.parametrize("fault", ["dropped", "500", "cut short"])
+def test_a_first_put_that_was_carried_out_though_it_seemed_to_fail_holds(bucket, monkeypatch, fault):
+    with proxied(monkeypatch) as proxy:
+        place = storage.open_storage(remote(bucket, "s3"))
+        proxy.break_next(fault, 1)
+        lease = place.lock("done/lock", [range(1)])
+        assert proxy.broke == 1 and len(place.names("done/locks")) == 1
+        lease.keep(), lease.close()
+
+
+@pytest.fixture
+def google(monkeypatch):
+    pytest.importorskip("obstore")
+    server = GoogleStore()
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", server.account)
+    monkeypatch.setattr(object_storage, "RETRIES", {"max_retries": 3, "retry_timeout": timedelta(seconds=20)})
+    yield server
+    server.shutdown()
+
+
+def test_on_google_cloud_a_store_is_written_and_read(google, two_blocks):
+    cache = dump("gs://bucket/deep/s", **TWO_VIEWS)
+    assert cache.complete and cache.verify_checksums() == [] and (cache.plane(1) == answers(1)).all()
+
+
+def test_on_google_cloud_a_lease_is_renewed_kept_from_others_and_taken_over(google):
+    url, key = "gs://bucket/s", "done/lock"
+    google.lost_answers = 1
+    lease = storage.open_storage(url).lock(key, [range(2)])
+    lease._held.renew(), lease.keep()
+    with pytest.raises(BlockingIOError, match="wait for it"):
+        storage.open_storage(url).lock(key, [range(1, 3)])
+    lease._held._ended.set()  # its process is killed
+    ((held, (data, generation, written)),) = google.objects.items()
+    google.objects[held] = data, generation, written - 2 * object_storage.LEASE
+    other = storage.open_storage(url).lock(key, [range(1, 3)])
+    assert len(google.objects) == 1 and held not in google.objects
+    lease._held._renewed = 0  # so that it looks again
+    with pytest.raises(OSError, match="another process took over"):
+        lease.keep()
+    other.keep(), other.close()
+    assert not google.objects
 
 
 def test_a_process_that_was_forked_is_told_so_rather_than_left_waiting(bucket):

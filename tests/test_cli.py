@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from offline_bkd import cli
-from offline_bkd.pipeline import UserError, guard
+from offline_bkd.pipeline import UserError, dry_run, guard
 from offline_bkd.pipeline.dry_run import show_training_plan
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.show import progress
@@ -169,6 +170,28 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, command):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_a_part_tells_the_time_of_a_part(monkeypatch):
+    monkeypatch.setattr(dry_run._Plan, "cost_of", lambda *_: dry_run._Cost(seconds=60.0, more_memory=0, basis="made up"))
+    plan = "dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x", "--dry-run"
+    assert "about 540 s on cpu" in run(*plan).stdout  # 9 views of 464 images, by one batch a view
+    assert "part 2/9: about 60 s on cpu" in run(*plan, "--part", "2/9").stdout
+    assert "a part is its number, from 1" in refused(*plan, "--part", "99/3")
+
+
+def test_a_dry_run_counts_on_workers_and_on_what_is_frozen(monkeypatch):
+    asked = "train-teacher", *tiny.options("views={name: random_resized_crop, size: 8, count: 4}"), "--out", "x", "--dry-run"
+    monkeypatch.setattr(dry_run, "_median_time", lambda work, size, *_: work(size) or 1.0)
+    monkeypatch.setattr(dry_run._Plan, "_reading", lambda *_: 10.0)  # seconds an image, which nothing else comes near
+
+    def seconds(workers):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+        found = run(*asked, "-o", f"data.workers={workers}").stdout
+        return int(re.search(r"about ([\d,]+) s", found)[1].replace(",", ""))
+
+    alone, two, four = map(seconds, (0, 2, 4))
+    assert alone == pytest.approx(2 * two, rel=0.05) and alone == pytest.approx(4 * four, rel=0.1)
+
+
 def dry(command, *extra, out="nowhere", overrides=()):
     from offline_bkd import cli
 
@@ -239,6 +262,12 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     refuses(narrow, "train-student", "--cache", features, overrides=cbd)
     unknown = ["teacher.model={name: torchvision, architecture: resnet18, weights: IMAGENET1K_V7}"]
     refuses("there are no weights 'IMAGENET1K_V7' of resnet18; IMAGENET1K_V1, DEFAULT are", "train-teacher", overrides=unknown)
+    resized = ["views={name: random_resized_crop, size: 12, count: 2}"]
+    sizes = "was trained on images of 8 x 8 pixels, found 12 x 12; give it images that large"
+    refuses(sizes, "dump-logits", "--teacher", teacher_run, overrides=resized)
+    with pytest.raises(UserError, match=sizes):
+        dump_logits(tiny.experiment(*resized), [str(teacher_run)], str(tmp_path / "resized"), tiny.CPU)
+    assert not (tmp_path / "resized").exists()
     transformer = "teacher.model={name: torchvision, architecture: vit_b_32}"
     refuses("cannot train on 64 images of (8, 8) pixels (Wrong image height!", "train-teacher", overrides=[transformer])
 
@@ -401,7 +430,7 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, se
     process.send_signal(sent)
     process.send_signal(signal.SIGTERM)  # as a terminal and a parent each send their own
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and error.startswith("error: interrupted; --resume") and error.count("\n") == 1
+    assert process.returncode == 130 and error.startswith("error: interrupted; a command") and error.count("\n") == 1
 
 
 def test_under_nohup_a_closed_terminal_is_ignored():

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline import NotFinite, UserError, evaluate, runs
 from offline_bkd.pipeline.data.images import ResidentImages
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.schema import Cosine, OneCycle, Training
@@ -217,9 +217,7 @@ def test_a_line_that_was_being_written_when_the_run_was_killed_is_forgotten(tmp_
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config = tiny.experiment("teacher.training.learning_rate=1e30", "teacher.training.schedule={name: constant}")
-    with pytest.raises(
-        engine.NotFinite, match=r"epoch 1, step \d+, learning rate 1e\+30; no epoch was finished; .* samples \d+, "
-    ):
+    with pytest.raises(NotFinite, match=r"epoch 1, step \d+, learning rate 1e\+30; no epoch was finished; .* samples \d+, "):
         train_teacher(config, str(tmp_path / "run"), tiny.CPU)
     assert not (tmp_path / "run" / "last.safetensors").exists()
 
@@ -234,10 +232,24 @@ def test_the_step_that_diverged_is_the_one_named(tmp_path, monkeypatch):
         return cross_entropy(logits, label) * (float("nan") if len(calls) == 11 else 1)
 
     monkeypatch.setattr(losses, "cross_entropy", poisoned)
-    with pytest.raises(engine.NotFinite, match=r"epoch 2, step 10, .*the checkpoint of epoch 1 is kept"):
+    with pytest.raises(NotFinite, match=r"epoch 2, step 10, .*the checkpoint of epoch 1 is kept"):
         train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU)  # 8 steps an epoch
     state, metadata = runs.Run(tmp_path / "run").load_tensors("last")
     assert metadata["epoch"] == 1 and all(value.isfinite().all() for value in state.values())
+
+
+def test_answers_that_are_not_finite_stop_the_run_before_they_are_written(tmp_path, monkeypatch):
+    calls, real = [], evaluate.infer
+
+    def overflowed(*given, **named):
+        calls.append(1)
+        return real(*given, **named) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(evaluate, "infer", overflowed)
+    with pytest.raises(NotFinite, match="the network's answers are not finite, though its loss is"):
+        train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU)
+    run = runs.Run(tmp_path / "run")
+    assert [record["epoch"] for record in run.metrics()] == [1] and run.load_tensors("state")[1]["epoch"] == 1
 
 
 def test_a_run_keeps_the_last_and_the_best_epoch_and_names_them_so(tmp_path):
@@ -292,7 +304,7 @@ def test_a_last_step_that_ruins_the_weights_is_noticed(tmp_path):
         "teacher.training.epochs=1", "teacher.training.batch_size=1000", "teacher.training.learning_rate=1e30",
         "teacher.training.weight_decay=1e30",
     )  # fmt: skip
-    with pytest.raises(engine.NotFinite, match="step 0"):
+    with pytest.raises(NotFinite, match="step 0"):
         train_teacher(config, str(tmp_path / "run"), tiny.CPU)
 
 
@@ -384,7 +396,7 @@ def test_a_student_that_diverges_leaves_the_others_to_their_ends(tmp_path, cache
         return distillation(*arguments) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(losses, "distillation", poisoned)
-    with pytest.raises(engine.NotFinite, match="seed 1: training diverged .not finite. at epoch 1, step 2"):
+    with pytest.raises(NotFinite, match="seed 1: training diverged .not finite. at epoch 1, step 2"):
         train_student(tiny.experiment(), str(cache), str(tmp_path / "s"), tiny.CPU, seeds=(1, 0))
     assert runs.open_run(tmp_path / "s-0").summary()["last"]["epoch"] == 2
 

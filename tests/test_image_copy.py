@@ -33,6 +33,13 @@ def copies(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("copies/*") if path.suffix != ".lock")
 
 
+def test_an_image_in_two_parts_is_noted_where_one_is_copied(large):
+    parquet(large, [0, 1], "test-0.parquet", images=[png(7, (7, 5)), png(201)])
+    train, test, _ = datasets.load(section(large))
+    assert train.image_digest is not None and test.image_digest is None
+    assert "1 test image among the training images too" in test.notes[-1]
+
+
 def test_a_copy_is_the_same_set_as_what_it_is_of(large, monkeypatch):
     copied, _, _ = datasets.load(section(large))
     monkeypatch.setattr("offline_bkd.pipeline.data.parquet.IN_MEMORY", 2**30)

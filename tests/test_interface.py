@@ -290,6 +290,22 @@ def test_a_network_is_lent_and_its_answers_are_those_of_evaluation(tmp_path, dig
     np.testing.assert_array_equal(open_cache(tmp_path / "a.zarr").plane(0), open_cache(tmp_path / "b.zarr").plane(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_network_answers_in_half_precision_is_softened_in_float32(tmp_path, digits, dtype):
+    largest = []
+    sure = Answering(lambda z: largest.append(float(300 * z.abs().max())) or 300 * z)
+    half = Answering(lambda z: (300 * z).to(dtype))
+    half.load_state_dict(sure.state_dict())
+    exact = {"name": "probability", "dtype": "float32"}
+    for name, network in ("sure", sure), ("half", half):
+        dump(network, digits, tiny.experiment().views, tmp_path / name, encoding=exact)
+    found, expected = (torch.from_numpy(open_cache(tmp_path / name).plane(0)) for name in ("half", "sure"))
+    assert (expected < 1e-8).any()  # which float16 does not have
+    rounding = max(largest) * torch.finfo(dtype).eps / 2 / 2  # of a logit over T; of its sum with the others as much
+    there = expected > 1e-30
+    assert (found[there].log() - expected[there].log()).abs().max() <= 2.01 * rounding
+
+
 @pytest.mark.parametrize(
     ("network", "given", "message"),
     [

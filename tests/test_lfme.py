@@ -1,5 +1,6 @@
 """Experts and the student that learns from them, against the paper's formulas and from end to end."""
 
+import csv
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import ask_run, infer
+from offline_bkd.pipeline.show.evaluation import keep_evaluation
 from offline_bkd.pipeline.teachers import load_teacher
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import losses
@@ -155,7 +157,11 @@ def test_an_expert_learns_and_is_judged_on_its_own_classes(experts):
         assert [scores[other] is None for other in SHOTS] == [other != shot for other in SHOTS]
         assert scores["top1"] == pytest.approx(scores[shot]), "forty test images a class"
         assert [score is None for score in scores["per_class"]] == (~members).tolist()
-        assert ask_run(str(folder), "last", (), tiny.CPU).scores == {k: v for k, v in scores.items() if k != "epoch"}
+        found = ask_run(str(folder), "last", (), tiny.CPU)
+        assert found.scores == {k: v for k, v in scores.items() if k != "epoch"}
+        keep_evaluation(found, None)
+        classes = csv.DictReader((folder / "evaluation-last/classes.csv").read_text().splitlines())
+        assert [row["shots"] for row in classes] == [shot if own else "" for own in members]
         model, identity = load_teacher(str(folder), whole)
         assert identity["expert"] == shot and model.members.tolist() == members.tolist()
         logits = model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -256,6 +256,8 @@ def test_an_evaluation_goes_where_it_belongs_or_where_it_is_told_to(tmp_path, te
     other = ask_run(str(teacher_run), "last", ("data.seed=0", "data.root=."), tiny.CPU)
     other.test_dataset["labels"] = "others"
     assert "not written, for these are other test images" in evaluation.keep_evaluation(other, None)
+    rounded = ask_run(str(teacher_run), "last", ("teacher.training.precision=bfloat16",), tiny.CPU)
+    assert "not written, for bfloat16 is not the run's own precision" in evaluation.keep_evaluation(rounded, None)
     assert str(tmp_path / "out") in evaluation.keep_evaluation(other, str(tmp_path / "out"))
     assert (tmp_path / "out" / "scores.json").exists() and not (teacher_run / "evaluation-last").exists()
     with pytest.raises(UserError, match="is a run's folder; name another one"):

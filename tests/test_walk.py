@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from offline_bkd.cache import CacheError, open_cache
-from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline import UserError, requirements, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
 from offline_bkd.pipeline.dump import dump_logits
@@ -448,6 +448,28 @@ def test_a_network_that_cannot_take_its_batches_is_refused_before_anything_is_wr
     with pytest.raises(UserError, match="cannot train on 64 images"):
         train_student(config, None, str(tmp_path / "run"), tiny.CPU)
     assert not (tmp_path / "run").exists()
+
+
+def test_of_several_processes_on_cpus_each_share_of_a_batch_is_one_that_the_network_takes():
+    config = tiny.experiment("student.model={name: torchvision, architecture: resnet18}")
+    training_set = datasets.load(config.data).training
+    images, data = open_images(training_set, config.views, tiny.CPU, 0), config.data
+    network = build_model(config.student.model, 10, data, 0, images.crop_size)
+    requirements.refuse_unfit(network, images, samples=130, batch_size=64, world=1)  # the last batch has two
+    with pytest.raises(UserError, match="cannot train on 1 image of .8, 8. pixels"):
+        requirements.refuse_unfit(network, images, samples=130, batch_size=64, world=2)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of the card"), RuntimeError("CUDA error: no kernel image")])
+def test_what_fails_on_the_device_is_not_blamed_on_the_network(error):
+    class Failing(torch.nn.Module):
+        def forward(self, images):
+            raise error
+
+    config = tiny.experiment()
+    images = open_images(datasets.load(config.data).training, config.views, tiny.CPU, 0)
+    with pytest.raises(type(error), match=str(error)):
+        requirements.refuse_unfit(Failing(), images, samples=64, batch_size=64)
 
 
 def test_features_are_dumped_beside_the_probabilities(tmp_path, teacher_run):

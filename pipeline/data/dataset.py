@@ -70,7 +70,8 @@ class Dataset:
             return np.ascontiguousarray(self.image_digest[:, :8]).view("<i8")[:, 0]
         if isinstance(self.images, list):
             return self.file_status[:, 1]
-        return np.fromiter((hash(bytes(image)) for image in self.images), np.int64, len(self))
+        digests = (hashlib.sha256(bytes(image)).digest()[:8] for image in self.images)
+        return np.frombuffer(b"".join(digests), "<i8")
 
     def for_each(self, read: Callable[[int], object], remedy: str = "replace or remove them") -> list:
         """`read(row)` of every row, in threads. Raises one UserError for all that `read` raised, with a `remedy`."""

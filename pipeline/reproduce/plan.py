@@ -13,7 +13,7 @@ from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.reproduce.execution import Job
 from offline_bkd.pipeline.reproduce.table import Member, Table, select
-from offline_bkd.pipeline.schema import Experiment, Section
+from offline_bkd.pipeline.schema import PLACE, Data, Experiment, Section
 
 Cells = dict[tuple[str, str, int], Job]  # (row, column, seed): the job whose run is scored there
 
@@ -119,7 +119,12 @@ def _slug(name: str) -> str:
 
 def _key(*parts) -> str:
     """Eight digits that tell apart what is made from different settings."""
-    plain = [part.model_dump(mode="json") if isinstance(part, Section) else _plain(part) for part in parts]
+    plain = [
+        part.model_dump(mode="json", exclude=PLACE if isinstance(part, Data) else None)
+        if isinstance(part, Section)
+        else _plain(part)
+        for part in parts
+    ]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 

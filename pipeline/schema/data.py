@@ -25,7 +25,8 @@ class Data(Section):
     """What every data set has: where it is, how its training part is made long-tailed, how pixels are normalised."""
 
     root: str = "."  # folder that relative paths start from; ~ and ${VARIABLES} are expanded
-    imbalance_ratio: Annotated[float, Field(ge=1)] | None = None  # n_max / n_min; null keeps every training sample
+    # n_max / n_min: class c of C, from 0 in their order, keeps n_max ratio^(-c / (C - 1)) samples, rounded down; null: all
+    imbalance_ratio: Annotated[float, Field(ge=1)] | None = None
     max_per_class: Positive | None = None  # n_max; null takes the first class's size
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**64)] = 0  # which samples stay, and which are held out
     # the part by which epochs are chosen: held out, a share of each class's training images (0.1) or so many of them (20);

@@ -120,9 +120,9 @@ class LFME(Method):
     An expert teaches less the more often the student has been right about its classes, beside the expert, in the epoch
     before, and no longer once it is as often; images that their expert is unsure of come in over the first half of the
     epochs. Both are measured on the training images that an epoch visits: the authors use a validation set, which not all
-    data have. Their confidence is scaled to the range of its class and has a floor for each shot group, here it is the
-    expert's probability as it is; their groups end at 100 and 20 images inclusively, here as everywhere; and they draw four
-    samples of a class in a row, here each is drawn alone.
+    data have. The authors scale the confidence to the range of its class, with a floor for each shot group; here it is the
+    expert's probability as it is. Their groups begin at 100 and end at 20 images inclusively, here as everywhere. They draw
+    four samples of a class in a row, here each is drawn alone.
     """
 
     learns_from = "experts"

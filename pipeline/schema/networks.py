@@ -13,8 +13,8 @@ class Network(Section):
 
     projection: Positive | None = None  # a layer (linear, ReLU) of this width before the classifier
     cosine_scale: Annotated[float, Field(gt=0)] | None = None  # null: a linear classifier; a number: s of a cosine classifier
-    # the first weights of a cosine classifier: unit, of length one (LDAM's code); glorot, Glorot's uniform, and so those of a
-    # projection (CBD's). The longer they are, the more slowly they learn
+    # the first weights of a cosine classifier: unit, each of length one (LDAM's code); glorot, Glorot's uniform, for a
+    # projection too (CBD's code). Longer weights learn more slowly
     cosine_init: Literal["unit", "glorot"] = "unit"
     zero_init_residual: bool = False  # a ResNet's blocks begin as their shortcuts: the last scale of each is zero (CBD's code)
     memory: bool = False  # OLTR's modulated attention before pooling and memory of class centroids after it

@@ -66,7 +66,7 @@ class Training(Section):
     fused: bool = True  # the optimiser steps all weights in one call; false: tensor by tensor
     # torch.compile: a start of about a minute for faster steps; cuda_graphs also launches each pass as one
     compile: Literal[False, True, "cuda_graphs"] = False
-    evaluate_every: Positive = 1  # epochs between evaluations on the test set; the last epoch always is
+    evaluate_every: Positive = 1  # epochs between evaluations, on the test set and a validation part; the last epoch always is
 
     @model_validator(mode="after")
     def _consistent(self):

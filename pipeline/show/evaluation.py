@@ -104,6 +104,8 @@ def keep_evaluation(evaluation: Evaluation, out: str | None) -> str:
     folder = Path(out) if out else default_folder(evaluation.run, evaluation.checkpoint)
     if not out and evaluation.test_dataset != evaluation.run.summary()["test_dataset"]:
         return "not written, for these are other test images than the run's own; --out names a folder for it"
+    if not out and evaluation.precision != evaluation.run.config().network(evaluation.run.stage).training.precision:
+        return f"not written, for {evaluation.precision} is not the run's own precision; --out names a folder for it"
     try:
         if out:
             make_folder(folder, evaluation.run, evaluation.checkpoint, evaluation.test_dataset)
@@ -135,6 +137,7 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
         "digest": evaluation.digest,
         "test_dataset": evaluation.test_dataset,
         "test_images": len(evaluation.answers.label),
+        "precision": evaluation.precision,
         "scores": evaluation.scores,
         "calibration": bins,
         "worst_pairs": worst,
@@ -177,7 +180,7 @@ def _class_rows(evaluation: Evaluation, pairs: metrics.Pairs) -> list[list[str]]
         [
             name,
             str(counts[index]),
-            next(group for group, members in groups.items() if members[index]),
+            next(group for group, members in groups.items() if members[index]) if counts[index] else "",
             str(tested[index]),
             *("" if np.isnan(value) else f"{value:.2f}" for value in (top1[index], top5[index])),
             *most.get(index, ("", "0")),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from offline_bkd.cache import CropFlip, RandomResizedCrop, philox
-from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline import NotFinite, UserError, runs
 from offline_bkd.pipeline.data.images import Batch, ImageSource
 from offline_bkd.pipeline.schema import Training
 from offline_bkd.pipeline.show.progress import Progress
@@ -26,10 +26,6 @@ from offline_bkd.pipeline.training.targets import Targets
 
 WARM_UP = 5  # steps that the rate of a command's first epoch leaves out: compilation, choice of algorithms, first memory
 CHECK_EVERY = 50  # steps between looks at the device: often enough to stop a diverged run, rarely enough to cost nothing
-
-
-class NotFinite(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +71,22 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
     forward = torch.compile(network, mode=mode, dynamic=False) if training.compile else network
     with Progress(f"{run.label}training", training.epochs, first, "epochs", shown=ranks.first) as progress:
         for epoch in range(first, training.epochs):
+            answering, scores, better = optimisation.averaged or model, {}, False
             try:
                 record: dict = {"epoch": epoch + 1, **train_epoch(task, forward, optimisation, epoch, first)}
+                ranks.agree(answering)
+                if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
+                    start = time.perf_counter()
+                    scores = {"validation": task.validate(answering)} if task.validate else {}
+                    scores["test"] = task.evaluate(answering)
+                    record |= scores | {"evaluation_seconds": time.perf_counter() - start}
             except NotFinite as error:
                 raise NotFinite(f"{run.label}{error}") from None
-            answering, better = optimisation.averaged or model, False
-            ranks.agree(answering)
-            if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
-                start = time.perf_counter()
-                held_out = {"validation": task.validate(answering)} if task.validate else {}
-                test = task.evaluate(answering)
-                record |= held_out | {"test": test, "evaluation_seconds": time.perf_counter() - start}
-                # the best epoch is chosen by what was held out, if anything was; its test scores stand beside
-                better = held_out.get("validation", test)["top1"] > best.get("validation", best)["top1"]
+            if scores:  # the best epoch is chosen by what was held out, if anything was; its test scores stand beside
+                test = scores.pop("test")
+                better = scores.get("validation", test)["top1"] > best.get("validation", best)["top1"]
                 if better:
-                    best = {"epoch": epoch + 1, **test, **held_out}
+                    best = {"epoch": epoch + 1, **test, **scores}
             if not ranks.first:
                 continue
             run.append_metrics(record)
