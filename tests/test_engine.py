@@ -21,6 +21,7 @@ from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.schema import Cosine, OneCycle, Training
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training import engine
+from offline_bkd.pipeline.training.methods import StepLoss
 from offline_bkd.pipeline.training.optimisation import build_optimiser, learning_rate
 from offline_bkd.pipeline.training.samplers import instance_balanced
 
@@ -236,6 +237,16 @@ def test_the_step_that_diverged_is_the_one_named(tmp_path, monkeypatch):
         train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU)  # 8 steps an epoch
     state, metadata = runs.Run(tmp_path / "run").load_tensors("last")
     assert metadata["epoch"] == 1 and all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize("method", ["ce", "cb"])
+def test_the_loss_that_is_recorded_is_the_one_that_is_minimised(tmp_path, monkeypatch, method):
+    minimised, mean = [], StepLoss.mean
+    monkeypatch.setattr(StepLoss, "mean", lambda terms: minimised.append(mean(terms)) or minimised[-1])
+    whole = f"teacher.method={{name: {method}}}", "teacher.training.batch_size=464"  # a step an epoch
+    train_teacher(tiny.experiment(*whole), str(tmp_path / "run"), tiny.CPU)
+    recorded = [record["loss"] for record in runs.Run(tmp_path / "run").metrics()]
+    assert recorded == pytest.approx([float(loss.detach()) for loss in minimised], rel=1e-5)
 
 
 def test_answers_that_are_not_finite_stop_the_run_before_they_are_written(tmp_path, monkeypatch):

@@ -152,7 +152,10 @@ def train_epoch(
         loss = ranks.mean(terms, min(training.batch_size, len(rows) - step * training.batch_size), idle)
         optimisation.step(loss, rate)
         with torch.no_grad():
-            for name, values in {"loss": terms.loss, "correct": terms.correct, **terms.parts}.items():
+            found = {"loss": terms.loss, "correct": terms.correct, **terms.parts}
+            if terms.weight is not None:
+                found |= {"loss": terms.weight * terms.loss, "weight": terms.weight}
+            for name, values in found.items():
                 sums[name] = sums.get(name, 0) + (0 * values if idle else values).sum()
             first_bad = torch.where(loss.isfinite() | (first_bad < step), first_bad, step)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
@@ -162,8 +165,9 @@ def train_epoch(
     end = time.perf_counter()
     seconds = end - start
     sums = {name: ranks.sum(value) for name, value in sums.items()}
-    correct = float(sums.pop("correct"))
+    correct, loss, weight = (float(sums.pop(name, len(rows))) for name in ("correct", "loss", "weight"))
     return {
+        "loss": loss / weight,
         **{name: float(value) / len(rows) for name, value in sums.items()},
         "train_top1": 100 * correct / len(rows),
         "learning_rate": rate,
