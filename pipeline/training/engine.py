@@ -152,10 +152,10 @@ def train_epoch(
         loss = ranks.mean(terms, min(training.batch_size, len(rows) - step * training.batch_size), idle)
         optimisation.step(loss, rate)
         with torch.no_grad():
-            found = {"loss": terms.loss, "correct": terms.correct, **terms.parts}
+            recorded = {"loss": terms.loss, "correct": terms.correct, **terms.parts}
             if terms.weight is not None:
-                found |= {"loss": terms.weight * terms.loss, "weight": terms.weight}
-            for name, values in found.items():
+                recorded |= {"loss": terms.weight * terms.loss, "weight": terms.weight}
+            for name, values in recorded.items():
                 sums[name] = sums.get(name, 0) + (0 * values if idle else values).sum()
             first_bad = torch.where(loss.isfinite() | (first_bad < step), first_bad, step)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
@@ -164,11 +164,11 @@ def train_epoch(
         _check(task, steps - 1, rows, epoch, steps)  # the last step's loss was finite, what it did was not
     end = time.perf_counter()
     seconds = end - start
-    sums = {name: ranks.sum(value) for name, value in sums.items()}
-    correct, loss, weight = (float(sums.pop(name, len(rows))) for name in ("correct", "loss", "weight"))
+    totals = {name: float(ranks.sum(value)) for name, value in sums.items()}
+    correct, loss, weight = totals.pop("correct"), totals.pop("loss"), totals.pop("weight", len(rows))
     return {
         "loss": loss / weight,
-        **{name: float(value) / len(rows) for name, value in sums.items()},
+        **{name: total / len(rows) for name, total in totals.items()},
         "train_top1": 100 * correct / len(rows),
         "learning_rate": rate,
         "seconds": seconds,
