@@ -165,9 +165,9 @@ def train_epoch(
     end = time.perf_counter()
     seconds = end - start
     totals = {name: float(ranks.sum(value)) for name, value in sums.items()}
-    correct, loss, weight = totals.pop("correct"), totals.pop("loss"), totals.pop("weight", len(rows))
+    correct, weight = totals.pop("correct"), totals.pop("weight", len(rows))
     return {
-        "loss": loss / weight,
+        "loss": totals.pop("loss") / weight,
         **{name: total / len(rows) for name, total in totals.items()},
         "train_top1": 100 * correct / len(rows),
         "learning_rate": rate,
