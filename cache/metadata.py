@@ -126,8 +126,8 @@ def wrong_columns(sample_id: np.ndarray, label: np.ndarray, image_size: np.ndarr
         return f"sample_id must be in [0, 2^32), found {sample_id.min()} to {sample_id.max()}"
     if label.min() < 0 or label.max() >= classes:
         return f"label must be in [0, {classes}), found {label.min()} to {label.max()}"
-    if image_size.min() < 1:
-        return f"image_size must be at least 1, found {image_size.min()}"
+    if image_size.min() < 0:
+        return f"image_size must not be negative, found {image_size.min()}"
     return None
 
 

@@ -5,8 +5,8 @@
 #
 #   sbatch examples/slurm_array.sh configs/digits.yaml runs/digits/teacher-0 runs/digits/cache.zarr
 #
-# What has failed or was killed is submitted again, part by part; each writes only what is missing. `inspect` prints nothing where
-# nothing is:
+# What has failed or was killed is submitted again, part by part; each writes only what is missing. `inspect` prints nothing when no
+# part is left:
 #
 #   sbatch --array="$(python cli.py inspect runs/digits/cache.zarr --parts 64)" examples/slurm_array.sh …
 #

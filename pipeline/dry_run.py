@@ -37,7 +37,9 @@ from offline_bkd.pipeline.teachers import load_teachers, notes_on_teachers
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods.crt import FrozenBackbone
 from offline_bkd.pipeline.training.methods.distillation import refuse_width
+from offline_bkd.pipeline.training.methods.oltr import freeze_backbone
 from offline_bkd.pipeline.training.optimisation import Optimisation
+from offline_bkd.pipeline.training.ranks import batch_sizes
 from offline_bkd.pipeline.training.targets import room
 
 TRIED = 512  # images that are read, and on which steps are timed
@@ -70,8 +72,9 @@ def show_training_plan(
     if store and section.method.learns_from == "features":
         refuse_width(model, store.features.values())
     samples, batch_size = len(plan.training_set) * section.model.branches, section.training.batch_size  # BBN's pairs
-    refuse_unfit(model, plan.images, samples, batch_size)
-    step = plan.cost_of(_steps(model, section, plan.images), plan.images, min(batch_size, samples))
+    refuse_unfit(model, plan.images, batch_sizes(samples, batch_size, world=1))
+    views = section.training.views_per_decode
+    step = plan.cost_of(_steps(model, section, plan.images), plan.images, min(batch_size, samples), views)
     score = plan.cost_of(_forward(model, plan.test_images, section.training.precision), plan.test_images, 500)
     evaluations = math.ceil(section.training.epochs / section.training.evaluate_every)
     steps = section.training.epochs * math.ceil(samples / batch_size)
@@ -147,10 +150,8 @@ class _Plan:
     @property
     def held(self) -> int:
         """Bytes of the images that a command would hold and this did not read."""
-        parts = (self.training_set, self.images), (self.test_set, self.test_images)
-        return sum(
-            images.padded[0].nbytes * (len(dataset) - len(images.label)) for dataset, images in parts if not images.decodes
-        )
+        parts = (len(self.training_set), self.images), (self.judged, self.test_images)
+        return sum(images.padded[0].nbytes * (count - len(images.label)) for count, images in parts if not images.decodes)
 
     def build(self, section: TrainedNetwork, weights: bool = True) -> torch.nn.Module:
         network = section.model
@@ -212,6 +213,8 @@ def _steps(model: torch.nn.Module, section: TrainedNetwork, images: ImageSource)
     """A training step on so many images, by cross-entropy: other methods' losses cost little beside the network."""
     method, read = section.method, _Read(images)
     network = FrozenBackbone(model, method.batch_statistics) if method.name == "crt" else model
+    if method.name == "oltr" and method.freeze_backbone:
+        freeze_backbone(model)
     optimisation = Optimisation(network, model, section.training)
 
     def step(size: int) -> None:

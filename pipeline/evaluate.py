@@ -49,10 +49,7 @@ def answer(model: torch.nn.Module, images, precision: str = "float32", ranks: Ra
     logits = infer(model, images, rows, precision=precision)
     answers = answers_of(logits, images.label[torch.from_numpy(rows).to(images.label.device)], ranks)
     if not np.isfinite(answers.confidence).all():
-        raise NotFinite(
-            "the network's answers are not finite, though its loss is: running statistics have overflowed, perhaps; lower the "
-            "learning rate"
-        )
+        raise NotFinite("the network's answers are not finite")
     return answers
 
 
@@ -102,11 +99,11 @@ def load_model(run: runs.Run, checkpoint: str, experiment: schema.Experiment, cl
 
 
 def refuse_size(run: runs.Run, size: tuple[int, int]) -> None:
-    """Raises UserError where the run's network was trained on images of another `size`, (height, width) in pixels."""
+    """Raises UserError where the run's network is for images of another `size`, (height, width) in pixels."""
     trained, found = (" x ".join(map(str, sides)) for sides in (run.summary().get("image_size", size), size))
     if trained != found:
         raise UserError(
-            f"the network in {run.folder} was trained on images of {trained} pixels, found {found}; give it images that large"
+            f"the network in {run.folder} is for images of {trained} pixels, found {found}; give it images that large"
         )
 
 

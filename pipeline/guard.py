@@ -122,7 +122,7 @@ def fail(message: str, code: int):
 
 def interrupted():
     signal.signal(signal.SIGINT, lambda *_: None)  # it is said once
-    fail("interrupted; a command that has --resume goes on with it where it was, reproduce needs no option", 130)
+    fail("interrupted; give the command again, with --resume if it has one", 130)
 
 
 def guarded(command):

@@ -62,14 +62,12 @@ def open_matching_cache(path: str, config: Experiment, training_set: datasets.Da
     return cache
 
 
-def refuse_unfit(network: torch.nn.Module, images: ImageSource, samples: int, batch_size: int, world: int = 1) -> None:
-    """Raises UserError if `network` cannot take the first or the last, perhaps smaller, batch of an epoch of `samples`.
+def refuse_unfit(network: torch.nn.Module, images: ImageSource, sizes: set[int]) -> None:
+    """Raises UserError if `network` cannot train on so many images as one of `sizes` (ranks.batch_sizes).
 
     Four images stand for more: what fails does so for the size of the images, or for too few of them to normalise over.
-    On CPUs each of `world` processes normalises over its own share.
     """
-    sizes = {min(batch_size, samples), samples % batch_size or min(batch_size, samples)}
-    for size in {max(1, size // world) for size in sizes} if images.device.type == "cpu" else sizes:
+    for size in sizes:
         tried, rows = copy.deepcopy(network).train(), np.arange(min(size, 4)) % len(images.label)  # batch statistics move
         (batch,) = images.batches(rows, np.zeros(len(rows), np.int64), len(rows))
         try:

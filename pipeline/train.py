@@ -29,7 +29,7 @@ from offline_bkd.pipeline.show.report import draw_run
 from offline_bkd.pipeline.show.trackers import follow, refuse_missing
 from offline_bkd.pipeline.training.engine import Task, train
 from offline_bkd.pipeline.training.methods import Context, build_method
-from offline_bkd.pipeline.training.ranks import Ranks, join, refuse_shares
+from offline_bkd.pipeline.training.ranks import Ranks, batch_sizes, join, refuse_shares
 from offline_bkd.pipeline.training.targets import Targets
 
 Role = Literal["teacher", "student"]  # the section of the experiment that describes the network
@@ -197,9 +197,10 @@ def train_network(
     )
     method = build_method(section.method, context)
     network = ColorJitter(method.network, section.color_jitter) if section.color_jitter else method.network
-    refuse_unfit(network, images, len(method.rows(0)), section.training.batch_size, ranks.world)
     judged = min(len(part) for part in (inputs.test_set, inputs.validation_set) if part is not None)
     refuse_shares(section.method.name, section.training.batch_size, judged, ranks.world)
+    apart = ranks.world if device.type == "cpu" else 1  # processes that normalise each for itself
+    refuse_unfit(network, images, batch_sizes(len(method.rows(0)), section.training.batch_size, apart))
     started = runs.start_run(out, config, role, device, resume, inputs.learns_from, inputs.fingerprints, label)
     with started if ranks.first else nullcontext(runs.Run(Path(out), label, silent=True)) as run:
         ranks.wait()  # until the first has begun

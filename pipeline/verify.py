@@ -75,7 +75,7 @@ def verify_cache(
                 distance[name][index, rows] = 1 - cosine.sum(1)
             mean, *found = (float(one[index, rows].mean()) for one in (error, *distance.values()))
             blocks.append((mean, view, [int(rows[0]), int(rows[-1]) + 1], found))
-    worst_block = max(blocks)
+    worst_block = max(blocks, key=lambda block: (np.isnan(block[0]), block[0]))
     by_sample = error.mean(0)
     by_class = np.bincount(training_set.label, by_sample, len(cache.classes)) / training_set.class_counts
     limit = tolerance if tolerance is not None else ROUNDING + (cache.encoding.max_error or 0)
@@ -86,7 +86,7 @@ def verify_cache(
         "worst": float(error.max()),
         "worst_block": dict(zip(("mean", "view", "rows"), worst_block)),
         "tolerance": limit,
-        "passed": worst_block[0] <= limit and all(one <= MAX_ERROR for *_, found in blocks for one in found),
+        "passed": all(mean <= limit and all(one <= MAX_ERROR for one in found) for mean, *_, found in blocks),
         "features": {name: float(found.mean()) for name, found in distance.items()},
         "shots": {
             group: float(by_class[members].mean())

@@ -176,7 +176,7 @@ def replace_column(url, key, values):
         ("sample_id/c.0", np.full(360, 5), "sample_id must be distinct"),
         ("sample_id/c.0", np.arange(360) - 5, r"sample_id must be in \[0, 2\^32\), found -5 to 354"),
         ("sample_id/c.0", np.arange(360) + 2**32 - 1, r"sample_id must be in \[0, 2\^32\), found 4294967295"),
-        ("image_size/c.0.0", np.full((360, 2), -3), "image_size must be at least 1, found -3"),
+        ("image_size/c.0.0", np.full((360, 2), -3), "image_size must not be negative, found -3"),
     ],
 )
 def test_columns_that_no_writer_writes_are_refused(url, key, values, message):

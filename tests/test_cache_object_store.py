@@ -262,7 +262,7 @@ def google(monkeypatch):
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", server.account)
     monkeypatch.setattr(object_storage, "RETRIES", {"max_retries": 3, "retry_timeout": timedelta(seconds=20)})
     yield server
-    server.shutdown()
+    server.shutdown(), server.server_close()
 
 
 def test_on_google_cloud_a_store_is_written_and_read(google, two_blocks):

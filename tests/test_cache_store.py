@@ -274,7 +274,7 @@ def test_resuming_other_samples_or_another_encoding_names_the_difference(tmp_pat
         ({"label": np.full(360, 1.7)}, "a label is a whole number, found array"),
         ({"label": np.full(360, True)}, "a label is a whole number, found array"),
         ({"image_size": np.full((360, 2), 8.5)}, "a side of an image is a whole number, found array"),
-        ({"image_size": np.zeros((360, 2), int)}, "image_size must be at least 1, found 0"),
+        ({"image_size": np.full((360, 2), -8)}, "image_size must not be negative, found -8"),
         ({"sample_id": np.arange(360, dtype=np.uint64) + 2**63}, "a sample_id is below 2"),
         ({"encoding": {"name": "top-k"}}, "encoding.name must be one of logit, probability, klt"),
         ({"encoding": {"name": "probability", "dtype": "int8"}}, "dtype must be float16 or float32, found 'int8'"),

@@ -178,18 +178,38 @@ def test_a_dry_run_of_a_part_tells_the_time_of_a_part(monkeypatch):
     assert "a part is its number, from 1" in refused(*plan, "--part", "99/3")
 
 
-def test_a_dry_run_counts_on_workers_and_on_what_is_frozen(monkeypatch):
+def test_a_dry_run_steps_what_learns_alone(monkeypatch, teacher_run):
+    real, learning = dry_run.Optimisation, []
+
+    def spy(network, model, training):
+        found = real(network, model, training)
+        learning.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        return found
+
+    monkeypatch.setattr(dry_run, "Optimisation", spy)
+    for method in "{name: ce}", "{name: crt}":
+        backbone = ["--backbone", teacher_run] if "crt" in method else []
+        plan = "train-student", *tiny.options(f"student.method={method}"), *backbone, "--out", "x", "--dry-run"
+        assert run(*plan).exit_code == 0
+    everything, last = learning
+    assert len(everything) > len(last) == 2 and last < everything
+
+
+def test_a_dry_run_counts_on_workers_and_on_shared_decodes(monkeypatch):
     asked = "train-teacher", *tiny.options("views={name: random_resized_crop, size: 8, count: 4}"), "--out", "x", "--dry-run"
     monkeypatch.setattr(dry_run, "_median_time", lambda work, size, *_: work(size) or 1.0)
-    monkeypatch.setattr(dry_run._Plan, "_reading", lambda *_: 10.0)  # seconds an image, which nothing else comes near
+    # seconds an image, which nothing else comes near
+    monkeypatch.setattr(dry_run._Plan, "_reading", lambda plan, images, views: 10.0 / views)
 
-    def seconds(workers):
+    def seconds(workers, together=1):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
-        found = run(*asked, "-o", f"data.workers={workers}").stdout
+        more = "-o", f"data.workers={workers}", "-o", f"teacher.training.views_per_decode={together}"
+        found = run(*asked, *more, "-o", "teacher.training.evaluate_every=1000").stdout
         return int(re.search(r"about ([\d,]+) s", found)[1].replace(",", ""))
 
     alone, two, four = map(seconds, (0, 2, 4))
     assert alone == pytest.approx(2 * two, rel=0.05) and alone == pytest.approx(4 * four, rel=0.1)
+    assert seconds(0, together=2) < 0.8 * alone
 
 
 def dry(command, *extra, out="nowhere", overrides=()):
@@ -263,7 +283,7 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     unknown = ["teacher.model={name: torchvision, architecture: resnet18, weights: IMAGENET1K_V7}"]
     refuses("there are no weights 'IMAGENET1K_V7' of resnet18; IMAGENET1K_V1, DEFAULT are", "train-teacher", overrides=unknown)
     resized = ["views={name: random_resized_crop, size: 12, count: 2}"]
-    sizes = "was trained on images of 8 x 8 pixels, found 12 x 12; give it images that large"
+    sizes = "is for images of 8 x 8 pixels, found 12 x 12; give it images that large"
     refuses(sizes, "dump-logits", "--teacher", teacher_run, overrides=resized)
     with pytest.raises(UserError, match=sizes):
         dump_logits(tiny.experiment(*resized), [str(teacher_run)], str(tmp_path / "resized"), tiny.CPU)
@@ -430,7 +450,7 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, se
     process.send_signal(sent)
     process.send_signal(signal.SIGTERM)  # as a terminal and a parent each send their own
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and error.startswith("error: interrupted; a command") and error.count("\n") == 1
+    assert process.returncode == 130 and error.startswith("error: interrupted; give the") and error.count("\n") == 1
 
 
 def test_under_nohup_a_closed_terminal_is_ignored():

@@ -157,6 +157,7 @@ def test_the_lines_for_a_training_loop_work(cache):
     values = {
         "images": images,
         "network": lambda image: linear(image.flatten(1)),
+        "device": tiny.CPU,
         "optimiser": torch.optim.SGD(linear.parameters(), lr=0.1),
     }
     exec(lines.replace("runs/digits/cache.zarr", str(cache)), values)

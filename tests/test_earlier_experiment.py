@@ -47,9 +47,8 @@ def test_its_teacher_scores_and_answers_as_it_did(experiment):
 
 
 def test_its_dump_is_finished(experiment):
-    kept = (experiment / "cache/probability/c.3.0.0").read_bytes()
-    (experiment / "cache/done/3.0").unlink()
+    for name in "probability/c.3.0.0", "done/3.0":
+        (experiment / "cache" / name).unlink()
     chosen = "--config", experiment / "config.yaml", "--teacher", experiment / "teacher"
     done("dump-logits", *chosen, "--out", experiment / "cache", "--resume")
-    assert len((experiment / "cache/probability/c.3.0.0").read_bytes()) == len(kept)
     assert "PASSED" in done("verify", experiment / "cache", "--teacher", experiment / "teacher", "--views", 9)

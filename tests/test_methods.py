@@ -337,7 +337,7 @@ def test_other_test_images_are_scored_by_the_shot_groups_that_the_network_was_tr
         groups = [scores[shot] is not None for shot in ("many", "medium", "few")]
         assert groups == ([True] * 3 if expert == "null" else [False, True, False]), "not those of data.train=fewer"
         assert scores["per_class"][1] in {0, 25, 50, 75, 100}, "g has four images there"
-        with pytest.raises(UserError, match="trained on images of 8 x 8 pixels, found 16 x 16; score it on images that"):
+        with pytest.raises(UserError, match="is for images of 8 x 8 pixels, found 16 x 16; give it images that large"):
             ask_run(run, "last", ("data.test=large",), tiny.CPU)
     with pytest.raises(UserError, match="digits"):
         ask_run(run, "last", ("data={name: digits}",), tiny.CPU)
@@ -403,7 +403,7 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(64, 15), (800, 2)])  # of 464 samples, twice an epoch
 def test_a_dry_run_counts_the_samples_of_both_branches(monkeypatch, capsys, batch_size, steps):
-    def second_a_step(self, work, size):  # and none for a test
+    def second_a_step(self, work, images, size, views=1):  # and none for a test
         return dry_run._Cost(seconds=float(size == min(batch_size, 928)), more_memory=0, basis="as told")
 
     monkeypatch.setattr(dry_run._Plan, "cost_of", second_a_step)

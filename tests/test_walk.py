@@ -19,6 +19,7 @@ from offline_bkd.pipeline.requirements import open_matching_cache
 from offline_bkd.pipeline.teachers import load_teacher
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.training.methods import Context, build_method
+from offline_bkd.pipeline.training.ranks import batch_sizes
 from offline_bkd.pipeline.training.samplers import instance_balanced
 from offline_bkd.pipeline.training.targets import Targets
 from offline_bkd.pipeline.verify import verify_cache
@@ -455,9 +456,13 @@ def test_of_several_processes_on_cpus_each_share_of_a_batch_is_one_that_the_netw
     training_set = datasets.load(config.data).training
     images, data = open_images(training_set, config.views, tiny.CPU, 0), config.data
     network = build_model(config.student.model, 10, data, 0, images.crop_size)
-    requirements.refuse_unfit(network, images, samples=130, batch_size=64, world=1)  # the last batch has two
+    for samples, world, sizes in (131, 1, {64, 3}), (130, 2, {32, 2}), (132, 4, {16, 2}), (3, 2, {2, 1}), (131, 2, {32, 2, 1}):
+        found = batch_sizes(samples, 64, world)
+        assert found == sizes, (samples, world)
+        if 1 not in sizes:
+            requirements.refuse_unfit(network, images, found)
     with pytest.raises(UserError, match="cannot train on 1 image of .8, 8. pixels"):
-        requirements.refuse_unfit(network, images, samples=130, batch_size=64, world=2)
+        requirements.refuse_unfit(network, images, found)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("of the card"), RuntimeError("CUDA error: no kernel image")])
@@ -469,7 +474,7 @@ def test_what_fails_on_the_device_is_not_blamed_on_the_network(error):
     config = tiny.experiment()
     images = open_images(datasets.load(config.data).training, config.views, tiny.CPU, 0)
     with pytest.raises(type(error), match=str(error)):
-        requirements.refuse_unfit(Failing(), images, samples=64, batch_size=64)
+        requirements.refuse_unfit(Failing(), images, {64})
 
 
 def test_features_are_dumped_beside_the_probabilities(tmp_path, teacher_run):

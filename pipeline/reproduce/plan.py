@@ -13,8 +13,9 @@ from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.reproduce.execution import Job
 from offline_bkd.pipeline.reproduce.table import Member, Table, select
-from offline_bkd.pipeline.schema import PLACE, Data, Experiment, Section
+from offline_bkd.pipeline.schema import Data, Experiment, Section
 
+HOW_READ = {"workers", "copies"}  # keys of data that change no result; a root may be all that tells two sets apart
 Cells = dict[tuple[str, str, int], Job]  # (row, column, seed): the job whose run is scored there
 
 
@@ -120,7 +121,7 @@ def _slug(name: str) -> str:
 def _key(*parts) -> str:
     """Eight digits that tell apart what is made from different settings."""
     plain = [
-        part.model_dump(mode="json", exclude=PLACE if isinstance(part, Data) else None)
+        part.model_dump(mode="json", exclude=HOW_READ if isinstance(part, Data) else None)
         if isinstance(part, Section)
         else _plain(part)
         for part in parts

@@ -121,8 +121,8 @@ class LFME(Method):
     before, and no longer once it is as often; images that their expert is unsure of come in over the first half of the
     epochs. Both are measured on the training images that an epoch visits: the authors use a validation set, which not all
     data have. The authors scale the confidence to the range of its class, with a floor for each shot group; here it is the
-    expert's probability as it is. Their groups begin at 100 and end at 20 images inclusively, here as everywhere. They draw
-    four samples of a class in a row, here each is drawn alone.
+    expert's probability as it is. Their many-shot classes begin at 100 images and few-shot end at 20, here they are above
+    100 and below 20. They draw four samples of a class in a row, here each is drawn alone.
     """
 
     learns_from = "experts"

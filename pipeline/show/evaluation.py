@@ -41,6 +41,7 @@ class KeptEvaluation(BaseModel):
     checkpoint: str
     digest: str
     test_dataset: dict
+    precision: str | None = None  # earlier versions did not say it
     calibration: dict[str, list[Bin]]
     worst_pairs: list[WorstPair]
 
@@ -59,8 +60,9 @@ def kept_evaluation(run: runs.Run) -> KeptEvaluation | None:
         kept = KeptEvaluation.model_validate(runs.read_json(path, KeptEvaluation))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({runs.reason(error)}); evaluate {run.folder} again")
-    summary = run.summary()
-    return kept if (kept.digest, kept.test_dataset) == (summary["digest"], summary["test_dataset"]) else None
+    summary, precision = run.summary(), run.config().network(run.stage).training.precision
+    own = (kept.digest, kept.test_dataset) == (summary["digest"], summary["test_dataset"])
+    return kept if own and kept.precision in (None, precision) else None
 
 
 def worst_pairs(evaluation: Evaluation, pairs: metrics.Pairs) -> list[dict]:

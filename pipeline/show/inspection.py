@@ -48,12 +48,12 @@ def print_comparison(report: dict, store: str) -> None:
     views, missing = report["views"], report["missing_blocks"]
     named = ", ".join(map(str, views[:8])) + ", …" * (len(views) > 8)
     block = report["worst_block"]
-    rows = f"rows {block['rows'][0]:,} to {block['rows'][1] - 1:,}"
+    place = f"view {block['view']}, rows {block['rows'][0]:,} to {block['rows'][1] - 1:,}"
     rows = [
         ["computed again", f"{terminal.counted(len(views), 'view')}: {named}"],
         ["mean error", f"{report['mean']:.2g} (total variation of the BKD target)"],
         ["by shot group", ", ".join(f"{group} {error:.2g}" for group, error in report["shots"].items())],
-        ["worst block", f"{block['mean']:.2g}, of view {block['view']}, {rows}; {report['tolerance']:.2g} is accepted"],
+        ["worst block", f"{block['mean']:.2g}, of {place}; {report['tolerance']:.2g} is accepted"],
         ["largest error", f"{report['worst']:.2g}, of a sample under one view"],
     ]
     if report["features"]:

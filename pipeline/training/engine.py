@@ -49,8 +49,8 @@ class Task:
 def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] = lambda record: None) -> None:
     """Trains to the last epoch, from the run's state if it has one, and writes the run's summary.
 
-    After every epoch the weights and the optimiser's state are on disk; the first rank writes. Raises NotFinite with step,
-    learning rate and sample ids; the last epoch's files stay. `about` (method, classes, class_counts, …) goes into the
+    After every epoch the weights and the optimiser's state are on disk; the first rank writes. Raises NotFinite, which
+    says where training diverged; the last epoch's files stay. `about` (method, classes, class_counts, …) goes into the
     summary, every epoch's record to `track`.
     """
     if run.has("summary.json"):
@@ -77,8 +77,7 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
                 ranks.agree(answering)
                 if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
                     start = time.perf_counter()
-                    scores = {"validation": task.validate(answering)} if task.validate else {}
-                    scores["test"] = task.evaluate(answering)
+                    scores = _scores(task, answering, epoch)
                     record |= scores | {"evaluation_seconds": time.perf_counter() - start}
             except NotFinite as error:
                 raise NotFinite(f"{run.label}{error}") from None
@@ -209,11 +208,25 @@ def _check(task: Task, bad: int, rows: np.ndarray, epoch: int, steps: int) -> No
     size = task.training.batch_size
     ids = task.sample_id[rows[bad * size : (bad + 1) * size]].tolist()
     rate = learning_rate(task.training, epoch * steps + bad, steps)
-    kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "no epoch was finished"
     raise NotFinite(
-        f"training diverged (not finite) at epoch {epoch + 1}, step {epoch * steps + bad}, learning rate {rate:.4g}; {kept}; "
-        f"lower the learning rate, or look at samples {', '.join(map(str, ids))}"
+        f"training diverged (not finite) at epoch {epoch + 1}, step {epoch * steps + bad}, learning rate {rate:.4g}; "
+        f"{_kept(epoch)}; lower the learning rate, or look at samples {', '.join(map(str, ids))}"
     )
+
+
+def _kept(epoch: int) -> str:
+    return f"the checkpoint of epoch {epoch} is kept" if epoch else "no epoch was finished"
+
+
+def _scores(task: Task, answering: torch.nn.Module, epoch: int) -> dict[str, dict]:
+    """On the test part, and before it on what was held out, if anything was. Raises NotFinite."""
+    try:
+        held_out = {"validation": task.validate(answering)} if task.validate else {}
+        return held_out | {"test": task.evaluate(answering)}
+    except NotFinite as error:  # of running statistics that have overflowed, say
+        raise NotFinite(
+            f"training diverged at epoch {epoch + 1}: {error}, though its loss is; {_kept(epoch)}; lower the learning rate"
+        ) from None
 
 
 def _resume(run: runs.Run, task: Task, optimisation: Optimisation) -> tuple[int, dict]:

@@ -134,6 +134,14 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
+def batch_sizes(samples: int, batch_size: int, world: int) -> set[int]:
+    """How many images of a batch one of `world` processes may have, in an epoch of `samples`."""
+    few = np.arange(min(samples, batch_size + samples % batch_size))  # a whole batch and the last one
+    shares = (Ranks(rank, world).share(few, few, batch_size) for rank in range(world))
+    lengths = ((len(share.rows), share.batch_size) for share in shares)
+    return {min(size, count - start) for count, size in lengths for start in range(0, count, size)}
+
+
 def refuse_shares(method: str, batch_size: int, judged: int, world: int) -> None:
     """Raises UserError where `world` processes cannot share a batch, or the `judged` images of an evaluation."""
     if world == 1:

@@ -20,9 +20,7 @@ class OpenLongTail:
         self.memory, first = memory(context.model), classifier(context.backbone)
         self.network, self.rows = WithFeatures(context.model, self.memory), context.class_balanced
         if settings.freeze_backbone:
-            new = tuple(f"{name}." for name in new_parts(context.model))
-            for name, parameter in context.model.named_parameters():
-                parameter.requires_grad_(name.startswith(new))
+            freeze_backbone(context.model)
         with torch.no_grad():
             self.memory.centroids.copy_(class_means(self.network, context))
         if isinstance(first, nn.Linear) and first.weight.shape == self.memory.hallucinator.weight.shape:
@@ -34,6 +32,13 @@ class OpenLongTail:
         distance = losses.memory(features, batch.label, self.memory.centroids)
         loss = ce + MEMORY_WEIGHT * distance + losses.centroid_pull(features, batch.label, self.memory.centroids)
         return StepLoss(loss=loss, correct=classified(logits, batch), parts={"ce": ce, "distance": distance})
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leaves the attention, the memory and the classifier to learn."""
+    new = tuple(f"{name}." for name in new_parts(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(new))
 
 
 @torch.no_grad()
