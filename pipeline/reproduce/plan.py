@@ -13,9 +13,8 @@ from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.reproduce.execution import Job
 from offline_bkd.pipeline.reproduce.table import Member, Table, select
-from offline_bkd.pipeline.schema import Data, Experiment, Section
+from offline_bkd.pipeline.schema import HOW_READ, Data, Experiment, Section
 
-HOW_READ = {"workers", "copies"}  # keys of data that change no result; a root may be all that tells two sets apart
 Cells = dict[tuple[str, str, int], Job]  # (row, column, seed): the job whose run is scored there
 
 
@@ -120,7 +119,7 @@ def _slug(name: str) -> str:
 
 def _key(*parts) -> str:
     """Eight digits that tell apart what is made from different settings."""
-    plain = [
+    plain = [  # a root may be all that tells two sets apart
         part.model_dump(mode="json", exclude=HOW_READ if isinstance(part, Data) else None)
         if isinstance(part, Section)
         else _plain(part)

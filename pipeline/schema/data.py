@@ -6,7 +6,8 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from offline_bkd.pipeline.schema.base import PerChannel, Positive, PositivePerChannel, Section
 
-PLACE = {"root", "workers", "copies"}  # keys of where images are and how they are read, which changes no result
+HOW_READ = {"workers", "copies"}  # keys that change no result
+PLACE = HOW_READ | {"root"}  # and where images are, which changes none if they are the same
 
 
 def _validation(value):
