@@ -211,7 +211,7 @@ class _Plan:
 
 def _steps(model: torch.nn.Module, section: TrainedNetwork, images: ImageSource) -> Callable[[int], None]:
     """A training step on so many images, by cross-entropy: other methods' losses cost little beside the network."""
-    method, read = section.method, _Read(images)
+    method, read = section.method, _Read(images) if images.decodes else images
     network = FrozenBackbone(model, method.batch_statistics) if method.name == "crt" else model
     if method.name == "oltr" and method.freeze_backbone:
         freeze_backbone(model)
@@ -228,7 +228,7 @@ def _steps(model: torch.nn.Module, section: TrainedNetwork, images: ImageSource)
 
 def _forward(model: torch.nn.Module, images: ImageSource, precision: str) -> Callable[[int], None]:
     """A forward pass of so many images."""
-    read = _Read(images)
+    read = _Read(images) if images.decodes else images
 
     def forward(size: int) -> None:
         infer(model, read, np.arange(size) % len(images.label), batch_size=size, precision=precision)
@@ -237,18 +237,15 @@ def _forward(model: torch.nn.Module, images: ImageSource, precision: str) -> Cal
 
 
 class _Read:
-    """Images of which each batch, where it has to be decoded, is read once: what a step then takes is its own."""
+    """Images to decode, of which each batch is read once: what a step then takes is its own."""
 
     def __init__(self, images: ImageSource):
         self.images, self.device, self.known = images, images.device, dict[int, list[Batch]]()
 
     def batches(self, rows: np.ndarray, views: np.ndarray | None, batch_size: int) -> list[Batch]:
-        if self.images.decodes and len(rows) in self.known:
-            return self.known[len(rows)]
-        found = list(self.images.batches(rows, views, batch_size))
-        if self.images.decodes:
-            self.known = {len(rows): found}
-        return found
+        if len(rows) not in self.known:
+            self.known = {len(rows): list(self.images.batches(rows, views, batch_size))}
+        return self.known[len(rows)]
 
 
 def _median_time(work: Callable[[int], None], size: int, device: torch.device, times: int) -> float:
