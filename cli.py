@@ -210,7 +210,11 @@ def train_student(config, device, cache, backbone, out, tracker, seeds, resume, 
 @click.argument("run", type=PLACE)
 @click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
 @click.option(
-    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Other test images (data.test=…), or a precision; repeatable."
+    "-o",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Where the test images are (data.root=…), other ones (data.test=…), or a precision; repeatable.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--out", type=PLACE, metavar="FOLDER", help="Where the files go; default: RUN/evaluation-CHECKPOINT.")

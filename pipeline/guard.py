@@ -29,14 +29,29 @@ ADVICE = {
     errno.ELOOP: SOUND_PLACE,
     errno.ENOSPC: MORE_ROOM,
     errno.EDQUOT: MORE_ROOM,
+    errno.EFBIG: MORE_ROOM,  # of a limit on the size of files
 }
 
 
 SHARED = "train-teacher", "train-student", "dump-logits"  # commands that several processes of torchrun share
 
 
+class Command(click.Command):
+    """A command that refuses an option given twice, of which click would take the last and say nothing."""
+
+    def parse_args(self, ctx, args):
+        if not ctx.resilient_parsing:
+            _, _, given = self.make_parser(ctx).parse_args(list(args))
+            for option in given:
+                if isinstance(option, click.Option) and not (option.multiple or option.is_flag) and given.count(option) > 1:
+                    raise click.UsageError(f"{option.opts[0]} takes one value, and is given {given.count(option)} times", ctx)
+        return super().parse_args(ctx, args)
+
+
 class Commands(click.Group):
     """Commands whose failures are one line: exit 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
+
+    command_class = Command
 
     def main(self, *args, **kwargs):
         prepare_streams()
@@ -171,7 +186,8 @@ def explained(error: Exception) -> tuple[str, int]:
 
     message = str(error) or type(error).__name__
     if isinstance(error, (UserError, CacheError)) and not isinstance(error, (CorruptCacheError, LostCacheError)):
-        return message, 2
+        full = isinstance(error.__cause__, OSError) and ADVICE.get(error.__cause__.errno) == MORE_ROOM
+        return message, 1 if full else 2
     if isinstance(error, OSError) and error.errno in ADVICE:
         advice, code = ADVICE[error.errno]
         return f"{error.filename or 'what is written'}: {error.strerror}; {advice}", code

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cache_store
 import pytest
 import tiny
 import torch
 from click.testing import CliRunner, Result
 
 from offline_bkd import cli
+from offline_bkd.cache import CacheError, create_cache
 from offline_bkd.pipeline import UserError, dry_run, guard
 from offline_bkd.pipeline.dry_run import show_training_plan
 from offline_bkd.pipeline.dump import dump_logits
@@ -371,9 +373,13 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
             ["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "memory://x"],
             "memory://x: nothing stays there when the command ends; name a folder, or an address on an object store",
         ),
+        (
+            ["train-student", *tiny.options(), "--cache", "x", "--cache", "y", "--out", "z"],
+            "--cache takes one value, and is given 2 times",
+        ),
         (["evaluate", "nowhere"], "nowhere is not a run's folder"),
         (["inspect", "nowhere.zarr"], "nowhere.zarr"),
-        (["train-teacher", *tiny.options(), "--device", "cuda", "--out", "x"], "torch finds no CUDA device"),
+        (["train-teacher", "--config", tiny.CONFIG, "--device", "cuda", "--out", "x"], "torch finds no CUDA device"),
     ],
 )
 def test_what_a_user_gets_wrong_ends_with_2_and_one_line(arguments, message, tmp_path, monkeypatch):
@@ -475,6 +481,17 @@ def test_under_nohup_a_closed_terminal_is_ignored():
 )
 def test_a_place_that_takes_no_file_is_named_with_the_way_out(number, message, code):
     assert guard.explained(OSError(number, os.strerror(number), "a/b")) == (message, code)
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EFBIG, 1), (errno.EACCES, 2)])
+def test_a_cache_that_finds_no_room_has_failed_and_is_no_wrong_input(tmp_path, monkeypatch, number, code):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "mkdir", fails)
+    with pytest.raises(CacheError, match=f"s cannot be written: {os.strerror(number)}; choose another place") as caught:
+        create_cache(tmp_path / "s", **cache_store.arguments())
+    assert guard.explained(caught.value)[1] == code
 
 
 def test_of_an_error_of_many_lines_the_first_is_said():
