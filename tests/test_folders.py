@@ -42,6 +42,16 @@ def test_classes_are_the_training_folders_of_which_the_test_part_may_lack_some(t
         datasets.load(section)
 
 
+@pytest.mark.parametrize("holds", ["config.yaml", "zarr.json"])
+def test_a_run_or_a_cache_among_the_classes_is_no_class(tmp_path, holds):
+    section = folder_of_images(tmp_path)
+    (tmp_path / "train" / "run").mkdir()
+    (tmp_path / "train" / "run" / "curves.png").write_bytes(png(0))
+    (tmp_path / "train" / "run" / holds).touch()
+    with pytest.raises(UserError, match="train/run stands among the folders of classes, but is a run or a cache; move it"):
+        datasets.load(section)
+
+
 def test_folders_are_read_as_torchvision_reads_them_linked_ones_too(tmp_path):
     section = folder_of_images(tmp_path)
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
@@ -61,7 +71,7 @@ def test_a_link_back_to_a_folder_that_holds_it_ends(tmp_path, capsys):
     (tmp_path / "train" / "ant" / "self").symlink_to("self")
     assert len(datasets.load(section)[0]) == 6
     said = capsys.readouterr().err
-    assert "2 files are left out (1 linked to a folder above it, 1 without a suffix)" in said
+    assert "2 files left out (1 linked to a folder above it, 1 without a suffix)" in said
 
 
 def test_what_is_left_out_is_said_with_its_count(tmp_path, capsys):
@@ -78,8 +88,8 @@ def test_what_is_left_out_is_said_with_its_count(tmp_path, capsys):
     assert train.class_counts.tolist() == [3, 3]
     (note,) = train.notes
     counts = "4 hidden, 2 .heic, 1 .txt, 1 outside of a class's folder, 1 without a suffix"
-    assert f"{tmp_path / 'train'}: 9 files are left out ({counts}); images are .avif, " in note
-    assert "1 files are left out (1 .db)" in test.notes[0]
+    assert f"{tmp_path / 'train'}: 9 files left out ({counts}); images are .avif, " in note
+    assert "1 file left out (1 .db)" in test.notes[0]
     assert f"note: {note}" in capsys.readouterr().err
 
 

@@ -145,7 +145,7 @@ def test_a_list_of_gigabytes_is_refused_before_it_fills_the_memory(tmp_path, mon
     ("line", "message"),
     [
         ("train/1.jpg", r"train.txt line 2: 'train/1.jpg' is not a path and a label; write relative/path.jpg, a space and"),
-        ("", r"train.txt line 2: '' is not a path and a label"),
+        ("", r"train.txt line 2 is empty; remove it"),
         ("7", r"train.txt line 2: '7' is not a path and a label"),
         ("train/1.jpg,1", r"line 2: .* is not a path and a label"),
         ("train/1.jpg -1", r"line 2: .* is not a path and a label; .* a whole number from 0 to 99,999"),

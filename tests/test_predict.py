@@ -125,7 +125,7 @@ def test_a_folder_s_images_are_those_that_training_would_take(teacher_run, photo
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     assert predict(str(teacher_run), [str(folder)], str(out), "last", tiny.CPU) == []
     assert pandas.read_csv(out)["file"].tolist() == [f"{folder}/a.png", f"{folder}/linked/c.PNG"]
-    assert f"note: {folder}: 3 files are left out (2 hidden, 1 .heic); images are .avif, " in capsys.readouterr().err
+    assert f"note: {folder}: 3 files left out (2 hidden, 1 .heic); images are .avif, " in capsys.readouterr().err
     scan = os.scandir
 
     def refuse(path):

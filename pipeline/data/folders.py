@@ -11,6 +11,8 @@ from offline_bkd.pipeline.data.dataset import Dataset, part_names, printable
 from offline_bkd.pipeline.data.decoding import SUFFIXES
 from offline_bkd.pipeline.show.terminal import counted
 
+OURS = "config.yaml", "zarr.json"  # of a run and of a cache, whose pictures and chunks would become a class
+
 
 def load_folders(section: schema.ImageFolder, root: Path) -> tuple[Dataset, ...]:
     """The parts. The classes are the training part's folders, some of which the others may lack."""
@@ -39,6 +41,10 @@ def _read_part(root: Path) -> tuple[dict[str, list[str]], Counter]:
             left_out["outside of a class's folder"] += 1
         elif entry.name.startswith("."):
             left_out["hidden"] += _count(entry.path)
+        elif any(os.path.lexists(os.path.join(entry.path, name)) for name in OURS):
+            raise UserError(
+                f"{printable(entry.path)} stands among the folders of classes, but is a run or a cache; move it elsewhere"
+            )
         else:
             files[entry.name] = _files_below(entry.path, left_out)
     return files, left_out
@@ -118,4 +124,4 @@ def _notes(root: Path, left_out: Counter) -> tuple[str, ...]:
     counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in counts[:8])
     images = ", ".join(sorted(SUFFIXES))
-    return (f"{printable(str(root))}: {left_out.total():,} files are left out ({kinds}); images are {images}",)
+    return (f"{printable(str(root))}: {counted(left_out.total(), 'file')} left out ({kinds}); images are {images}",)

@@ -33,6 +33,8 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
     files, labels = [], []
     for number, line in enumerate(text.split("\n"), 1):
         fields = line.rsplit(maxsplit=1)
+        if not fields:
+            raise UserError(f"{path} line {number} is empty; remove it, for samples are numbered by their lines")
         if len(fields) < 2 or not LABEL.fullmatch(fields[1]):
             raise UserError(
                 f"{path} line {number}: {line[:100]!r} is not a path and a label; "

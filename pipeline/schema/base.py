@@ -21,5 +21,14 @@ def _share_of_epochs(value: float) -> float:
 
 
 ShareOfEpochs = Annotated[float, AfterValidator(_share_of_epochs)]
-PerChannel = tuple[float, float, float]
-PositivePerChannel = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+def _pixels_to_one(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    if max(values) > 1:
+        raise ValueError(f"of pixels in [0, 1], so at most 1; found {values}; divide what is of pixels up to 255 by 255")
+    return values
+
+
+Channel, PositiveChannel = Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]
+PerChannel = Annotated[tuple[Channel, Channel, Channel], AfterValidator(_pixels_to_one)]
+PositivePerChannel = Annotated[tuple[PositiveChannel, PositiveChannel, PositiveChannel], AfterValidator(_pixels_to_one)]
