@@ -99,7 +99,10 @@ def read_document(storage, key):
 
 def _attributes(storage):
     if storage.size("zarr.json") is None:
-        found = "it is empty, or not there" if not storage.names() else "it has no zarr.json"
+        names = storage.names()
+        if stores := [name for name in names if name.endswith(".zarr")]:
+            raise CacheError(f"{storage} is not a store, but a folder that holds {', '.join(stores[:5])}; name one of them")
+        found = "it has no zarr.json" if names else "it is empty, or not there"
         raise CacheError(f"{storage} is not a store: {found}; {FOREIGN}")
     attributes = from_bytes(read_document(storage, "zarr.json"), f"{storage}/zarr.json").get("attributes")
     if not isinstance(attributes, dict) or "cache_format" not in attributes:

@@ -147,7 +147,7 @@ def _merge(below: dict, above: dict, place: "Place") -> dict:
 
 
 def _errors_with_sources(files: list[Layer], overrides: list[Layer]) -> list[str]:
-    """Each error of the experiment, after the source of the layer since which it has been there."""
+    """Each error of the experiment, after the source of the layer since which it has been there, and where it stands."""
     sources: dict[tuple[str, str], str] = {}
     for count, layer in enumerate([*files, *overrides], start=1):
         try:
@@ -155,7 +155,10 @@ def _errors_with_sources(files: list[Layer], overrides: list[Layer]) -> list[str
             sources = {}
         except ValidationError as error:
             sources = {problem: sources.get(problem, layer.source) for problem in explain(error, Experiment)}
-    return [f"{source}: {key}: {message}" for (key, message), source in sources.items()]
+    alike: dict[tuple[str, str], list[str]] = {}  # as in a section that two others repeat by an alias
+    for (key, message), source in sources.items():
+        alike.setdefault((source, message), []).append(key)
+    return [f"{source}: {', '.join(keys)}: {message}" for (source, message), keys in alike.items()]
 
 
 # What may stand where, and what is wrong with what does

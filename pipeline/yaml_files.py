@@ -46,8 +46,10 @@ def parse_yaml(text: str):
     try:
         return yaml.load(text, _PlainLoader)
     except yaml.MarkedYAMLError as error:
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise UserError(f"line {error.problem_mark.line + 1}: {said}")
+        said, line = ", ".join(part for part in (error.context, error.problem) if part), error.problem_mark.line
+        variable = "${" in text.splitlines()[line] if line < len(text.splitlines()) else False
+        remedy = "; within braces, quote what holds ${…}" if variable else ""
+        raise UserError(f"line {line + 1}: {said}{remedy}")
     except yaml.reader.ReaderError as error:
         raise UserError(error.reason)
     except ValueError as error:  # a number such as 0x_

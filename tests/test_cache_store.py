@@ -329,6 +329,12 @@ def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / "a").write_text("hello")
     with pytest.raises(CacheError, match="is not a store: it has no zarr.json"):
         open_cache(tmp_path)
+    for name in ("b.zarr", "a.zarr"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(
+        CacheError, match=f"{tmp_path} is not a store, but a folder that holds a.zarr, b.zarr; name one of them"
+    ):
+        open_cache(tmp_path)
 
 
 # the package

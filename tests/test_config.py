@@ -139,7 +139,7 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("views={name: random_resized_crop, size: 4, count: 2, scale: [0, 1]}", r"scale is a range"),
         ("views={name: random_resized_crop, size: 4, count: 2, ratio: [2, 1]}", r"ratio is a range"),
         ("views={name: random_resized_crop, size: 4, count: 2, seed: -1}", r"seed is in \[0, 2\^64\); found -1"),
-        ("data={name: parquet}", r"data\.train: missing; it must be given"),
+        ("data={name: parquet}", r"data\.train, data\.test: missing; it must be given"),
         ("data={name: inaturalist, train: a}", r"data\.test: missing; it must be given"),
         ("data={name: image_list, train: a, test: b, class: c}", r"data\.class: unknown key; did you mean 'classes'\?"),
         ("studnet.training.epochs=5", r"studnet: unknown key; did you mean 'student'\?"),
@@ -149,6 +149,9 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         ("student.method=bkd", r"student\.method: a section \(key: value\) is meant; found 'bkd'"),
         ("views=3", r"views: a section \(key: value\) is meant; found 3"),
         ("data.std=[0, 1, 1]", r"data\.std\.0: .*greater than 0"),
+        ("data.mean=[123.7, 116.3, 103.5]", r"data\.mean: of pixels in \[0, 1\], .*found \(123.7, .*; divide .* by 255"),
+        ("data.std=[58, 57, 57]", r"data\.std: of pixels in \[0, 1\]"),
+        ("data.mean=[-1, 0, 0]", r"data\.mean\.0: .*greater than or equal to 0"),
         ("data.mean=[.nan, 0, 0]", r"data\.mean\.0: .*finite"),
         ("student.training.learning_rate=.inf", r"learning_rate: .*finite"),
         ("epochs", r"an override is key=value"),
@@ -170,6 +173,16 @@ def test_all_errors_are_reported_at_once():
     with pytest.raises(UserError) as caught:
         tiny.experiment("views.padd=2", "student.training.epochs=0", "seed=-1")
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_what_is_wrong_in_a_section_that_an_alias_repeats_is_one_line(tmp_path):
+    path = tmp_path / "own.yaml"
+    repeated = "teacher: {training: &training {epoch: 3}}\nstudent: {training: *training}"
+    path.write_text(f"base: {tiny.CONFIG}\n{repeated}")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    said = f"{path}: teacher.training.epoch, student.training.epoch: unknown key; did you mean 'epochs'?"
+    assert str(caught.value) == said
 
 
 def test_an_override_reaches_only_the_section_it_names_though_the_file_shares_it():
@@ -313,7 +326,7 @@ def test_an_error_is_blamed_on_who_made_it(files):
         with pytest.raises(UserError) as caught:
             load_config(path, overrides, seed)
         lines = [line.removeprefix(f"{path.parent}/").split(": ") for line in str(caught.value).splitlines()]
-        return {where: who for who, where, *_ in lines}
+        return {key: who for who, where, *_ in lines for key in where.split(", ")}
 
     files_alone = {"student.training.epochs": "own.yaml", "data.rooot": "middle.yaml", "views": "whole.yaml"}
     assert blamed() == files_alone

@@ -51,6 +51,12 @@ def test_what_would_fill_memory_or_is_not_plain_is_refused_in_a_file_and_in_an_o
         assert "\n" not in said and len(said) < 300
 
 
+def test_a_variable_within_braces_is_to_be_quoted():
+    with pytest.raises(UserError, match=r"^line 2: .*; within braces, quote what holds \$\{…\}$"):
+        parse_yaml("name: birds\ndata: {root: ${DATA}/birds, train: train}")
+    assert parse_yaml("data: {root: '${DATA}/birds'}\nroot: ${DATA}/birds")["root"] == "${DATA}/birds"
+
+
 def test_aliases_merges_and_dates_are_plain():
     text = "base: &base {x: 0, y: 0}\nown: &own {<<: *base, x: 1}\ntop: {<<: *own, z: 2}\nsame: *own\ndate: 2020-13-41"
     values = parse_yaml(text)
