@@ -293,6 +293,19 @@ def test_an_evaluation_is_replaced_by_one_of_the_same_network_and_images_alone(t
         evaluation.keep_evaluation(answered, out)
 
 
+def test_an_evaluation_that_was_interrupted_is_repeated_into_the_same_folder(tmp_path, answered, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pictures, "save_confusion", interrupted)
+        evaluation.keep_evaluation(answered, str(out))
+    assert (out / "classes.csv").exists() and not (out / "calibration.png").exists()
+    evaluation.keep_evaluation(answered, str(out))
+    assert {path.name for path in out.iterdir()} == set(evaluation.FILES)
+
+
 def test_an_evaluation_is_told_in_a_sentence_first(answered, capsys):
     evaluation.print_evaluation(answered)
     said = capsys.readouterr().out

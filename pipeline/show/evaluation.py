@@ -125,15 +125,6 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
     pairs = metrics.confusion(evaluation.answers, len(evaluation.classes))
     bins = metrics.calibration(evaluation.answers, evaluation.class_counts)
     worst = worst_pairs(evaluation, pairs)
-    tables.write_csv(folder / "classes.csv", _class_rows(evaluation, pairs))
-    tables.write_csv(folder / "confusion.csv", _confusion_rows(evaluation, pairs))
-    pictures.save_confusion(folder / "confusion.png", pairs, evaluation.class_counts, evaluation.classes, worst)
-    tested = {
-        f"{group}-shot" if group != "all" else group: part for group, part in bins.items() if any(b["images"] for b in part)
-    }
-    pictures.save_png(
-        folder / "calibration.png", [lambda axes: pictures.plot_calibration(axes, "calibration", tested)], (5, 5)
-    )
     content = {
         "checkpoint": evaluation.checkpoint,
         "digest": evaluation.digest,
@@ -144,7 +135,16 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
         "calibration": bins,
         "worst_pairs": worst,
     }
-    runs.write_json(folder / "scores.json", content)  # last: a report takes it as a sign that the others are there
+    runs.write_json(folder / FILES[0], content)  # first: it says whose the folder is, also after an interruption
+    tables.write_csv(folder / "classes.csv", _class_rows(evaluation, pairs))
+    tables.write_csv(folder / "confusion.csv", _confusion_rows(evaluation, pairs))
+    pictures.save_confusion(folder / "confusion.png", pairs, evaluation.class_counts, evaluation.classes, worst)
+    tested = {
+        f"{group}-shot" if group != "all" else group: part for group, part in bins.items() if any(b["images"] for b in part)
+    }
+    pictures.save_png(
+        folder / "calibration.png", [lambda axes: pictures.plot_calibration(axes, "calibration", tested)], (5, 5)
+    )
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
