@@ -5,6 +5,7 @@ Preprocessing is inside: uint8 images [B, H, W, 3] in, logits, float32 [B, C], o
 
 import contextlib
 import importlib.util
+import io
 import os
 import secrets
 import shutil
@@ -65,7 +66,9 @@ def _read_onnx(path: Path) -> Exported:
 
 
 def _write_torch(network: nn.Module, example: torch.Tensor, path: Path) -> None:
-    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=BATCH), path)
+    buffer = io.BytesIO()  # torch's own writer does not say why it cannot write
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=BATCH), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _read_torch(path: Path) -> Exported:

@@ -81,6 +81,8 @@ def predict(
             answered += len(rows)
         if not answered:
             raise UserError(f"no image is left to answer about, of {counted(len(skipped), 'image')}; name others")
+    if out:
+        print(f"{out}: {counted(answered, 'image')}", flush=True)
     return skipped
 
 
