@@ -29,6 +29,7 @@ def _pixels_to_one(values: tuple[float, float, float]) -> tuple[float, float, fl
     return values
 
 
-Channel, PositiveChannel = Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]
+Channel = Annotated[float, Field(ge=0)]
+PositiveChannel = Annotated[float, Field(gt=0)]
 PerChannel = Annotated[tuple[Channel, Channel, Channel], AfterValidator(_pixels_to_one)]
 PositivePerChannel = Annotated[tuple[PositiveChannel, PositiveChannel, PositiveChannel], AfterValidator(_pixels_to_one)]
