@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,16 +14,17 @@ from offline_bkd.cache import Cache, encodings
 from offline_bkd.cache.parts import VIEWS_TOGETHER
 from offline_bkd.cache.planes import row_format
 from offline_bkd.cache.views import CropFlip
-from offline_bkd.cache.writer import refuse_taken
-from offline_bkd.pipeline import runs
+from offline_bkd.pipeline import runs, torchrun
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.images import Batch, ImageSource, open_images
-from offline_bkd.pipeline.dump import cache_paths
-from offline_bkd.pipeline.evaluate import infer, refuse_size
+from offline_bkd.pipeline.dump import prepare_dump
+from offline_bkd.pipeline.evaluate import infer
 from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
 from offline_bkd.pipeline.requirements import (
+    is_there,
     notes_on_training,
     open_matching_cache,
     refuse_device,
@@ -33,7 +33,6 @@ from offline_bkd.pipeline.requirements import (
 )
 from offline_bkd.pipeline.schema import Experiment, TrainedNetwork
 from offline_bkd.pipeline.show import terminal
-from offline_bkd.pipeline.teachers import load_teachers, notes_on_teachers
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods.crt import FrozenBackbone
 from offline_bkd.pipeline.training.methods.distillation import refuse_width
@@ -64,28 +63,32 @@ def show_training_plan(
     runs.refuse_taken(out, resume)
     refuse_device(section.training, role, device)
     refuse_sources(section.method, cache, backbone)
-    plan = _Plan(config, section, device)
-    store = open_matching_cache(cache, config, plan.training_set) if cache and _there(cache) else None
-    model = plan.build(section)
-    if backbone and _there(backbone):
-        take_backbone(model, section.model, runs.open_run(backbone), plan.training_set)
+    training_set, *others = (part for part in datasets.load(config.data, section.expert, download=False) if part is not None)
+    images, test_images = (
+        open_images(part, config.views, device, config.data.workers, TRIED) for part in (training_set, others[0])
+    )
+    store = open_matching_cache(cache, config, training_set) if cache and is_there(cache) else None
+    model = _build(config, section, training_set, images)
+    if backbone and is_there(backbone):
+        take_backbone(model, section.model, runs.open_run(backbone), training_set)
     if store and section.method.learns_from == "features":
         refuse_width(model, store.features.values())
-    samples, batch_size = len(plan.training_set) * section.model.branches, section.training.batch_size  # BBN's pairs
-    refuse_unfit(model, plan.images, batch_sizes(samples, batch_size, world=1))
+    samples, batch_size = len(training_set) * section.model.branches, section.training.batch_size  # BBN's pairs
+    refuse_unfit(model, images, batch_sizes(samples, batch_size, world=1))
     views = section.training.views_per_decode
-    step = plan.cost_of(_steps(model, section, plan.images), plan.images, min(batch_size, samples), views)
-    score = plan.cost_of(_forward(model, plan.test_images, section.training.precision), plan.test_images, 500)
-    evaluations = math.ceil(section.training.epochs / section.training.evaluate_every)
+    step = _cost_of(_steps(model, section, images), images, min(batch_size, samples), views)
+    score = _cost_of(_forward(model, test_images, section.training.precision), test_images, 500)
+    judged, evaluations = sum(map(len, others)), math.ceil(section.training.epochs / section.training.evaluate_every)
     steps = section.training.epochs * math.ceil(samples / batch_size)
-    seconds = steps * step.seconds + evaluations * plan.judged / 500 * score.seconds
-    facts, held = plan.sizes(model), plan.held
+    seconds = steps * step.seconds + evaluations * judged / 500 * score.seconds
+    held = _unread(images, len(training_set)) + _unread(test_images, judged)
+    facts = _sizes(config, training_set, model) | {"test samples": f"{len(others[0]):,}"}
     from_cache, row = section.method.learns_from not in (None, "backbone"), None
     if from_cache or role == "teacher":
-        row = _row_bytes(config, section, len(plan.training_set.classes), store)
-        facts["store"] = _store_size(config, len(plan.training_set), row)
+        row = _row_bytes(config, section, len(training_set.classes), store)
+        facts["store"] = _store_size(config, len(training_set), row)
     if from_cache:
-        of_a_view = len(plan.training_set) * (row or 0)
+        of_a_view = len(training_set) * (row or 0)
         most = isinstance(config.views, CropFlip) or section.method.draws == "samples"  # of the views come in one epoch
         whole = most and of_a_view * config.views.count <= room(device)
         held += of_a_view * (config.views.count if whole else 2)  # an epoch's, and the next one's meanwhile
@@ -107,27 +110,26 @@ def show_dump_plan(
 
     part: (number from 1, count), whose time is meant.
     """
-    for path in cache_paths(teachers, out, apart):
-        refuse_taken(path, resume or part is not None)
-    plan, notes = _Plan(config, config.teacher, device), []
-    if all(map(_there, teachers)):
-        _, identities = load_teachers(teachers, plan.training_set)
-        notes = notes_on_teachers(teachers, identities, plan.training_set)
-        for folder in teachers:
-            refuse_size(runs.open_run(folder), plan.images.crop_size)
-    model, batch_size = plan.build(config.teacher, weights=False), min(config.cache.batch_size, len(plan.training_set))
+    if torchrun.rank():
+        return  # the first process speaks for all
+    asked = prepare_dump(config, teachers, out, device, resume or part is not None, apart, TRIED)
+    training_set, images = asked.training_set, asked.images
+    model, batch_size = (
+        _build(config, config.teacher, training_set, images, False),
+        min(config.cache.batch_size, len(training_set)),
+    )
     views = min(VIEWS_TOGETHER, config.views.count)
-    forward = plan.cost_of(_forward(model, plan.images, config.cache.precision), plan.images, batch_size, views, len(teachers))
-    crops = config.views.count * len(plan.training_set) / (part[1] if part else 1)
-    facts, classes = plan.sizes(model), len(plan.training_set.classes)
-    facts["store"] = _store_size(config, len(plan.training_set), _row_bytes(config, config.teacher, classes, None))
+    forward = _cost_of(_forward(model, images, config.cache.precision), images, batch_size, views, len(teachers))
+    crops = config.views.count * len(training_set) / (part[1] if part else 1)
+    facts, classes = _sizes(config, training_set, model), len(training_set.classes)
+    facts["store"] = _store_size(config, len(training_set), _row_bytes(config, config.teacher, classes, None))
     if apart:
         facts["store"] += f", each of {len(teachers)}"
-    memory = runs.peak_memory(device) + forward.more_memory + plan.held
+    memory = runs.peak_memory(device) + forward.more_memory + _unread(images, len(training_set))
     facts["memory"] = f"about {memory / 1e6:,.0f} MB on {device.type}"
     time_of = f"part {part[0]}/{part[1]}: " if part else ""
     facts["time"] = f"{time_of}about {crops / batch_size * forward.seconds:,.0f} s on {device.type}, {forward.basis}"
-    _show(config, facts, notes, "dump")
+    _show(config, facts, asked.notes, "dump")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,76 +139,68 @@ class _Cost:
     basis: str  # what it was extrapolated from
 
 
-class _Plan:
-    """The data, of which only the first TRIED images are read, and steps on them."""
+def _build(
+    config: Experiment, section: TrainedNetwork, training_set: Dataset, images: ImageSource, weights: bool = True
+) -> torch.nn.Module:
+    """The network of `section`, where `images` are."""
+    network = section.model
+    if weights and network.downloads:
+        refuse_unknown_weights(network)
+    if not weights or network.downloads:
+        network = network.without_weights()  # no size or time depends on them
+    classes, layout = len(training_set.classes), section.training.channels_last
+    model = build_model(network, classes, config.data, config.seed, images.crop_size, channels_last=layout)
+    return model.to(images.device)
 
-    def __init__(self, config: Experiment, section: TrainedNetwork, device: torch.device):
-        self.config, self.device = config, device
-        self.training_set, self.test_set, validation_set = datasets.load(config.data, section.expert, download=False)
-        self.judged = len(self.test_set) + (0 if validation_set is None else len(validation_set))  # images an evaluation
-        first = (part.take(np.arange(min(TRIED, len(part)))) for part in (self.training_set, self.test_set))
-        self.images, self.test_images = (open_images(part, config.views, device, config.data.workers) for part in first)
 
-    @property
-    def held(self) -> int:
-        """Bytes of the images that a command would hold and this did not read."""
-        parts = (len(self.training_set), self.images), (self.judged, self.test_images)
-        return sum(images.padded[0].nbytes * (count - len(images.label)) for count, images in parts if not images.decodes)
+def _cost_of(work: Callable[[int], None], images: ImageSource, batch_size: int, views: int = 1, times: int = 1) -> _Cost:
+    """Of `work`, `times` on each batch of `images`: from whole batches where they are fast, else from a part of one.
 
-    def build(self, section: TrainedNetwork, weights: bool = True) -> torch.nn.Module:
-        network = section.model
-        if weights and network.downloads:
-            refuse_unknown_weights(network)
-        if not weights or network.downloads:
-            network = network.without_weights()  # no size or time depends on them
-        classes, layout = len(self.training_set.classes), section.training.channels_last
-        size = self.images.crop_size
-        return build_model(network, classes, self.config.data, self.config.seed, size, channels_last=layout).to(self.device)
+    `views` of an image are read together.
+    """
+    size, device = min(batch_size, 8), images.device
+    first, before = _median_time(work, size, device, 2), runs.peak_memory(device)
+    whole = first * batch_size / size
+    while size < batch_size and 3 * whole * min(1, 4 * size / batch_size) < SECONDS:
+        size = min(4 * size, batch_size)
+        before = runs.peak_memory(device)
+        whole = _median_time(work, size, device, 3) * batch_size / size
+    grown = runs.peak_memory(device) - before  # by three quarters of what the last size takes
+    more = 0 if size == batch_size else grown * 4 / 3 * (batch_size / size - 1)
+    seconds, read = times * whole, batch_size * _reading(images, views)
+    if read:  # by workers, while a step runs; on a CPU on the same cores
+        cores = len(os.sched_getaffinity(0))
+        meanwhile = seconds + (read / cores if device.type == "cpu" else 0)
+        seconds = max(read / images.workers, meanwhile) if images.workers else seconds + read
+    return _Cost(seconds=seconds, more_memory=more, basis=f"from steps of {size} images")
 
-    def cost_of(
-        self, work: Callable[[int], None], images: ImageSource, batch_size: int, views: int = 1, times: int = 1
-    ) -> _Cost:
-        """Of `work`, `times` on each batch of `images`: from whole batches where they are fast, else from a part of one.
 
-        `views` of an image are read together.
-        """
-        size = min(batch_size, 8)
-        first, before = _median_time(work, size, self.device, 2), runs.peak_memory(self.device)
-        whole = first * batch_size / size
-        while size < batch_size and 3 * whole * min(1, 4 * size / batch_size) < SECONDS:
-            size = min(4 * size, batch_size)
-            before = runs.peak_memory(self.device)
-            whole = _median_time(work, size, self.device, 3) * batch_size / size
-        grown = runs.peak_memory(self.device) - before  # by three quarters of what the last size takes
-        more = 0 if size == batch_size else grown * 4 / 3 * (batch_size / size - 1)
-        seconds, read = times * whole, batch_size * self._reading(images, views)
-        if read:  # by workers, while a step runs; on a CPU on the same cores
-            cores = len(os.sched_getaffinity(0))
-            meanwhile = seconds + (read / cores if self.device.type == "cpu" else 0)
-            seconds = max(read / images.workers, meanwhile) if images.workers else seconds + read
-        return _Cost(seconds=seconds, more_memory=more, basis=f"from steps of {size} images")
+def _reading(images: ImageSource, views: int) -> float:
+    """Seconds in which a core reads an image for each of `views` crops that follow each other; 0 where images are held."""
+    if not images.decodes:
+        return 0.0
+    alone = copy.copy(images)
+    alone.workers = 0
+    rows = np.arange(min(READ, len(images.label))).repeat(views)
+    start = time.perf_counter()
+    for _ in alone.batches(rows, np.arange(len(rows)) % views, len(rows)):
+        pass
+    return (time.perf_counter() - start) / len(rows)
 
-    def _reading(self, images: ImageSource, views: int) -> float:
-        """Seconds in which a core reads an image for each of `views` crops that follow each other; 0 where images are held."""
-        if not images.decodes:
-            return 0.0
-        alone = copy.copy(images)
-        alone.workers = 0
-        rows = np.arange(min(READ, len(images.label))).repeat(views)
-        start = time.perf_counter()
-        for _ in alone.batches(rows, np.arange(len(rows)) % views, len(rows)):
-            pass
-        return (time.perf_counter() - start) / len(rows)
 
-    def sizes(self, model: torch.nn.Module) -> dict[str, str]:
-        counts = self.training_set.class_counts
-        return {
-            "training samples (N)": f"{len(self.training_set):,}",
-            "classes (C)": f"{len(counts):,}, of {counts.max():,} to {counts[counts > 0].min():,} samples",
-            "test samples": f"{len(self.test_set):,}",
-            "views": f"{self.config.views.count:,}",
-            "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        }
+def _unread(images: ImageSource, samples: int) -> int:
+    """Bytes of those of `samples` images that a command would hold and this has not read."""
+    return 0 if images.decodes else images.padded[0].nbytes * (samples - len(images.label))
+
+
+def _sizes(config: Experiment, training_set: Dataset, model: torch.nn.Module) -> dict[str, str]:
+    counts = training_set.class_counts
+    return {
+        "training samples (N)": f"{len(training_set):,}",
+        "classes (C)": f"{len(counts):,}, of {counts.max():,} to {counts[counts > 0].min():,} samples",
+        "views": f"{config.views.count:,}",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+    }
 
 
 def _steps(model: torch.nn.Module, section: TrainedNetwork, images: ImageSource) -> Callable[[int], None]:
@@ -265,11 +259,6 @@ def _show(config: Experiment, facts: dict[str, str], notes: list[str], what: str
     for note in notes:
         print(f"note: {note}")
     terminal.facts(facts, f"{config.name}: {what}, nothing written")
-
-
-def _there(place: str) -> bool:
-    """Whether there is something at a path; of an address elsewhere only opening it tells."""
-    return "://" in place or Path(place).exists()
 
 
 def _row_bytes(config: Experiment, section: TrainedNetwork, classes: int, store: Cache | None) -> int | None:

@@ -36,6 +36,7 @@ from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.images import ImageSource, open_images
 from offline_bkd.pipeline.evaluate import refuse_size
+from offline_bkd.pipeline.requirements import is_there
 from offline_bkd.pipeline.schema import CacheSection, Experiment
 from offline_bkd.pipeline.show.progress import Progress
 from offline_bkd.pipeline.show.terminal import counted
@@ -66,33 +67,86 @@ def dump_logits(
     `open_cache(out).parts(count)`. Other processes may write the others, before, meanwhile or later, in any order: who comes
     first creates the store, and its bytes are those of one process. What is there is kept.
     """
-    training_set, _, _ = datasets.load(config.data)
-    networks, identities = load_teachers(teachers, training_set, config.cache.features)
-    if apart and "expert" in identities[0]:
-        raise UserError("experts teach together, from one cache; leave out --apart")
-    for note in notes_on_teachers(teachers, identities, training_set) if torchrun.rank() == 0 else ():
+    share, resume = _share(part, blocks), resume or part is not None or blocks is not None
+    asked = prepare_dump(config, teachers, out, device, resume, apart)
+    for note in asked.notes if torchrun.rank() == 0 else ():
         print(f"note: {note}", flush=True)
+    write_stores(
+        asked.networks.to(device),
+        asked.names,
+        asked.stores,
+        asked.training_set,
+        asked.images,
+        config.views,
+        config.cache,
+        resume,
+        share,
+    )
+
+
+class Store(NamedTuple):
+    """A store that a dump writes."""
+
+    path: str
+    teacher: dict  # the identity of those whose answers it holds
+    features: dict[str, int]  # the width of each teacher's features, by its name
+    members: list[int]  # which of the teachers its answers are the average of
+
+
+class Prepared(NamedTuple):
+    """Whom a dump asks about what, and where the answers go."""
+
+    training_set: Dataset
+    images: ImageSource
+    networks: Teachers
+    names: list[str]  # of the teachers
+    stores: list[Store]
+    notes: list[str]  # on what is allowed, but perhaps not meant
+
+
+def prepare_dump(
+    config: Experiment,
+    teachers: Sequence[str],
+    out: str,
+    device: torch.device,
+    resume: bool,
+    apart: bool,
+    tried: int | None = None,
+) -> Prepared:
+    """What `dump_logits` would begin with. Writes nothing.
+
+    tried: as a dry run reads it: at most so many images, and nothing is downloaded; teachers may be yet to be made, and there
+    are then no networks and no stores.  Raises UserError or CacheError for what cannot be dumped.
+    """
     names = [Path(folder).resolve().name for folder in teachers]
     if len(set(names)) < len(names) and (apart or config.cache.features):
         raise UserError("teachers are kept apart by the names of their folders; give them different ones")
-    widths = dict(zip(names, networks.widths))
     try:
-        check_features(widths)
+        check_features(dict.fromkeys(names, 1) if config.cache.features else {})
     except ValueError as error:
         raise UserError(f"{error}; rename the teacher's folder, which the features are named after")
-    paths = cache_paths(teachers, out, apart)
-    if apart:
-        features = [{name: width} for name, width in widths.items()] or [{}] * len(names)
-        stores = [Store(*parts, [number]) for number, parts in enumerate(zip(paths, identities, features))]
-    else:
-        stores = [Store(paths[0], average(identities), widths, list(range(len(names))))]
-    share, resume = _share(part, blocks), resume or part is not None or blocks is not None
+    out = os.fspath(out)
+    paths = [f"{out.rstrip('/')}/{name}.zarr" for name in names] if apart else [out]  # `out` may be a URL
     for path in paths if torchrun.rank() == 0 else ():
         refuse_taken(path, resume)
-    images = open_images(training_set, config.views, device, config.data.workers)
-    for folder in teachers:
+    training_set = datasets.load(config.data, download=tried is None).training
+    networks, stores, notes = Teachers([], features=False), [], []
+    made = teachers if tried is None or all(map(is_there, teachers)) else ()
+    if made:
+        networks, identities = load_teachers(teachers, training_set, config.cache.features)
+        if apart and "expert" in identities[0]:
+            raise UserError("experts teach together, from one cache; leave out --apart")
+        notes = notes_on_teachers(teachers, identities, training_set)
+        widths = dict(zip(names, networks.widths))
+        if apart:
+            features = [{name: width} for name, width in widths.items()] or [{}] * len(names)
+            stores = [Store(*parts, [number]) for number, parts in enumerate(zip(paths, identities, features))]
+        else:
+            stores = [Store(paths[0], average(identities), widths, list(range(len(names))))]
+    images = open_images(training_set, config.views, device, config.data.workers, tried)
+    for folder in made:
         refuse_size(runs.open_run(folder), images.crop_size)
-    write_stores(networks.to(device), names, stores, training_set, images, config.views, config.cache, resume, share)
+    return Prepared(training_set, images, networks, names, stores, notes)
 
 
 def dump(
@@ -209,15 +263,6 @@ def _share(part: tuple[int, int] | None, blocks: Blocks | None) -> Share | None:
         raise UserError(f"part {number}/{count}: parts are 1/{count} to {count}/{count}")
     place, places = (number - 1) * world + rank, count * world
     return Share(lambda cache: cache.parts(places)[place], f"part {place + 1}/{places}", number, rank)
-
-
-class Store(NamedTuple):
-    """A store that a dump writes."""
-
-    path: str
-    teacher: dict  # the identity of those whose answers it holds
-    features: dict[str, int]  # the width of each teacher's features, by its name
-    members: list[int]  # which of the teachers its answers are the average of
 
 
 def write_stores(
@@ -367,9 +412,3 @@ def _wait_for(path: str, seconds: float) -> None:
         except CacheError:
             time.sleep(0.5)
     raise RuntimeError(f"the first process, or part, has not created {path} in {seconds:.0f} s; start it")
-
-
-def cache_paths(teachers: Sequence[str], out: str, apart: bool) -> list[str]:
-    """Where the caches of a dump go. `out` may be a URL."""
-    out = os.fspath(out)
-    return [f"{out.rstrip('/')}/{Path(folder).resolve().name}.zarr" for folder in teachers] if apart else [out]

@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,11 @@ def refuse_sources(method: Method, cache: str | None, backbone: str | None) -> N
             raise UserError(f"method {method.name} learns from a {option[2:]}; name one with {option}")
         if given is not None and not wanted:
             raise UserError(f"method {method.name} learns from no {option[2:]}; leave out {option}")
+
+
+def is_there(place: str) -> bool:
+    """Whether there is something at a path; of an address elsewhere only opening it tells."""
+    return "://" in place or Path(place).exists()
 
 
 def open_matching_cache(path: str, config: Experiment, training_set: datasets.Dataset) -> Cache:

@@ -173,7 +173,7 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, command):
 
 
 def test_a_dry_run_of_a_part_tells_the_time_of_a_part(monkeypatch):
-    monkeypatch.setattr(dry_run._Plan, "cost_of", lambda *_: dry_run._Cost(seconds=60.0, more_memory=0, basis="made up"))
+    monkeypatch.setattr(dry_run, "_cost_of", lambda *_: dry_run._Cost(seconds=60.0, more_memory=0, basis="made up"))
     plan = "dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x", "--dry-run"
     assert "about 540 s on cpu" in run(*plan).stdout  # 9 views of 464 images, by one batch a view
     assert "part 2/9: about 60 s on cpu" in run(*plan, "--part", "2/9").stdout
@@ -201,7 +201,7 @@ def test_a_dry_run_counts_on_workers_and_on_shared_decodes(monkeypatch):
     asked = "train-teacher", *tiny.options("views={name: random_resized_crop, size: 8, count: 4}"), "--out", "x", "--dry-run"
     monkeypatch.setattr(dry_run, "_median_time", lambda work, size, *_: work(size) or 1.0)
     # seconds an image, which nothing else comes near
-    monkeypatch.setattr(dry_run._Plan, "_reading", lambda plan, images, views: 10.0 / views)
+    monkeypatch.setattr(dry_run, "_reading", lambda images, views: 10.0 / views)
 
     def seconds(workers, together=1):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
@@ -277,6 +277,9 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     refuses(
         "a.zarr is not empty", "dump-logits", "--apart", "--teacher", "runs/a", "--teacher", "b", out=taken(tmp_path, "a.zarr")
     )
+    alike = "--teacher", "runs/a", "--teacher", "others/a"
+    refuses("kept apart by the names of their folders; give them different ones", "dump-logits", "--apart", *alike)
+    refuses("kept apart by the names", "dump-logits", *alike, overrides=["cache.features=true"])
     cbd = ["student.method={name: cbd}", "student.model.cosine_scale=20", "student.model.projection=32"]
     features = tmp_path / "features.zarr"
     dump_logits(tiny.experiment("cache.features=true"), [str(teacher_run)], str(features), tiny.CPU)

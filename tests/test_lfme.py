@@ -1,6 +1,7 @@
 """Experts and the student that learns from them, against the paper's formulas and from end to end."""
 
 import csv
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from offline_bkd.pipeline import UserError, runs, schema
 from offline_bkd.pipeline.cached_targets import CachedTargets
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch
+from offline_bkd.pipeline.dry_run import show_dump_plan
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import ask_run, infer
 from offline_bkd.pipeline.show.evaluation import keep_evaluation
@@ -216,12 +218,21 @@ def test_what_is_told_of_an_experts_cache_is_of_the_expert_of_each_samples_class
         assert quality[shot]["confidence"] == pytest.approx(every["confidence"].mean(), rel=1e-6)
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_a_dry_run_of_a_dump_is_of_the_images_that_are_dumped(experts, capsys, made):
+    teachers = [str(one) for one in experts] if made else ["nowhere"]
+    show_dump_plan(tiny.experiment("teacher.expert=few"), tiny.CPU, teachers, "c.zarr")
+    assert re.search(r"training samples \(N\)\W+464\b", capsys.readouterr().out)
+
+
 def test_experts_that_do_not_have_every_class_once_are_refused(tmp_path, experts, teacher_run):
     many, medium, few = map(str, experts)
 
     def refused(message, *teachers, apart=False):
         with pytest.raises(UserError, match=message):
             dump_logits(tiny.experiment(), teachers, str(tmp_path / "c.zarr"), tiny.CPU, apart=apart)
+        with pytest.raises(UserError, match=message):
+            show_dump_plan(tiny.experiment(), tiny.CPU, teachers, str(tmp_path / "c.zarr"), apart=apart)
         assert not (tmp_path / "c.zarr").exists()
 
     refused("every medium-shot class of digits needs one expert .* found experts of many, few; name one of each", many, few)

@@ -403,10 +403,10 @@ def test_runs_are_compared_as_one_only_if_they_are_the_same_but_for_the_seed(tmp
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(64, 15), (800, 2)])  # of 464 samples, twice an epoch
 def test_a_dry_run_counts_the_samples_of_both_branches(monkeypatch, capsys, batch_size, steps):
-    def second_a_step(self, work, images, size, views=1):  # and none for a test
+    def second_a_step(work, images, size, views=1):  # and none for a test
         return dry_run._Cost(seconds=float(size == min(batch_size, 928)), more_memory=0, basis="as told")
 
-    monkeypatch.setattr(dry_run._Plan, "cost_of", second_a_step)
+    monkeypatch.setattr(dry_run, "_cost_of", second_a_step)
     config = tiny.experiment(*BBN, f"student.training.batch_size={batch_size}")
     dry_run.show_training_plan(config, tiny.CPU, "student", "run")
     assert f"about {2 * steps:,} s on cpu" in capsys.readouterr().out

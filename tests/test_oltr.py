@@ -10,6 +10,7 @@ from offline_bkd.pipeline import UserError, runs, schema
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import Batch, open_images
+from offline_bkd.pipeline.dry_run import show_dump_plan
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.evaluate import ask_run, load_model
 from offline_bkd.pipeline.models import build_model, classifier, memory, new_parts
@@ -316,6 +317,8 @@ def test_a_backbone_with_a_cosine_classifier_gives_the_memory_its_features_alone
     asked = tiny.experiment("cache.features=true")
     with pytest.raises(UserError, match="oltr has a memory before its classifier, .*; leave out cache.features"):
         dump_logits(asked, [str(tmp_path / "oltr")], str(tmp_path / "s"), tiny.CPU)
+    with pytest.raises(UserError, match="has a memory before its classifier"):
+        show_dump_plan(asked, tiny.CPU, [str(tmp_path / "oltr")], str(tmp_path / "s"))
     assert not (tmp_path / "s").exists()
 
 

@@ -13,6 +13,7 @@ from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError, requirements, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
+from offline_bkd.pipeline.dry_run import show_dump_plan
 from offline_bkd.pipeline.dump import dump_logits
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.requirements import open_matching_cache
@@ -344,6 +345,8 @@ def test_features_are_named_after_folders_that_may_name_them(tmp_path, teacher_r
     shutil.copytree(teacher_run, folder)
     with pytest.raises(UserError, match="letters, digits, _ and -, found 'teacher, seed 0'; rename the teacher's folder"):
         dump_logits(tiny.experiment("cache.features=true"), [str(folder)], str(tmp_path / "c.zarr"), tiny.CPU)
+    with pytest.raises(UserError, match="rename the teacher's folder"):
+        show_dump_plan(tiny.experiment("cache.features=true"), tiny.CPU, [str(folder)], str(tmp_path / "c.zarr"))
     assert not (tmp_path / "c.zarr").exists()
 
 

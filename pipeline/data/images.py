@@ -42,8 +42,14 @@ class ImageSource(Protocol):
         """Batches of `rows` [M] under `views` [M], in order; whole images for None. The last batch may be smaller."""
 
 
-def open_images(dataset: Dataset, views: CropFlip | RandomResizedCrop, device: torch.device, workers: int) -> ImageSource:
-    """The source that fits `views`: the whole image's own pixels stay on the device, resized crops are decoded as needed."""
+def open_images(
+    dataset: Dataset, views: CropFlip | RandomResizedCrop, device: torch.device, workers: int, most: int | None = None
+) -> ImageSource:
+    """The source that fits `views`: the whole image's own pixels stay on the device, resized crops are decoded as needed.
+
+    most: of so many images at most, the first ones; None: of all.
+    """
+    dataset = dataset if most is None else dataset.take(np.arange(min(most, len(dataset))))
     if isinstance(views, CropFlip):
         return ResidentImages(dataset, views, device)
     return DecodedImages(dataset, views, device, workers)
