@@ -134,7 +134,7 @@ def train_teacher(config, device, backbone, out, tracker, seeds, resume, dry_run
     from offline_bkd.pipeline.dry_run import show_training_plan
 
     if dry_run:
-        return show_training_plan(config, device, "teacher", out, resume, backbone=backbone)
+        return show_training_plan(config, device, "teacher", out, resume, None, backbone, tracker)
     train.train_teacher(config, out, device, resume, backbone, seeds, tracker)
 
 
@@ -202,7 +202,7 @@ def train_student(config, device, cache, backbone, out, tracker, seeds, resume, 
     from offline_bkd.pipeline.dry_run import show_training_plan
 
     if dry_run:
-        return show_training_plan(config, device, "student", out, resume, cache, backbone)
+        return show_training_plan(config, device, "student", out, resume, cache, backbone, tracker)
     train.train_student(config, cache, out, device, resume, backbone, seeds, tracker)
 
 

@@ -17,22 +17,16 @@ from offline_bkd.cache.views import CropFlip
 from offline_bkd.pipeline import runs, torchrun
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.config import dump_config
-from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
-from offline_bkd.pipeline.data.images import Batch, ImageSource, open_images
+from offline_bkd.pipeline.data.images import Batch, ImageSource
 from offline_bkd.pipeline.dump import prepare_dump
 from offline_bkd.pipeline.evaluate import infer
 from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
-from offline_bkd.pipeline.requirements import (
-    is_there,
-    notes_on_training,
-    open_matching_cache,
-    refuse_device,
-    refuse_sources,
-    refuse_unfit,
-)
+from offline_bkd.pipeline.requirements import notes_on_training, refuse_unfit
 from offline_bkd.pipeline.schema import Experiment, TrainedNetwork
 from offline_bkd.pipeline.show import terminal
+from offline_bkd.pipeline.show.trackers import refuse_missing
+from offline_bkd.pipeline.train import Role, read_inputs
 from offline_bkd.pipeline.training import losses
 from offline_bkd.pipeline.training.methods.crt import FrozenBackbone
 from offline_bkd.pipeline.training.methods.distillation import refuse_width
@@ -49,40 +43,40 @@ SECONDS = 4.0  # about as long may the timed steps take; a batch that is slower 
 def show_training_plan(
     config: Experiment,
     device: torch.device,
-    role: str,
+    role: Role,
     out: str,
     resume: bool = False,
     cache: str | None = None,
     backbone: str | None = None,
+    tracker: str | None = None,
 ) -> None:
     """Prints the resolved configuration, and what training the network of `role` ("teacher" or "student") would need.
 
     Downloads nothing. Refuses what the command would, but for a cache or a backbone that is yet to be made.
     """
+    if torchrun.rank():
+        return  # the first process speaks for all
     section = config.network(role)
+    refuse_missing(tracker)
     runs.refuse_taken(out, resume)
-    refuse_device(section.training, role, device)
-    refuse_sources(section.method, cache, backbone)
-    training_set, *others = (part for part in datasets.load(config.data, section.expert, download=False) if part is not None)
-    images, test_images = (
-        open_images(part, config.views, device, config.data.workers, TRIED) for part in (training_set, others[0])
-    )
-    store = open_matching_cache(cache, config, training_set) if cache and is_there(cache) else None
+    inputs = read_inputs(config, role, device, cache, backbone, TRIED)
+    training_set, images, test_images, store = inputs.training_set, inputs.images, inputs.test_images, inputs.cache
     model = _build(config, section, training_set, images)
-    if backbone and is_there(backbone):
-        take_backbone(model, section.model, runs.open_run(backbone), training_set)
+    if inputs.backbone:
+        take_backbone(model, section.model, inputs.backbone, training_set)
     if store and section.method.learns_from == "features":
         refuse_width(model, store.features.values())
     samples, batch_size = len(training_set) * section.model.branches, section.training.batch_size  # BBN's pairs
-    refuse_unfit(model, images, batch_sizes(samples, batch_size, world=1))
+    refuse_unfit(model, images, batch_sizes(samples, batch_size, torchrun.world(), device))
     views = section.training.views_per_decode
     step = _cost_of(_steps(model, section, images), images, min(batch_size, samples), views)
     score = _cost_of(_forward(model, test_images, section.training.precision), test_images, 500)
-    judged, evaluations = sum(map(len, others)), math.ceil(section.training.epochs / section.training.evaluate_every)
+    judged = len(inputs.test_set) + (0 if inputs.validation_set is None else len(inputs.validation_set))
+    evaluations = math.ceil(section.training.epochs / section.training.evaluate_every)
     steps = section.training.epochs * math.ceil(samples / batch_size)
     seconds = steps * step.seconds + evaluations * judged / 500 * score.seconds
     held = _unread(images, len(training_set)) + _unread(test_images, judged)
-    facts = _sizes(config, training_set, model) | {"test samples": f"{len(others[0]):,}"}
+    facts = _sizes(config, training_set, model) | {"test samples": f"{len(inputs.test_set):,}"}
     from_cache, row = section.method.learns_from not in (None, "backbone"), None
     if from_cache or role == "teacher":
         row = _row_bytes(config, section, len(training_set.classes), store)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from offline_bkd.cache import Cache
-from offline_bkd.pipeline import NotFinite, UserError, runs
+from offline_bkd.pipeline import NotFinite, UserError, runs, torchrun
 from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.color_jitter import ColorJitter
@@ -18,6 +18,7 @@ from offline_bkd.pipeline.data.images import ImageSource, open_images
 from offline_bkd.pipeline.evaluate import evaluate
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.requirements import (
+    is_there,
     notes_on_training,
     open_matching_cache,
     refuse_device,
@@ -136,16 +137,27 @@ def _train(
 
 
 def read_inputs(
-    config: Experiment, role: Role, device: torch.device, cache: str | None = None, backbone: str | None = None
+    config: Experiment,
+    role: Role,
+    device: torch.device,
+    cache: str | None = None,
+    backbone: str | None = None,
+    tried: int | None = None,
 ) -> Inputs:
-    """The data of `config`, the store at `cache` and the run in `backbone`, refused where they do not fit each other."""
+    """The data of `config`, the store at `cache` and the run in `backbone`, refused where they do not fit each other.
+
+    tried: as a dry run reads them: at most so many images of a part, no targets, and nothing is downloaded; cache and backbone
+    may be yet to be made.
+    """
     section = config.network(role)
     refuse_device(section.training, role, device)
     refuse_sources(section.method, cache, backbone)
-    training_set, test_set, validation_set = datasets.load(config.data, section.expert)
-    store = cache and open_matching_cache(cache, config, training_set)
+    training_set, test_set, validation_set = datasets.load(config.data, section.expert, download=tried is None)
     parts = [training_set, test_set] + ([] if validation_set is None else [validation_set])
-    images, test_images, *others = (open_images(part, config.views, device, config.data.workers) for part in parts)
+    refuse_shares(section.method.name, section.training.batch_size, min(map(len, parts[1:])), torchrun.world())
+    cache, backbone = (place if place and (tried is None or is_there(place)) else None for place in (cache, backbone))
+    store = open_matching_cache(cache, config, training_set) if cache else None
+    images, test_images, *others = (open_images(part, config.views, device, config.data.workers, tried) for part in parts)
     for part, source in zip(parts, (images, test_images, *others)):
         if source.crop_size != images.crop_size:
             trained, other = (" x ".join(map(str, size)) for size in (images.crop_size, source.crop_size))
@@ -158,8 +170,8 @@ def read_inputs(
         images=images,
         test_images=test_images,
         validation_images=validation_images,
-        cache=store or None,
-        targets=Targets(store, device, features=section.method.learns_from == "features") if store else None,
+        cache=store,
+        targets=Targets(store, device, section.method.learns_from == "features") if store and tried is None else None,
         backbone=runs.open_run(backbone) if backbone else None,
     )
 
@@ -197,10 +209,7 @@ def train_network(
     )
     method = build_method(section.method, context)
     network = ColorJitter(method.network, section.color_jitter) if section.color_jitter else method.network
-    judged = min(len(part) for part in (inputs.test_set, inputs.validation_set) if part is not None)
-    refuse_shares(section.method.name, section.training.batch_size, judged, ranks.world)
-    apart = ranks.world if device.type == "cpu" else 1  # processes that normalise each for itself
-    refuse_unfit(network, images, batch_sizes(len(method.rows(0)), section.training.batch_size, apart))
+    refuse_unfit(network, images, batch_sizes(len(method.rows(0)), section.training.batch_size, ranks.world, device))
     started = runs.start_run(out, config, role, device, resume, inputs.learns_from, inputs.fingerprints, label)
     with started if ranks.first else nullcontext(runs.Run(Path(out), label, silent=True)) as run:
         ranks.wait()  # until the first has begun

@@ -21,7 +21,7 @@ from offline_bkd.cache import CacheError, create_cache
 from offline_bkd.pipeline import UserError, dry_run, guard
 from offline_bkd.pipeline.dry_run import show_training_plan
 from offline_bkd.pipeline.dump import dump_logits
-from offline_bkd.pipeline.show import progress
+from offline_bkd.pipeline.show import progress, trackers
 from offline_bkd.pipeline.train import train_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -253,7 +253,7 @@ def test_what_is_read_is_called_by_its_part(tmp_path, capsys, monkeypatch):
     assert said() == [f"reading {part} images {count}/{count}" for part, count in parts]
 
 
-def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache, capsys):
+def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache, capsys, monkeypatch):
     def refuses(message, command, *extra, overrides=(), out="nowhere"):
         with pytest.raises(SystemExit) as stop:
             dry(command, *extra, overrides=overrides, out=out)
@@ -265,6 +265,10 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     student = "train-student", "--cache", "nowhere"
     refuses(f"student.training.compile: {graphs}", *student, overrides=["student.training.compile=cuda_graphs"])
     refuses("is not empty; add --resume", "train-teacher", out=teacher_run)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    refuses("--track wandb: wandb is not installed", "train-teacher", "--track", "wandb")
+    refuses("--track wandb: wandb is not installed", *student, "--track", "wandb")
+    monkeypatch.undo()
     refuses("method bkd learns from a cache; name one with --cache", "train-student")
     refuses("method bkd learns from no backbone; leave out --backbone", *student, "--backbone", teacher_run)
     refuses("is not for this run: temperature", "train-student", "--cache", cache, overrides=["cache.temperature=3"])
@@ -295,6 +299,24 @@ def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, teacher_run, cache
     assert not (tmp_path / "resized").exists()
     transformer = "teacher.model={name: torchvision, architecture: vit_b_32}"
     refuses("cannot train on 64 images of (8, 8) pixels (Wrong image height!", "train-teacher", overrides=[transformer])
+
+
+def test_of_several_processes_the_first_alone_makes_a_dry_run(monkeypatch, teacher_run):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    plans = (
+        ("train-teacher", *tiny.options(), "--out", "x", "--dry-run"),
+        ("dump-logits", *tiny.options(), "--teacher", teacher_run, "--out", "x", "--dry-run"),
+    )
+    shares = "3 processes cannot have equal shares of training.batch_size 64; change one or the other"
+    assert shares in refused(*plans[0])
+    whole = "-o", "student.method={name: oltr}", "-o", "student.model.memory=true", "--backbone", teacher_run
+    said = refused("train-student", *tiny.options(), *whole, "--out", "x", "--dry-run")
+    assert "method oltr learns from whole batches; train it in one process, without torchrun" in said
+    assert "nothing written" in run(*plans[1]).stdout
+    monkeypatch.setenv("RANK", "1")
+    for plan in plans:
+        result = run(*plan)
+        assert result.exit_code == 0 and not result.output
 
 
 def test_a_dry_run_notes_what_the_command_notes(teacher_run, capsys):

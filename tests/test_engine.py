@@ -17,6 +17,7 @@ import torch
 
 from offline_bkd.pipeline import NotFinite, UserError, evaluate, runs
 from offline_bkd.pipeline.data.images import ResidentImages
+from offline_bkd.pipeline.dry_run import show_training_plan
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.schema import Cosine, OneCycle, Training
 from offline_bkd.pipeline.train import train_student, train_teacher
@@ -647,4 +648,6 @@ def test_test_images_of_another_size_are_refused_before_anything_is_written(tmp_
     config = tiny.experiment(f"data={{name: imagefolder, root: {tmp_path}, workers: 0}}")
     with pytest.raises(UserError, match="has images of 16 x 16 pixels, the training part of 8 x 8; make them one size"):
         train_teacher(config, str(tmp_path / "run"), tiny.CPU)
+    with pytest.raises(UserError, match="has images of 16 x 16 pixels"):
+        show_training_plan(config, tiny.CPU, "teacher", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -460,7 +460,7 @@ def test_of_several_processes_on_cpus_each_share_of_a_batch_is_one_that_the_netw
     images, data = open_images(training_set, config.views, tiny.CPU, 0), config.data
     network = build_model(config.student.model, 10, data, 0, images.crop_size)
     for samples, world, sizes in (131, 1, {64, 3}), (130, 2, {32, 2}), (132, 4, {16, 2}), (3, 2, {2, 1}), (131, 2, {32, 2, 1}):
-        found = batch_sizes(samples, 64, world)
+        found = batch_sizes(samples, 64, world, tiny.CPU)
         assert found == sizes, (samples, world)
         if 1 not in sizes:
             requirements.refuse_unfit(network, images, found)

@@ -134,8 +134,9 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def batch_sizes(samples: int, batch_size: int, world: int) -> set[int]:
-    """How many images of a batch one of `world` processes may have, in an epoch of `samples`."""
+def batch_sizes(samples: int, batch_size: int, world: int, device: torch.device) -> set[int]:
+    """Over how many images one of `world` processes may normalise, in an epoch of `samples`: on a GPU over a whole batch."""
+    world = world if device.type == "cpu" else 1
     few = np.arange(min(samples, batch_size + samples % batch_size))  # a whole batch and the last one
     shares = (Ranks(rank, world).share(few, few, batch_size) for rank in range(world))
     lengths = ((len(share.rows), share.batch_size) for share in shares)
