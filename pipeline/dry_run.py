@@ -28,9 +28,8 @@ from offline_bkd.pipeline.show import terminal
 from offline_bkd.pipeline.show.trackers import refuse_missing
 from offline_bkd.pipeline.train import Role, read_inputs
 from offline_bkd.pipeline.training import losses
-from offline_bkd.pipeline.training.methods.crt import FrozenBackbone
+from offline_bkd.pipeline.training.methods import freeze
 from offline_bkd.pipeline.training.methods.distillation import refuse_width
-from offline_bkd.pipeline.training.methods.oltr import freeze_backbone
 from offline_bkd.pipeline.training.optimisation import Optimisation
 from offline_bkd.pipeline.training.ranks import batch_sizes
 from offline_bkd.pipeline.training.targets import room
@@ -199,10 +198,7 @@ def _sizes(config: Experiment, training_set: Dataset, model: torch.nn.Module) ->
 
 def _steps(model: torch.nn.Module, section: TrainedNetwork, images: ImageSource) -> Callable[[int], None]:
     """A training step on so many images, by cross-entropy: other methods' losses cost little beside the network."""
-    method, read = section.method, _Read(images) if images.decodes else images
-    network = FrozenBackbone(model, method.batch_statistics) if method.name == "crt" else model
-    if method.name == "oltr" and method.freeze_backbone:
-        freeze_backbone(model)
+    network, read = freeze(section.method, model), _Read(images) if images.decodes else images
     optimisation = Optimisation(network, model, section.training)
 
     def step(size: int) -> None:

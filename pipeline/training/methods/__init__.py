@@ -4,6 +4,8 @@ A new method is a section in schema/methods.py, a class here (contract.Method sa
 if it has a new one, is a pure function in losses.py.
 """
 
+from torch import nn
+
 from offline_bkd.pipeline.schema import Method as Settings
 from offline_bkd.pipeline.training.methods.bbn import BilateralBranches
 from offline_bkd.pipeline.training.methods.contract import Context, Method, StepLoss
@@ -20,7 +22,7 @@ from offline_bkd.pipeline.training.methods.labels import (
 from offline_bkd.pipeline.training.methods.lfme import MultipleExperts
 from offline_bkd.pipeline.training.methods.oltr import OpenLongTail
 
-__all__ = ["Context", "Method", "StepLoss", "build_method"]
+__all__ = ["Context", "Method", "StepLoss", "build_method", "freeze"]
 
 METHODS = {
     "ce": CrossEntropy,
@@ -37,6 +39,12 @@ METHODS = {
     "oltr": OpenLongTail,
     "bbn": BilateralBranches,
 }
+
+
+def freeze(settings: Settings, model: nn.Module) -> nn.Module:
+    """`model` as the method of `settings` trains it: what does not learn is frozen."""
+    method = METHODS[settings.name]
+    return method.freeze(settings, model) if hasattr(method, "freeze") else model
 
 
 def build_method(settings: Settings, context: Context) -> Method:

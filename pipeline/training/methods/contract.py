@@ -29,7 +29,10 @@ class StepLoss:
 
 
 class Method(Protocol):
-    """How a network is trained; made from the method's settings and a Context."""
+    """How a network is trained; made from the method's settings and a Context.
+
+    One that does not train all of the model has a static `freeze` too, of settings and model, which gives the network to run.
+    """
 
     network: nn.Module  # images, uint8 [B, 3, H, W], to what `loss` takes; has the model's parameters, perhaps some frozen
 

@@ -12,7 +12,11 @@ from offline_bkd.pipeline.training.methods.contract import Context, StepLoss, cl
 
 class ClassifierRetraining:
     def __init__(self, settings: schema.CRT, context: Context):
-        self.network, self.rows = FrozenBackbone(context.model, settings.batch_statistics), context.class_balanced
+        self.network, self.rows = self.freeze(settings, context.model), context.class_balanced
+
+    @staticmethod
+    def freeze(settings: schema.CRT, model: nn.Module) -> nn.Module:
+        return FrozenBackbone(model, settings.batch_statistics)
 
     def loss(self, logits: torch.Tensor, batch: Batch, epoch: int) -> StepLoss:
         return StepLoss(loss=losses.cross_entropy(logits, batch.label), correct=classified(logits, batch))

@@ -18,13 +18,20 @@ MEMORY_WEIGHT = 0.01
 class OpenLongTail:
     def __init__(self, settings: schema.OLTR, context: Context):
         self.memory, first = memory(context.model), classifier(context.backbone)
-        self.network, self.rows = WithFeatures(context.model, self.memory), context.class_balanced
-        if settings.freeze_backbone:
-            freeze_backbone(context.model)
+        self.network = WithFeatures(self.freeze(settings, context.model), self.memory)
+        self.rows = context.class_balanced
         with torch.no_grad():
             self.memory.centroids.copy_(class_means(self.network, context))
         if isinstance(first, nn.Linear) and first.weight.shape == self.memory.hallucinator.weight.shape:
             self.memory.hallucinator.load_state_dict(first.state_dict())
+
+    @staticmethod
+    def freeze(settings: schema.OLTR, model: nn.Module) -> nn.Module:
+        """With `freeze_backbone`, the attention, the memory and the classifier alone learn."""
+        new = tuple(f"{name}." for name in new_parts(model))
+        for name, parameter in model.named_parameters() if settings.freeze_backbone else ():
+            parameter.requires_grad_(name.startswith(new))
+        return model
 
     def loss(self, output: tuple[torch.Tensor, torch.Tensor], batch: Batch, epoch: int) -> StepLoss:
         logits, features = output
@@ -32,13 +39,6 @@ class OpenLongTail:
         distance = losses.memory(features, batch.label, self.memory.centroids)
         loss = ce + MEMORY_WEIGHT * distance + losses.centroid_pull(features, batch.label, self.memory.centroids)
         return StepLoss(loss=loss, correct=classified(logits, batch), parts={"ce": ce, "distance": distance})
-
-
-def freeze_backbone(model: nn.Module) -> None:
-    """Leaves the attention, the memory and the classifier to learn."""
-    new = tuple(f"{name}." for name in new_parts(model))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(new))
 
 
 @torch.no_grad()
