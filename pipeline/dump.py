@@ -136,7 +136,7 @@ def prepare_dump(
         networks, identities = load_teachers(teachers, training_set, config.cache.features)
         if apart and "expert" in identities[0]:
             raise UserError("experts teach together, from one cache; leave out --apart")
-        notes = notes_on_teachers(teachers, identities, training_set)
+        notes = notes_on_teachers(teachers, identities, training_set, config)
         widths = dict(zip(names, networks.widths))
         if apart:
             features = [{name: width} for name, width in widths.items()] or [{}] * len(names)

@@ -15,7 +15,7 @@ from offline_bkd.pipeline.data.decoding import DECODER
 from offline_bkd.pipeline.data.images import ImageSource
 from offline_bkd.pipeline.evaluate import infer, load_model
 from offline_bkd.pipeline.models import classifier
-from offline_bkd.pipeline.schema import CacheSection
+from offline_bkd.pipeline.schema import CacheSection, Experiment
 
 
 class Teachers(torch.nn.Module):
@@ -66,19 +66,35 @@ def load_teachers(
     return Teachers(list(members), features).eval(), list(identities)
 
 
-def notes_on_teachers(folders: Sequence[str], identities: list[dict], training_set: datasets.Dataset) -> list[str]:
-    """What is allowed, but perhaps not meant."""
+def notes_on_teachers(
+    folders: Sequence[str], identities: list[dict], training_set: datasets.Dataset, config: Experiment
+) -> list[str]:
+    """What is allowed, but perhaps not meant, of teachers whose answers are dumped by `config`."""
     notes = [
         f"the teacher in {folder} was trained elsewhere; whether on other images than it is asked about is not known"
         for folder, one in zip(folders, identities)
         if "source" in one
     ]
-    return notes + [
+    notes += [
         f"the teacher in {folder} was trained on other images ({one['dataset']['size']}) "
         f"than it is asked about ({training_set.fingerprint['size']})"
         for folder, one in zip(folders, identities)
         if "expert" not in one and one["dataset"] != training_set.fingerprint
     ]
+    if len(folders) == 1 and (changed := _changed(runs.open_run(folders[0]), config)):  # of several not all can be as it says
+        notes.append(f"the teacher in {folders[0]} answers as it was trained, though {changed}")
+    return notes
+
+
+def _changed(run: runs.Run, config: Experiment) -> str | None:
+    """What `config` says of the teacher of `run` that is not so of it, in words."""
+    if run.stage != "teacher":
+        return None
+    was, is_now = (
+        one.model_dump(mode="json", include={"teacher": True, "data": {"mean": True, "std": True}})
+        for one in (run.config(), config)
+    )
+    return runs.difference(was, is_now)
 
 
 def average(identities: list[dict]) -> dict:

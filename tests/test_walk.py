@@ -1,6 +1,7 @@
 """The walk from images to a student, and that cached training is training with a live teacher."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -127,6 +128,10 @@ def test_what_may_not_be_meant_is_noted(tmp_path, teacher_run, capsys):
     capsys.readouterr()
     dump_logits(tiny.experiment("data.imbalance_ratio=5"), [str(teacher_run)], str(tmp_path / "other.zarr"), tiny.CPU)
     assert "was trained on other images (464 samples of 10 classes) than it is asked about (" in capsys.readouterr().out
+    for changed in "teacher.model.depth", "teacher.training.epochs":
+        dump_logits(tiny.experiment(f"{changed}=14"), [str(teacher_run)], str(tmp_path / f"{changed}.zarr"), tiny.CPU)
+        (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        assert re.search(rf"teacher answers as it was trained, though {changed} was \d and is now 14$", note)
     dump_logits(tiny.experiment(), [str(teacher_run)], str(tmp_path / "same.zarr"), tiny.CPU)
     assert "note" not in capsys.readouterr().out
 
