@@ -17,7 +17,7 @@ if not __package__:  # `python cli.py`: the package is the checkout that this fi
     sys.modules["offline_bkd"] = importlib.util.module_from_spec(SPEC)
     SPEC.loader.exec_module(sys.modules["offline_bkd"])
 
-from offline_bkd.pipeline import UserError, __version__, torchrun
+from offline_bkd.pipeline import UserError, __version__
 from offline_bkd.pipeline.guard import PLACE, Commands, Number, guarded
 
 
@@ -34,6 +34,7 @@ def configured(command):
     @functools.wraps(command)
     def run(config_file, overrides, seed, device, **kwargs):
         from offline_bkd.pipeline.config import load_config
+        from offline_bkd.pipeline.device import choose_device
 
         return command(load_config(config_file, overrides, seed), choose_device(device), **kwargs)
 
@@ -88,27 +89,6 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
 def progress_aside(as_json: bool):
     """A context in which lines of progress go to the error output, where the other is read by a program."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-
-
-def choose_device(name: str):
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if name == "cuda":
-        rank, count = torchrun.local_rank(), torch.cuda.device_count()
-        if rank >= count:
-            raise UserError(f"process {rank + 1} of this machine finds no GPU of its own, of {count}; start {count} at most")
-        torch.backends.cudnn.deterministic = True  # its fastest convolutions add in another order each time
-        device = torch.device(name, rank)
-        torch.cuda.set_device(device)  # where what is gathered from all processes goes, too
-        return device
-    from offline_bkd.pipeline.allocation import keep_freed_memory
-
-    keep_freed_memory()
-    return torch.device(name)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -226,6 +206,7 @@ def evaluate(run, checkpoint, overrides, device, out, as_json):
     Score a run's checkpoint on its test set again: top-1, top-5 and calibration by shot group, every class, confusions.
     """
     from offline_bkd.pipeline import runs
+    from offline_bkd.pipeline.device import choose_device
     from offline_bkd.pipeline.evaluate import ask_run
     from offline_bkd.pipeline.show import evaluation, terminal
 
@@ -256,6 +237,7 @@ def predict(run, images, out, probabilities, checkpoint, device):
     Write a table of image files, folders of them or Parquet files: file, class, confidence and the next best classes. What
     cannot be read is named and left out, and the command exits 1.
     """
+    from offline_bkd.pipeline.device import choose_device
     from offline_bkd.pipeline.predict import predict as write_answers
 
     skipped = write_answers(run, images, out, checkpoint, choose_device(device), probabilities)
@@ -345,6 +327,7 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device, ever
     elif not teachers:
         raise UserError("verify computes answers again: name the teacher's run with --teacher, or use --checksums")
     else:
+        from offline_bkd.pipeline.device import choose_device
         from offline_bkd.pipeline.verify import verify_cache
 
         with progress_aside(as_json):
@@ -423,6 +406,7 @@ def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
     Train every cell of a published table, or go on with what is there, and print ours beside the published numbers.
     """
     from offline_bkd.pipeline import reproduce
+    from offline_bkd.pipeline.device import choose_device
     from offline_bkd.pipeline.show import terminal
 
     whole = reproduce.load_table(table)

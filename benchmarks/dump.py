@@ -22,9 +22,10 @@ import torch
 from measuring import save
 
 from offline_bkd.cache import CropFlip, create_cache
-from offline_bkd.pipeline import dump, runs, schema, teachers
+from offline_bkd.pipeline import dump, schema, teachers
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ResidentImages
+from offline_bkd.pipeline.device import device_name
 from offline_bkd.pipeline.models import build_model
 
 VIEWS, CLASSES = CropFlip(pad=1, flip=False), 100
@@ -122,7 +123,7 @@ def main(out, repeats, scratch):
         found.append(row | {"seconds": seconds, "dump / forward": ratios})
         click.echo(json.dumps(found[-1]))
     path, figures = Path(out) / f"dump-{device.type}.json", {"classes": CLASSES, "teachers": found}
-    save(path, figures, "torch", "zarr", device=runs.device_name(device))
+    save(path, figures, "torch", "zarr", device=device_name(device))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from measuring import save
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from offline_bkd.pipeline import runs, schema
-from offline_bkd.pipeline.allocation import keep_freed_memory
+from offline_bkd.pipeline import schema
+from offline_bkd.pipeline.device import device_name, keep_freed_memory
 from offline_bkd.pipeline.models import build_model
 
 IMAGES = 3072  # a measurement
@@ -116,7 +116,7 @@ def main(out, keep):
     keep_freed_memory()
     figures = {"an image, freed memory": ways, "threads": torch.get_num_threads()}
     figures["a training step"] = {precision: profiled(precision) for precision in ("float32", "bfloat16")}
-    save(Path(out) / "profile-cpu.json", figures, "torch", device=runs.device_name(torch.device("cpu")))
+    save(Path(out) / "profile-cpu.json", figures, "torch", device=device_name(torch.device("cpu")))
 
 
 if __name__ == "__main__":

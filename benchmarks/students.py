@@ -20,6 +20,7 @@ from measuring import save
 from offline_bkd.cache import Cache, create_cache, open_cache
 from offline_bkd.cache.target import class_weight, total_variation
 from offline_bkd.pipeline import config, runs
+from offline_bkd.pipeline.device import device_name
 from offline_bkd.pipeline.show.report import spread
 from offline_bkd.pipeline.show.terminal import COLUMNS, table
 from offline_bkd.pipeline.train import train_student
@@ -133,7 +134,7 @@ def main(config_file, cache, out, seeds, only, overrides):
                 **{name: [scores[key] for scores in last] for name, key in COLUMNS.items()},
             }
         )
-    save(out / "students.json", {"ways": found}, "torch", "zarr", device=runs.device_name(torch.device("cpu")))
+    save(out / "students.json", {"ways": found}, "torch", "zarr", device=device_name(torch.device("cpu")))
     rows = [["stored as", "bytes an answer", "TV", "KL", *COLUMNS]]
     for row in found:
         cells = [row["way"], str(row["bytes an answer"]), f"{row['total variation']:.4f}", f"{row['divergence']:.2e}"]

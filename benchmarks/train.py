@@ -26,11 +26,11 @@ from torchvision import transforms
 
 from offline_bkd.cache import open_cache
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
-from offline_bkd.pipeline import config, runs, schema
-from offline_bkd.pipeline.allocation import keep_freed_memory
+from offline_bkd.pipeline import config, schema
 from offline_bkd.pipeline.cached_targets import CachedTargets, bkd_loss
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import DecodedImages, ResidentImages
+from offline_bkd.pipeline.device import device_name, keep_freed_memory
 from offline_bkd.pipeline.evaluate import evaluate
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.training import engine, losses
@@ -336,7 +336,7 @@ def main(out, store, epochs, steps):
         "ratios": ratios | more,
         "growth": growth(experiment, device, 5 * epochs),
     }
-    save(Path(out) / f"train-{device.type}.json", figures, "torch", "torchvision", device=runs.device_name(device))
+    save(Path(out) / f"train-{device.type}.json", figures, "torch", "torchvision", device=device_name(device))
 
 
 def steps_of_others(experiment, train, images, targets, root, device, steps, repeats) -> tuple[dict, dict]:

@@ -18,8 +18,8 @@ PARTS = 64  # several times the number of workers, so that all of them are busy 
 
 @ray.remote(max_retries=10)
 def write(config: str, teacher: str, out: str, overrides: list[str], blocks: list[tuple[int, int]]) -> None:
-    from offline_bkd.cli import choose_device
     from offline_bkd.pipeline.config import load_config
+    from offline_bkd.pipeline.device import choose_device
     from offline_bkd.pipeline.dump import dump_logits
 
     dump_logits(load_config(config, overrides), [teacher], out, choose_device("auto"), blocks=blocks)

@@ -19,6 +19,7 @@ from offline_bkd.pipeline.backbone import take_backbone
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.images import Batch, ImageSource
+from offline_bkd.pipeline.device import peak_memory
 from offline_bkd.pipeline.dump import prepare_dump
 from offline_bkd.pipeline.evaluate import infer
 from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
@@ -85,7 +86,7 @@ def show_training_plan(
         most = isinstance(config.views, CropFlip) or section.method.draws == "samples"  # of the views come in one epoch
         whole = most and of_a_view * config.views.count <= room(device)
         held += of_a_view * (config.views.count if whole else 2)  # an epoch's, and the next one's meanwhile
-    facts["memory"] = f"about {(runs.peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
+    facts["memory"] = f"about {(peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
     facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}"
     _show(config, facts, notes_on_training(section, store), role)
 
@@ -118,7 +119,7 @@ def show_dump_plan(
     facts["store"] = _store_size(config, len(training_set), _row_bytes(config, config.teacher, classes, None))
     if apart:
         facts["store"] += f", each of {len(teachers)}"
-    memory = runs.peak_memory(device) + forward.more_memory + _unread(images, len(training_set))
+    memory = peak_memory(device) + forward.more_memory + _unread(images, len(training_set))
     facts["memory"] = f"about {memory / 1e6:,.0f} MB on {device.type}"
     time_of = f"part {part[0]}/{part[1]}: " if part else ""
     facts["time"] = f"{time_of}about {crops / batch_size * forward.seconds:,.0f} s on {device.type}, {forward.basis}"
@@ -152,13 +153,13 @@ def _cost_of(work: Callable[[int], None], images: ImageSource, batch_size: int, 
     `views` of an image are read together.
     """
     size, device = min(batch_size, 8), images.device
-    first, before = _median_time(work, size, device, 2), runs.peak_memory(device)
+    first, before = _median_time(work, size, device, 2), peak_memory(device)
     whole = first * batch_size / size
     while size < batch_size and 3 * whole * min(1, 4 * size / batch_size) < SECONDS:
         size = min(4 * size, batch_size)
-        before = runs.peak_memory(device)
+        before = peak_memory(device)
         whole = _median_time(work, size, device, 3) * batch_size / size
-    grown = runs.peak_memory(device) - before  # by three quarters of what the last size takes
+    grown = peak_memory(device) - before  # by three quarters of what the last size takes
     more = 0 if size == batch_size else grown * 4 / 3 * (batch_size / size - 1)
     seconds, read = times * whole, batch_size * _reading(images, views)
     if read:  # by workers, while a step runs; on a CPU on the same cores

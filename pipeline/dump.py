@@ -35,6 +35,7 @@ from offline_bkd.pipeline.config import explain
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.images import ImageSource, open_images
+from offline_bkd.pipeline.device import repeatable
 from offline_bkd.pipeline.evaluate import refuse_size
 from offline_bkd.pipeline.requirements import is_there
 from offline_bkd.pipeline.schema import CacheSection, Experiment
@@ -205,7 +206,8 @@ def _lent(module: torch.nn.Module, device: str | torch.device | None) -> Iterato
     away = home if device is None else torch.device(device)
     try:
         module.eval().to(away)
-        yield away
+        with repeatable():
+            yield away
     finally:
         module.to(home)
         for part, mode in training.items():

@@ -13,6 +13,7 @@ from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.decoding import DECODER
 from offline_bkd.pipeline.data.images import ImageSource
+from offline_bkd.pipeline.device import device_name
 from offline_bkd.pipeline.evaluate import infer, load_model
 from offline_bkd.pipeline.models import classifier
 from offline_bkd.pipeline.schema import CacheSection, Experiment
@@ -163,7 +164,7 @@ def computed(section, device: torch.device) -> dict:
         "precision": section.precision,
         "device": device.type,
         "environment": {
-            "device": runs.device_name(device),
+            "device": device_name(device),
             "torch": torch.__version__,
             "decoder": f"{DECODER} (Pillow {PIL.__version__}, libjpeg {PIL.features.version('jpg')})",
             "batch_size": section.batch_size,

@@ -111,20 +111,6 @@ def test_what_a_program_reads_has_no_lines_of_progress_in_it(cache, teacher_run,
         assert isinstance(json.loads(said.stdout), dict) and "reading" in said.stderr
 
 
-def test_each_process_of_torchrun_takes_a_device_of_its_own(monkeypatch):
-    taken = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    assert cli.choose_device("auto") == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
-    assert torch.backends.cudnn.deterministic
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="process 3 of this machine finds no GPU of its own, of 2; start 2 at most"):
-        cli.choose_device("auto")
-
-
 def test_export_writes_what_pandas_shows(tmp_path, cache):
     import pandas
 

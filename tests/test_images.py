@@ -122,33 +122,16 @@ def test_an_image_that_breaks_later_stops_the_work_by_name(folder, workers):
 
 
 def test_images_that_would_not_fit_into_memory_are_refused_before_it_is_filled(folder, digits, monkeypatch):
-    monkeypatch.setattr("offline_bkd.pipeline.data.images.memory", lambda: 2**20)
+    monkeypatch.setattr("offline_bkd.pipeline.data.images.memory_limit", lambda: 2**20)
     small = digits.take(np.arange(100))
     assert ResidentImages(small, FLIPPED, tiny.CPU).padded.nbytes == 100 * 12 * 12 * 3
-    monkeypatch.setattr("offline_bkd.pipeline.data.images.memory", lambda: 100 * 12 * 12 * 3 - 1)
+    monkeypatch.setattr("offline_bkd.pipeline.data.images.memory_limit", lambda: 100 * 12 * 12 * 3 - 1)
     with pytest.raises(UserError, match="crop_flip keeps all images in memory: .* GiB, and there are .*random_resized_crop"):
         ResidentImages(small, FLIPPED, tiny.CPU)
 
 
-def test_the_memory_there_is_is_that_of_the_job_and_of_each_process(tmp_path, monkeypatch):
-    (tmp_path / "slurm" / "job_1" / "step_0").mkdir(parents=True)
-    (tmp_path / "slurm" / "memory.max").write_text("max\n")
-    (tmp_path / "slurm" / "job_1" / "memory.max").write_text("400000\n")
-    (tmp_path / "groups").write_text("9:name=systemd:/\n4:memory:/docker\n0::/slurm/job_1/step_0\n")
-    found = [str(path.relative_to(tmp_path)) for path in images._limits(tmp_path / "groups", tmp_path)]
-    assert found == [
-        "memory/docker/memory.limit_in_bytes", "memory/memory.limit_in_bytes",
-        "slurm/job_1/step_0/memory.max", "slurm/job_1/memory.max", "slurm/memory.max", "memory.max",
-    ]  # fmt: skip
-    limits = images._limits
-    monkeypatch.setattr(images, "_limits", lambda: limits(tmp_path / "groups", tmp_path))
-    assert images.memory() == 400000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert images.memory() == 100000
-
-
 def test_images_that_would_not_fit_are_refused_before_they_are_decoded(digits, monkeypatch):
-    monkeypatch.setattr(images, "memory", lambda: 10)
+    monkeypatch.setattr(images, "memory_limit", lambda: 10)
     monkeypatch.setattr("offline_bkd.pipeline.data.dataset.Dataset.decode", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(
         UserError, match="^crop_flip keeps all images in memory: [^;]*; use views: {name: random_resized[^;]*$"

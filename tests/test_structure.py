@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"cache"},
     {"pipeline"},
-    {"pipeline.allocation", "pipeline.schema", "pipeline.torchrun", "pipeline.yaml_files"},
+    {"pipeline.schema", "pipeline.torchrun", "pipeline.yaml_files"},
     {"pipeline.config", "pipeline.metrics", "pipeline.show.progress", "pipeline.show.terminal"},
-    {"pipeline.guard"},
+    {"pipeline.device", "pipeline.guard"},
     {"pipeline.training.losses", "pipeline.training.samplers"},
     {"pipeline.data", "pipeline.models", "pipeline.runs", "pipeline.training.targets"},
     {"pipeline.training.methods", "pipeline.training.optimisation", "pipeline.training.ranks"},

@@ -8,8 +8,6 @@ Shapes: B samples a batch, S the side of a crop. Normalisation belongs to the mo
 import math
 import os
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,9 +15,10 @@ import torch
 from PIL import Image
 
 from offline_bkd.cache.views import CropFlip, RandomResizedCrop
-from offline_bkd.pipeline import UserError, torchrun
+from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.data.dataset import Dataset
 from offline_bkd.pipeline.data.workers import in_workers
+from offline_bkd.pipeline.device import memory_limit
 
 
 class Batch(NamedTuple):
@@ -53,28 +52,6 @@ def open_images(
     if isinstance(views, CropFlip):
         return ResidentImages(dataset, views, device)
     return DecodedImages(dataset, views, device, workers)
-
-
-def memory() -> int:
-    """Bytes of memory that this process may take: its share of the machine's, or of the container's or the job's."""
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in _limits():
-        try:
-            limit = min(limit, int(file.read_text()))
-        except (OSError, ValueError):  # there is none, or "max"
-            pass
-    return limit // torchrun.local_world()
-
-
-def _limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[Path]:
-    """Files that may limit this process's memory: of its cgroup, version 2 or 1, and of those above, as Slurm nests them."""
-    with suppress(OSError):
-        for line in groups.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
-                top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-                own = top / path.strip("/")
-                yield from (folder / name for folder in (own, *own.parents) if folder.is_relative_to(top))
 
 
 class ResidentImages:
@@ -113,7 +90,7 @@ class ResidentImages:
         """For `count` images with their padding. Raises UserError where it is more than the memory, here or of the GPU."""
         shape = count, height + 2 * self.views.pad, width + 2 * self.views.pad, 3
         gpu = {"the GPU's memory": torch.cuda.mem_get_info(self.device)[0]} if self.device.type == "cuda" else {}
-        for where, room in {"memory": memory(), **gpu}.items():
+        for where, room in {"memory": memory_limit(), **gpu}.items():
             if math.prod(shape) > room:
                 raise UserError(
                     f"crop_flip keeps all images in {where}: {math.prod(shape) / 2**30:,.1f} GiB, and there are "

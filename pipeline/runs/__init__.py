@@ -16,7 +16,7 @@ checksum (checksums.py).
 
 from offline_bkd.pipeline.runs.files import make_folder, read, read_json, reason, write_json, write_whole
 from offline_bkd.pipeline.runs.folder import Run, experiment_of, open_run
-from offline_bkd.pipeline.runs.record import commit, device_name, difference, environment, peak_memory
+from offline_bkd.pipeline.runs.record import commit, difference, environment
 from offline_bkd.pipeline.runs.start import begun, refuse_taken, start_run
 from offline_bkd.pipeline.runs.weights import digest
 
@@ -24,14 +24,12 @@ __all__ = [
     "Run",
     "begun",
     "commit",
-    "device_name",
     "difference",
     "digest",
     "environment",
     "experiment_of",
     "make_folder",
     "open_run",
-    "peak_memory",
     "read",
     "read_json",
     "reason",

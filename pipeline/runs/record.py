@@ -1,7 +1,6 @@
 """What a run says of itself: where it ran, what it reached, and what tells it from other runs."""
 
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -13,8 +12,8 @@ import torch
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, model_validator
 
 from offline_bkd.pipeline import schema
+from offline_bkd.pipeline.device import device_name
 from offline_bkd.pipeline.schema import Experiment
-from offline_bkd.pipeline.show.terminal import counted
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("torchvision", "timm", "numpy", "zarr", "numcodecs", "pandas", "pyarrow", "safetensors", "pillow", "offline-bkd")
@@ -110,20 +109,6 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):  # no git here
         return None
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls it: the card's name, or "cpu (2 threads)". `format.device_kind` tells whether two are one kind."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({counted(torch.get_num_threads(), 'thread')})"
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes of the device's memory that this process has used so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def settings(config: Experiment, stage: str) -> dict:

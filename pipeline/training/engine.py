@@ -15,6 +15,7 @@ import torch
 from offline_bkd.cache import CropFlip, RandomResizedCrop, philox
 from offline_bkd.pipeline import NotFinite, UserError, runs
 from offline_bkd.pipeline.data.images import Batch, ImageSource
+from offline_bkd.pipeline.device import device_name, peak_memory
 from offline_bkd.pipeline.schema import Training
 from offline_bkd.pipeline.show.progress import Progress
 from offline_bkd.pipeline.show.terminal import counted
@@ -61,7 +62,7 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
     classes = sum(count > 0 for count in about["class_counts"])
     run.log(
         f"{about['method']}: {parameters:,} parameters, {counted(len(task.sample_id), 'sample')} "
-        f"of {counted(classes, 'class', 'classes')}, {runs.device_name(task.images.device)}"
+        f"of {counted(classes, 'class', 'classes')}, {device_name(task.images.device)}"
     )
     optimisation = Optimisation(task.network, model, training)
     first, best = _resume(run, task, optimisation)
@@ -109,7 +110,7 @@ def train(task: Task, run: runs.Run, about: dict, track: Callable[[dict], None] 
             "best_by": "validation" if task.validate else "test",
             "seconds": sum(record["seconds"] + record.get("evaluation_seconds", 0) for record in records),
             "data_share": float(np.mean([record["data_share"] for record in records])),
-            "peak_memory": runs.peak_memory(task.images.device),
+            "peak_memory": peak_memory(task.images.device),
             "digest": runs.digest((optimisation.averaged or model).state_dict()),
         }
     )

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from offline_bkd.cache import Cache, CropFlip
 from offline_bkd.cache.planes import Planes, row_format
-from offline_bkd.pipeline.data.images import memory
+from offline_bkd.pipeline.device import memory_limit
 from offline_bkd.pipeline.training import losses
 
 ROOM = 0.5  # of the memory there is, for what is held
@@ -21,7 +21,7 @@ ROOM = 0.5  # of the memory there is, for what is held
 
 def room(device: torch.device) -> float:
     """Bytes that targets may take on `device`. What goes to a GPU is read into the machine's memory first."""
-    return ROOM * (min(memory(), torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else memory())
+    return ROOM * (min(memory_limit(), torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else memory_limit())
 
 
 def soften(stored: torch.Tensor, encoding: str, decoder: Sequence[torch.Tensor] | None, ratio: float = 1) -> torch.Tensor:
