@@ -5,7 +5,6 @@ open_cache("store.zarr").to_pandas(view=3)
 """
 
 from .format import CacheError, CorruptCacheError, Identity, LostCacheError
-from .planes import Planes
 from .reader import Cache, open_cache
 from .views import CropFlip, RandomResizedCrop
 from .writer import CacheWriter, create_cache
@@ -18,7 +17,6 @@ __all__ = [
     "CropFlip",
     "Identity",
     "LostCacheError",
-    "Planes",
     "RandomResizedCrop",
     "create_cache",
     "open_cache",

@@ -13,7 +13,6 @@ import numpy as np
 
 from .calibration import calibration_error
 from .format import CacheError, reason, whole_numbers
-from .planes import row_format
 from .shots import SHOTS, of_groups, shot
 from .storage import new_file
 
@@ -86,7 +85,7 @@ def _batches(cache, view, sample, label, probabilities):
     """The rows as Arrow record batches, at least one."""
     views, positions = _views(cache, view), _positions(cache, sample, label)
     if not views or not len(positions):
-        width, dtype = row_format(cache, features=False)
+        width, dtype = cache.row_format(features=False)
         yield _batch(cache, 0, positions[:0], cache.held.decode(np.empty((0, width), dtype)), probabilities)
         return
     for number, chosen, probability in _decoded(cache, views, positions):
@@ -98,7 +97,7 @@ def _decoded(cache, views, positions):
 
     B rows are those of many blocks where these are small, so that what a piece costs is not paid for each, or some of one.
     """
-    layout, (width, dtype) = cache.layout, row_format(cache, features=False)
+    layout, (width, dtype) = cache.layout, cache.row_format(features=False)
     most = max(1, _BATCH_CELLS // layout.classes)
     span = layout.block_rows * max(1, most // layout.block_rows)  # rows of the blocks that are read together
     room = np.empty((min(span, layout.samples), width), dtype)

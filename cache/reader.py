@@ -230,6 +230,12 @@ class Cache:
 
     # reading
 
+    def row_format(self, features: bool) -> tuple[int, np.dtype]:
+        """(width R, dtype) of a sample's codes under one view: those of its probabilities or of all teachers' features."""
+        if features:
+            return sum(self.features.values()), np.dtype("int8")
+        return self.held.width(len(self.classes)), np.dtype(self.held.dtype)
+
     def stored_plane(self, view: int, out=None) -> np.ndarray:
         """One view of every sample as it is stored, [N, R] of the encoding's dtype, into `out` where given.
 
@@ -369,7 +375,8 @@ class Cache:
             raise CorruptCacheError(f"{where} is damaged: it is not the chunk that was written; {_redo(view, block)}")
 
     def _room(self, count, out):
-        return _room((count, self.held.width(self.layout.classes)), self.held.dtype, out)
+        width, dtype = self.row_format(features=False)
+        return _room((count, width), dtype, out)
 
     def _where(self, view, block, array=None):
         rows = self.layout.rows(block)

@@ -17,7 +17,6 @@ from PIL import Image
 
 from offline_bkd.cache import Cache, CacheError, CropFlip, RandomResizedCrop, open_cache
 from offline_bkd.cache.format import whole_numbers
-from offline_bkd.cache.planes import row_format
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.training import losses
@@ -138,7 +137,7 @@ class CachedTargets(torch.utils.data.Dataset):
         # Files, which workers that were started before an epoch began see too: its number, and its planes.
         folder = tempfile.mkdtemp(prefix="cached-targets-", dir=scratch)
         weakref.finalize(self, _remove, folder, os.getpid())
-        width, dtype = row_format(self.cache, features=False)
+        width, dtype = self.cache.row_format(features=False)
         self.whole = isinstance(self.cache.views, CropFlip)
         planes = self.cache.views.count if self.whole else 1
         self._files = Path(folder, "epoch"), Path(folder, "planes")

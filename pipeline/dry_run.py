@@ -12,7 +12,6 @@ import torch
 
 from offline_bkd.cache import Cache, encodings
 from offline_bkd.cache.parts import VIEWS_TOGETHER
-from offline_bkd.cache.planes import row_format
 from offline_bkd.cache.views import CropFlip
 from offline_bkd.pipeline import runs, torchrun
 from offline_bkd.pipeline.backbone import take_backbone
@@ -255,7 +254,7 @@ def _show(config: Experiment, facts: dict[str, str], notes: list[str], what: str
 def _row_bytes(config: Experiment, section: TrainedNetwork, classes: int, store: Cache | None) -> int | None:
     """Bytes that one sample's answer to one view takes in memory; None where only the teacher's answers can say."""
     if store:
-        width, dtype = row_format(store, section.method.learns_from == "features")
+        width, dtype = store.row_format(section.method.learns_from == "features")
         return width * dtype.itemsize
     encoding = encodings.from_json(config.cache.encoding.model_dump())
     return classes * np.dtype(encoding.dtype).itemsize if encoding.plain else None

@@ -278,14 +278,12 @@ def test_a_block_that_the_codebook_does_not_fit_is_stored_as_it_is(tmp_path, unf
 def test_what_reads_a_store_does_not_care_that_blocks_are_stored_as_they_are(unforeseen):
     import torch
 
-    from offline_bkd.cache import Planes
     from offline_bkd.pipeline.training.targets import Targets
 
     cache, probability = unforeseen
     samples, views = np.array([250, 10, 399]), np.array([3, 3, 7])
     rows = cache.rows(samples, views)
     assert (rows[0] == probability(3)[250]).all() and cache.decoder is None
-    assert (Planes(cache, views=[3, 7]).rows(samples, views) == rows).all()
     targets = Targets(cache, torch.device("cpu"))
     np.testing.assert_array_equal(targets.probability(torch.from_numpy(samples), torch.from_numpy(views)), rows)
     assert (cache.to_pandas(view=3).confidence == cache.plane(3).max(1)).all()

@@ -1,4 +1,4 @@
-"""Planes are held where no step touches the store."""
+"""What may be asked of a store by view and sample, and that targets are held where no step touches it."""
 
 import errno
 import os
@@ -6,10 +6,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from cache_store import answers, dump, identity
 
 from offline_bkd.cache import CacheError, CropFlip
-from offline_bkd.cache.planes import Planes
+from offline_bkd.pipeline.training.targets import Targets
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +18,15 @@ def cache(tmp_path_factory):
     return dump(tmp_path_factory.mktemp("planes") / "s")
 
 
-def test_held_planes_give_rows_without_the_store(tmp_path):
+def test_targets_are_held_without_the_store(tmp_path):
     cache = dump(tmp_path / "s", identity=identity(views=CropFlip(pad=0)))
-    planes = Planes(cache)
+    targets = Targets(cache, torch.device("cpu"))
     for path in sorted((tmp_path / "s").rglob("c.*")):
         path.unlink()
     samples, views = np.array([7, 0, 359, 7]), np.array([1, 0, 1, 0])
     expected = np.stack([answers(view)[sample] for sample, view in zip(samples, views, strict=False)])
-    assert (planes.rows(samples, views) == expected).all()
+    found = targets.probability(torch.from_numpy(samples), torch.from_numpy(views))
+    assert (found.numpy() == expected).all()
 
 
 def test_a_full_scratch_disk_is_one_line_and_not_the_end_of_the_process(cache, tmp_path, monkeypatch):
@@ -42,13 +44,6 @@ def test_a_full_scratch_disk_is_one_line_and_not_the_end_of_the_process(cache, t
     assert asked == [(0, 16)]
 
 
-def test_some_views_can_be_held(cache):
-    planes = Planes(cache, views=[5, 2])
-    assert (planes.rows([1, 2], [2, 5]) == np.stack([answers(2)[1], answers(5)[2]])).all()
-    with pytest.raises(KeyError, match="view 3 is not held"):
-        planes.rows([0, 0], [2, 3])
-
-
 @pytest.mark.parametrize(
     "ask, message",
     [
@@ -61,10 +56,9 @@ def test_some_views_can_be_held(cache):
         (lambda cache: cache.rows([0, -1], 0), "there is no sample -1: the store has samples 0 to 359"),
         (lambda cache: cache.rows([360], [0]), "there is no sample 360: the store has samples 0 to 359"),
         (lambda cache: cache.rows([0], [True]), "a view is a whole number, found [True]"),
-        (lambda cache: Planes(cache, views=[0.0]), "a view is a whole number, found [0.0]"),
-        (lambda cache: Planes(cache, views=[18]), "there is no view 18: the store has views 0 to 17"),
-        (lambda cache: Planes(cache, views=[0]).rows([0], [-18]), "there is no view -18: the store has views 0 to 17"),
-        (lambda cache: Planes(cache, views=[0]).rows([-1], [0]), "there is no sample -1: the store has samples 0 to 359"),
+        (lambda cache: cache.rows([0], [0.0]), "a view is a whole number, found [0.0]"),
+        (lambda cache: cache.rows([0], [18]), "there is no view 18: the store has views 0 to 17"),
+        (lambda cache: cache.rows([0], [-18]), "there is no view -18: the store has views 0 to 17"),
     ],
 )
 def test_numbers_that_are_no_views_or_samples_are_refused(cache, ask, message):
@@ -74,4 +68,4 @@ def test_numbers_that_are_no_views_or_samples_are_refused(cache, ask, message):
 
 def test_one_row_and_none_may_be_asked_for(cache):
     assert (cache.rows(np.int32(7), np.uint8(2)) == answers(2)[[7]]).all()
-    assert cache.rows([], []).shape == (0, 5) and Planes(cache, views=[]).codes.shape == (0, 360, 5)
+    assert cache.rows([], []).shape == (0, 5)

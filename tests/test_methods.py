@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from offline_bkd.cache import Cache, CacheError, open_cache
-from offline_bkd.cache.planes import Planes
 from offline_bkd.pipeline import UserError, dry_run, runs, schema
 from offline_bkd.pipeline.data.color_jitter import ColorJitter, adjust
 from offline_bkd.pipeline.data.images import Batch
@@ -75,17 +74,15 @@ def test_a_cache_without_features_is_refused(tmp_path, cache):
     with pytest.raises(CacheError, match="holds no features, which method cbd learns from"):
         train_student(tiny.experiment(*CBD), str(cache), str(tmp_path / "cbd"), tiny.CPU)
     with pytest.raises(CacheError, match="holds no features"):
-        Planes(open_cache(cache), features=True)
+        Targets(open_cache(cache), tiny.CPU, features=True)
 
 
 def test_targets_are_the_teachers_features_side_by_side(ensemble):
     store, rows, views = open_cache(ensemble), np.array([0, 463, 7]), np.array([1, 8, 4])
     parts = [[store.feature_plane(name, view)[row] for row, view in zip(rows, views)] for name in store.features]
-    held = Planes(store, features=True).rows(rows, views)
-    np.testing.assert_allclose(held, np.concatenate(parts, axis=1), atol=1e-6)
     targets = Targets(store, tiny.CPU, features=True)
     found = targets.features(torch.from_numpy(rows), torch.from_numpy(views))
-    np.testing.assert_allclose(found, held / np.sqrt(2), atol=1e-6)
+    np.testing.assert_allclose(found, np.concatenate(parts, axis=1) / np.sqrt(2), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from offline_bkd.cache import Cache, CropFlip
-from offline_bkd.cache.planes import Planes, row_format
+from offline_bkd.cache import Cache, CacheError, CropFlip
 from offline_bkd.pipeline.device import memory_limit
 from offline_bkd.pipeline.training import losses
 
@@ -45,10 +44,13 @@ class Targets:
     """
 
     def __init__(self, cache: Cache, device: torch.device, features: bool = False):
+        """Raises CacheError where the store has no features, and what `stored_plane` raises."""
+        if features and not cache.features:
+            raise CacheError("the cache holds no features; dump them too (cache.features)")
         self.cache, self.device, self.of_features = cache, device, features
         self.temperature, self.widths = cache.temperature, list(cache.features.values())
         self.decoder = cache.decoder and [torch.from_numpy(part).to(device) for part in cache.decoder]
-        self.width, self.dtype = row_format(cache, features)
+        self.width, self.dtype = cache.row_format(features)
         self.all_fit = cache.views.count * len(cache) * self.width * self.dtype.itemsize <= room(device)
         self.reader = ThreadPoolExecutor(1)
         self.held: np.ndarray | None = np.empty(0, np.int64)
@@ -96,13 +98,23 @@ class Targets:
     def _read(self, pairs: np.ndarray | None) -> np.ndarray:
         """What the store holds of `pairs` [K], in order: [K, R]."""
         if pairs is None:
-            return Planes(self.cache, features=self.of_features).codes.reshape(-1, self.width)
+            planes = np.empty((self.cache.views.count, len(self.cache), self.width), self.dtype)
+            for view, plane in enumerate(planes):
+                self._read_plane(view, plane)
+            return planes.reshape(-1, self.width)
         views, rows = np.divmod(pairs, len(self.cache))
         codes = np.empty((len(pairs), self.width), self.dtype)
         for view in np.unique(views):
             part = slice(*np.searchsorted(views, [view, view + 1]))
-            codes[part] = Planes(self.cache, [view], self.of_features).codes[0][rows[part]]
+            codes[part] = self._read_plane(view)[rows[part]]
         return codes
+
+    def _read_plane(self, view: int, out: np.ndarray | None = None) -> np.ndarray:
+        """What the store holds of one view, [N, R], into `out` where given."""
+        if not self.of_features:
+            return self.cache.stored_plane(view, out)
+        parts = [self.cache.stored_feature_plane(name, view) for name in self.cache.features]
+        return np.concatenate(parts, axis=1, out=out)
 
     def _place(self, codes: torch.Tensor) -> torch.Tensor:
         """`codes` on the device if it has room, else where they are."""
