@@ -76,7 +76,7 @@ def show_training_plan(
     seconds = steps * step.seconds + evaluations * judged / 500 * score.seconds
     held = _unread(images, len(training_set)) + _unread(test_images, judged)
     facts = _sizes(config, training_set, model) | {"test samples": f"{len(inputs.test_set):,}"}
-    from_cache, row = section.method.learns_from not in (None, "backbone"), None
+    from_cache, row = section.method.learns_from_cache, None
     if from_cache or role == "teacher":
         row = _row_bytes(config, section, len(training_set.classes), store)
         facts["store"] = _store_size(config, len(training_set), row)

@@ -13,12 +13,9 @@ from offline_bkd.cache import Cache, CacheError, open_cache
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ImageSource
-from offline_bkd.pipeline.schema import Experiment, Method, TrainedNetwork, Training
+from offline_bkd.pipeline.schema import METHODS, Experiment, Method, TrainedNetwork, Training
 from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.teachers import refuse_other
-
-# methods whose network answers as if all classes were as frequent
-BALANCED = {"bbn", "bkd", "cb", "cb_focal", "cbd", "crt", "ldam", "lfme", "logit_adjustment", "oltr"}
 
 
 def refuse_device(training: Training, role: str, device: torch.device) -> None:
@@ -32,7 +29,7 @@ def refuse_device(training: Training, role: str, device: torch.device) -> None:
 def refuse_sources(method: Method, cache: str | None, backbone: str | None) -> None:
     """Raises UserError where what `method` learns from is not given, or something else is."""
     for given, option, wanted in (
-        (cache, "--cache", method.learns_from not in (None, "backbone")),
+        (cache, "--cache", method.learns_from_cache),
         (backbone, "--backbone", method.learns_from == "backbone"),
     ):
         if wanted and given is None:
@@ -104,7 +101,7 @@ def notes_on_training(section: TrainedNetwork, cache: Cache | None) -> list[str]
     linear = [name for name, one in teachers.items() if not one["model"]["cosine_scale"]]
     if section.method.name == "cbd" and linear:
         notes.append(f"CBD's teachers have a cosine classifier (model.cosine_scale); linear is that of {', '.join(linear)}")
-    balanced = [name for name, one in teachers.items() if one.get("method") in BALANCED]
+    balanced = [name for name, one in teachers.items() if (method := METHODS.get(one.get("method"))) and method.balances]
     if section.method.name == "bkd" and balanced:
         notes.append(
             f"BKD's class weights balance a plain teacher's answers; balanced already are those of {', '.join(balanced)}: "

@@ -154,7 +154,7 @@ def read_inputs(
     refuse_sources(section.method, cache, backbone)
     training_set, test_set, validation_set = datasets.load(config.data, section.expert, download=tried is None)
     parts = [training_set, test_set] + ([] if validation_set is None else [validation_set])
-    refuse_shares(section.method.name, section.training.batch_size, min(map(len, parts[1:])), torchrun.world())
+    refuse_shares(section.method, section.training.batch_size, min(map(len, parts[1:])), torchrun.world())
     cache, backbone = (place if place and (tried is None or is_there(place)) else None for place in (cache, backbone))
     store = open_matching_cache(cache, config, training_set) if cache else None
     images, test_images, *others = (open_images(part, config.views, device, config.data.workers, tried) for part in parts)

@@ -14,7 +14,7 @@ import tiny
 import torch
 from train_in_ranks import trained
 
-from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline import UserError, runs, schema
 from offline_bkd.pipeline.train import train_student
 from offline_bkd.pipeline.training.ranks import Ranks, refuse_shares, synchronised
 
@@ -96,8 +96,8 @@ def test_ranks_that_see_different_folders_are_refused(tmp_path):
 
 
 def test_batches_that_cannot_be_shared_are_refused():
-    refuse_shares("lfme", 127, 0, 1)
-    refuse_shares("bbn", 128, 4, 4)
+    refuse_shares(schema.LFME(name="lfme"), 127, 0, 1)
+    refuse_shares(schema.BBN(name="bbn"), 128, 4, 4)
     for method, batch_size, judged, world, message in (
         ("ce", 128, 3, 4, "4 processes cannot share 3 test or validation images; start fewer processes"),
         ("ce", 128, 3, 3, "3 processes cannot have equal shares of training.batch_size 128; change one or the other"),
@@ -106,4 +106,4 @@ def test_batches_that_cannot_be_shared_are_refused():
         ("oltr", 128, 9, 2, "method oltr learns from whole batches"),
     ):
         with pytest.raises(UserError, match=message):
-            refuse_shares(method, batch_size, judged, world)
+            refuse_shares(schema.METHODS[method](name=method), batch_size, judged, world)

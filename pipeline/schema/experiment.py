@@ -29,9 +29,9 @@ class TrainedNetwork(Section):
 
     @model_validator(mode="after")
     def _fits(self):
-        method, model, memory = self.method.name, self.model, self.method.name == "oltr"
-        if method in ("ldam", "cbd") and model.cosine_scale is None:
-            usual = {"ldam": 30, "cbd": 20}[method]
+        method, model, usual = self.method.name, self.model, self.method.usual_cosine_scale
+        memory, branches = self.method.memory, self.method.branches
+        if usual and model.cosine_scale is None:
             raise ValueError(f"method {method} needs a cosine classifier: set model.cosine_scale, usually {usual}")
         if memory != model.memory:
             raise ValueError(
@@ -40,14 +40,15 @@ class TrainedNetwork(Section):
             )
         if model.memory and model.cosine_scale is not None:
             raise ValueError("a memory has its own cosine classifier: leave out model.cosine_scale")
-        branches = 2 if method == "bbn" else 1
         if model.branches != branches:
             raise ValueError(
                 f"method {method} needs a network of {'two branches' if branches == 2 else 'one branch'}: set "
                 f"model.branches={branches}; found {model.branches}"
             )
-        if method == "bbn" and self.training.batch_size % 2:
-            raise ValueError(f"method bbn splits every batch in two: training.batch_size {self.training.batch_size} is odd")
+        if self.training.batch_size % branches:
+            raise ValueError(
+                f"method {method} splits every batch in two: training.batch_size {self.training.batch_size} is odd"
+            )
         sampler = getattr(self.method, "sampler", None)
         if self.training.views_per_decode > 1 and (self.method.draws == "samples" or sampler == "class_balanced"):
             raise ValueError(
@@ -59,7 +60,7 @@ class TrainedNetwork(Section):
             )
         if self.expert and getattr(self.method, "label_smoothing", 0):
             raise ValueError("an expert gives the other groups' classes no probability: leave out expert or label_smoothing")
-        if self.color_jitter and self.method.learns_from in ("probabilities", "experts", "features"):
+        if self.color_jitter and self.method.learns_from_cache:
             raise ValueError(
                 f"method {method} learns from a cache, which holds no answers to jittered images; leave out color_jitter"
             )
@@ -73,7 +74,7 @@ class Teacher(TrainedNetwork):
 
     @model_validator(mode="after")
     def _needs_no_cache(self):
-        if self.method.learns_from not in (None, "backbone"):
+        if self.method.learns_from_cache:
             raise ValueError(
                 f"method {self.method.name} learns from a cache, which stage one has not written yet; train it as a student, "
                 "whose run can be a teacher too"

@@ -1,6 +1,6 @@
 """Sections of methods, by kind: their own papers' values are the defaults."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -10,13 +10,24 @@ from offline_bkd.pipeline.schema.base import Fraction, Section, ShareOfEpochs, T
 class Method(Section):
     """A way to train a network."""
 
+    title: ClassVar[str | None] = None  # what a person calls it, if not by the name of the class
     learns_from: ClassVar[Literal["probabilities", "experts", "features", "backbone"] | None] = None  # a cache's; a run's
     draws: ClassVar[Literal["epochs", "samples"]] = "epochs"  # every sample once an epoch, or each by itself
+    balances: ClassVar[bool] = True  # its network answers as if all classes were as frequent
+    whole_batches: ClassVar[bool] = False  # it looks at a batch as a whole, which processes cannot share
+    branches: ClassVar[int] = 1  # of its network; each has its part of a batch
+    memory: ClassVar[bool] = False  # of its network
+    usual_cosine_scale: ClassVar[int | None] = None  # of the cosine classifier that its network must have
+
+    @property
+    def learns_from_cache(self) -> bool:
+        return self.learns_from not in (None, "backbone")
 
 
 class CE(Method):
     """Cross-entropy alone."""
 
+    balances = False
     name: Literal["ce"]
     # instance_balanced: every sample once an epoch; class_balanced: a class, each as often, then one of its samples
     sampler: Literal["instance_balanced", "class_balanced"] = "instance_balanced"
@@ -27,6 +38,7 @@ class KD(Method):
     """Cross-entropy and `alpha` T^2 KL to the teacher's tempered probabilities (Hinton et al., 2015)."""
 
     learns_from = "probabilities"
+    balances = False
     name: Literal["kd"]
     alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the distillation
     temperature: Temperature | None = None  # null: the cache's; inspect says which others it serves
@@ -57,6 +69,7 @@ class CB(Method):
 class Focal(Method):
     """Focal loss (Lin et al., 2017), with the gamma of LDAM's and BKD's public scripts; its authors' is 2."""
 
+    balances = False
     name: Literal["focal"]
     gamma: Annotated[float, Field(ge=0)] = 1.0  # how much less a sample counts that is classified well; 0: cross-entropy
 
@@ -67,6 +80,7 @@ class CBFocal(Method):
     Of the softmax, beta and gamma as in LDAM's and BKD's public scripts; Cui et al.'s is of a sigmoid for each class.
     """
 
+    title = "CB-Focal"
     name: Literal["cb_focal"]
     beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
     gamma: Annotated[float, Field(ge=0)] = 1.0  # how much less a sample counts that is classified well; 0: cross-entropy
@@ -76,6 +90,7 @@ class CBFocal(Method):
 class LogitAdjustment(Method):
     """Cross-entropy of logits shifted by the log prior (Menon et al., 2021)."""
 
+    title = "Logit-adjusted"
     name: Literal["logit_adjustment"]
     tau: Annotated[float, Field(ge=0)] = 1.0  # factor of the log prior
 
@@ -86,6 +101,7 @@ class LDAM(Method):
     Re-weighted, a batch's mean is divided by the sum of its weights, as in the public code.
     """
 
+    usual_cosine_scale = 30
     name: Literal["ldam"]
     max_margin: Annotated[float, Field(ge=0)] = 0.5  # of the rarest class, as a cosine
     beta: Fraction = 0.9999  # of the effective number (1 - beta^n) / (1 - beta) of n samples
@@ -98,6 +114,7 @@ class CRT(Method):
     The authors draw four samples of a class in a row, here each is drawn alone.
     """
 
+    title = "cRT"
     learns_from = "backbone"
     draws = "samples"
     name: Literal["crt"]
@@ -109,6 +126,7 @@ class CBD(Method):
 
     learns_from = "features"
     draws = "samples"
+    usual_cosine_scale = 20
     name: Literal["cbd"]
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.4  # share of the distillation
     beta: Annotated[float, Field(ge=0)] = 100.0  # factor of the distance of features
@@ -127,6 +145,7 @@ class LFME(Method):
 
     learns_from = "experts"
     draws = "samples"
+    whole_batches = True
     name: Literal["lfme"]
     theta: Fraction = 0.3  # an expert's loss counts in full while the student's accuracy is below theta times its own
 
@@ -140,6 +159,8 @@ class OLTR(Method):
 
     learns_from = "backbone"
     draws = "samples"
+    whole_batches = True
+    memory = True
     name: Literal["oltr"]
     freeze_backbone: bool = False  # true: its weights stay, and training.backbone_rate is of attention and projection
 
@@ -152,6 +173,7 @@ class BBN(Method):
     """
 
     draws = "samples"
+    branches = 2
     name: Literal["bbn"]
     # share of the uniform branch after the last epoch; 0.19 in the public code for iNaturalist, which counts 100 epochs for 90
     final_share: Fraction = 0.0
@@ -161,3 +183,5 @@ AnyMethod = Annotated[
     CE | KD | BKD | CB | Focal | CBFocal | LogitAdjustment | LDAM | CRT | CBD | LFME | OLTR | BBN,
     Field(discriminator="name"),
 ]
+
+METHODS = {get_args(kind.model_fields["name"].annotation)[0]: kind for kind in get_args(get_args(AnyMethod)[0])}  # by name

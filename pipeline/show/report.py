@@ -9,7 +9,7 @@ import numpy as np
 
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.show import page, pictures
-from offline_bkd.pipeline.show.seeds import Seeds, group_by_seed, method_name, run_name
+from offline_bkd.pipeline.show.seeds import Seeds, group_by_seed, run_name
 from offline_bkd.pipeline.show.tables import spread, write_csv, write_markdown
 from offline_bkd.pipeline.show.terminal import COLUMNS
 
@@ -29,7 +29,7 @@ def draw_run(run: runs.Run) -> None:
     summary = run.summary()
     scores = {run_name(run): summary["last"]}
     if summary["teacher"] and "test" in summary["teacher"]:  # an average of teachers was never tested
-        scores = {method_name("teacher"): summary["teacher"]["test"], **scores}
+        scores = {"teacher": summary["teacher"]["test"], **scores}
     pictures.save_curves(curves, {run_name(run): [run.metrics(summary["last"]["epoch"])]})
     pictures.save_classes(classes, scores, np.array(summary["class_counts"]))
 

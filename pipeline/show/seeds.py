@@ -9,23 +9,7 @@ import numpy as np
 
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.runs import Run, experiment_of
-
-NAMES = {
-    "teacher": "teacher",
-    "ce": "CE student",
-    "kd": "KD student",
-    "bkd": "BKD student",
-    "cb": "CB student",
-    "focal": "Focal student",
-    "cb_focal": "CB-Focal student",
-    "logit_adjustment": "Logit-adjusted student",
-    "ldam": "LDAM student",
-    "crt": "cRT student",
-    "cbd": "CBD student",
-    "bbn": "BBN student",
-    "lfme": "LFME student",
-    "oltr": "OLTR student",
-}
+from offline_bkd.pipeline.schema import METHODS
 
 
 @dataclass
@@ -82,11 +66,11 @@ def _tell_apart(lines: list[Seeds], place: Callable[[Run], object]) -> None:
 def run_name(run: Run) -> str:
     """What a person calls what the run was trained by, and for."""
     summary = run.summary()
-    own, backbone = method_name(summary["method"]), summary.get("backbone")
-    if run.stage == "teacher":
-        own = own.replace(" student", " teacher")
-    return f"{own} on {method_name(backbone['method']).removesuffix(' student')}" if backbone else own
+    method, backbone = summary["method"], summary.get("backbone")
+    own = f"{_title(method)} {run.stage}" if method in METHODS else method
+    return f"{own} on {_title(backbone['method'])}" if backbone else own
 
 
-def method_name(method: str) -> str:
-    return NAMES.get(method, method)
+def _title(method: str) -> str:
+    """Of a summary's method, which may also be "teacher", "imported" or an expert."""
+    return METHODS[method].title or METHODS[method].__name__ if method in METHODS else method

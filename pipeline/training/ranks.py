@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 
 from offline_bkd.pipeline import UserError, torchrun
+from offline_bkd.pipeline.schema import Method
 from offline_bkd.pipeline.training.methods.contract import StepLoss
 
 
@@ -143,14 +144,14 @@ def batch_sizes(samples: int, batch_size: int, world: int, device: torch.device)
     return {min(size, count - start) for count, size in lengths for start in range(0, count, size)}
 
 
-def refuse_shares(method: str, batch_size: int, judged: int, world: int) -> None:
+def refuse_shares(method: Method, batch_size: int, judged: int, world: int) -> None:
     """Raises UserError where `world` processes cannot share a batch, or the `judged` images of an evaluation."""
     if world == 1:
         return
-    if method in ("lfme", "oltr"):
-        raise UserError(f"method {method} learns from whole batches; train it in one process, without torchrun")
-    if batch_size % world or (method == "bbn" and batch_size // world % 2):
-        even = "an even share" if method == "bbn" else "equal shares"
+    if method.whole_batches:
+        raise UserError(f"method {method.name} learns from whole batches; train it in one process, without torchrun")
+    if batch_size % world or batch_size // world % method.branches:
+        even = "an even share" if method.branches == 2 else "equal shares"
         raise UserError(f"{world} processes cannot have {even} of training.batch_size {batch_size}; change one or the other")
     if judged < world:
         raise UserError(f"{world} processes cannot share {judged} test or validation images; start fewer processes")
