@@ -342,6 +342,7 @@ class InThisProcess:
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(execution, "Popen", InThisProcess)
+    monkeypatch.setattr(execution, "POLL_SECONDS", 0.001)
 
 
 def invoke(table, out, *options):
@@ -451,20 +452,21 @@ def test_what_another_command_has_running_is_waited_for(tmp_path, monkeypatch):
     assert not waiting.is_alive() and ours.process is not None
 
 
-def test_interrupted_it_goes_on_where_it_was(table, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def test_interrupted_it_goes_on_where_it_was(table, tmp_path, here):
+    out, part = tmp_path / "out", ["--seeds", "0", "--row", "KD"]
     command = [sys.executable, str(ROOT / "cli.py"), "reproduce", "--table", str(table), "--out", str(out), "--device", "cpu"]
-    process = subprocess.Popen([*command, "--seeds", "0", "--jobs", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*command, *part, "--jobs", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not list(out.rglob("summary.json")):
         assert process.poll() is None
+        time.sleep(0.01)
     process.terminate()
     assert process.wait() == 130
     assert b"interrupted" in process.stderr.read()
-    with monkeypatch.context() as patch:
-        patch.setattr(execution, "Popen", InThisProcess)
-        found = invoke(table, out, "--seeds", "0")
+    (teacher,) = out.rglob("summary.json")
+    written = teacher.stat().st_mtime_ns
+    found = invoke(table, out, *part)
     assert found.exit_code == 0, found.output
-    assert len(list(out.rglob("summary.json"))) == 5
+    assert len(list(out.rglob("summary.json"))) == 2 and teacher.stat().st_mtime_ns == written
 
 
 def can_lock(file) -> bool:
