@@ -25,6 +25,7 @@ from offline_bkd.cache import (
 from offline_bkd.cache.storage import LocalStorage
 
 KLT = {"name": "klt", "max_error": 0.02}
+THREE_BLOCKS = 200 * 40 * 4  # bytes a block, of the 600 samples and 40 classes of `teacher`
 REFERENCE = 8  # the plain crop at the centre, of 18
 
 
@@ -79,7 +80,21 @@ def target_error(cache, view, probability):
 
 @pytest.fixture
 def three_blocks(monkeypatch):
-    monkeypatch.setattr(format, "_BLOCK_BYTES", 200 * 40 * 4)
+    monkeypatch.setattr(format, "_BLOCK_BYTES", THREE_BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A whole store of `teacher`, to read."""
+    folder = tmp_path_factory.mktemp("plain") / "s"
+    dump(folder, teacher())
+    return folder
+
+
+@pytest.fixture
+def changeable(plain, tmp_path):
+    """A copy of it, to change."""
+    return shutil.copytree(plain, tmp_path / "s")
 
 
 @pytest.mark.parametrize("max_error", [0.05, 0.02, 0.005])
@@ -134,11 +149,10 @@ def test_codes_that_mean_logits_beyond_float32_decode_to_distributions(tmp_path,
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
 
 
-def test_no_code_is_the_fill_value(tmp_path):
+def test_no_code_is_the_fill_value(plain):
     import zarr
 
-    dump(tmp_path / "s", teacher())
-    array = zarr.open_array(tmp_path / "s/code", mode="r")
+    array = zarr.open_array(plain / "code", mode="r")
     assert array.dtype == np.int8 and array.fill_value == -128 and array[...].min() >= -127
 
 
@@ -243,24 +257,28 @@ def test_a_block_that_would_exceed_the_bound_takes_a_finer_step(tmp_path):
     assert (cache.stored_plane(4) % 4 == 0).all()
 
 
-@pytest.fixture
-def unforeseen(tmp_path, three_blocks):
-    """A store whose codebook does not fit the second block of the reference and of view 3, and the answers."""
-    foreseen, other = teacher(), teacher(rank=30, scale=9)
-
-    def probability(view):
-        p = foreseen(view).copy()
-        if view in (3, REFERENCE):
-            p[200:400] = other(view)[200:400]
-        return p
-
-    return dump(tmp_path / "s", probability, fit=lambda views: np.stack([foreseen(view) for view in views])), probability
+def unforeseen_answers(view):
+    """Which a codebook for `teacher` does not fit in the second block of the reference and of view 3."""
+    p = teacher()(view).copy()
+    if view in (3, REFERENCE):
+        p[200:400] = teacher(rank=30, scale=9)(view)[200:400]
+    return p
 
 
-def test_a_block_that_the_codebook_does_not_fit_is_stored_as_it_is(tmp_path, unforeseen):
+@pytest.fixture(scope="module")
+def unforeseen(tmp_path_factory):
+    """A store of them, with that codebook, to read."""
+    folder, foreseen = tmp_path_factory.mktemp("unforeseen") / "s", teacher()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(format, "_BLOCK_BYTES", THREE_BLOCKS)
+        dump(folder, unforeseen_answers, fit=lambda views: np.stack([foreseen(view) for view in views]))
+    return folder
+
+
+def test_a_block_that_the_codebook_does_not_fit_is_stored_as_it_is(unforeseen):
     import zarr
 
-    cache, probability = unforeseen
+    cache, probability = open_cache(unforeseen), unforeseen_answers
     assert cache.complete and cache.verify_checksums() == []
     for view in range(18):
         assert target_error(cache, view, probability)[0] <= 0.02
@@ -269,8 +287,8 @@ def test_a_block_that_the_codebook_does_not_fit_is_stored_as_it_is(tmp_path, unf
         assert target_error(cache, view, probability)[0] > 0.001, "other blocks of the view are coded"
     summary = cache.summary()
     assert summary["blocks"]["stored_exactly"] == 2 and 0 < summary["error"]["mean"] <= 0.02
-    assert cache.nbytes == sum(map(len, files(tmp_path / "s").values()))
-    array = zarr.open_array(tmp_path / "s/probability", mode="r")
+    assert cache.nbytes == sum(map(len, files(unforeseen).values()))
+    array = zarr.open_array(unforeseen / "probability", mode="r")
     assert array.shape == (18, 600, 40) and np.isnan(array[3, :200]).all()
     assert (array[3, 200:400] == probability(3)[200:400]).all()
 
@@ -280,7 +298,7 @@ def test_what_reads_a_store_does_not_care_that_blocks_are_stored_as_they_are(unf
 
     from offline_bkd.pipeline.training.targets import Targets
 
-    cache, probability = unforeseen
+    cache, probability = open_cache(unforeseen), unforeseen_answers
     samples, views = np.array([250, 10, 399]), np.array([3, 3, 7])
     rows = cache.rows(samples, views)
     assert (rows[0] == probability(3)[250]).all() and cache.decoder is None
@@ -292,7 +310,7 @@ def test_what_reads_a_store_does_not_care_that_blocks_are_stored_as_they_are(unf
 
 @pytest.mark.parametrize("key", ["probability/c.3.1.0", "code/c.3.1.0", "code/c.8.1.0"])
 def test_damage_beside_what_is_stored_as_it_is_is_found(unforeseen, tmp_path, key):
-    path = tmp_path / "s" / key
+    path = shutil.copytree(unforeseen, tmp_path / "s") / key
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
@@ -313,9 +331,8 @@ def test_a_store_that_was_opened_before_says_so(tmp_path, three_blocks):
     assert (open_cache(tmp_path / "s").stored_block(REFERENCE, 1) == other(REFERENCE)[200:400]).all()
 
 
-def test_what_is_stored_as_it_is_resumes_to_the_same_bytes(tmp_path, unforeseen):
-    cache, probability = unforeseen
-    whole = files(tmp_path / "s")
+def test_what_is_stored_as_it_is_resumes_to_the_same_bytes(tmp_path, unforeseen, three_blocks):
+    whole, probability = files(shutil.copytree(unforeseen, tmp_path / "s")), unforeseen_answers
     for name in "3.1", "8.1":
         (tmp_path / "s/done" / name).unlink()
     with create_cache(tmp_path / "s", resume=True, **klt_arguments(probability)) as writer:
@@ -447,14 +464,15 @@ def test_a_reference_that_others_differ_from_is_not_written_again(tmp_path):
             fill(writer, probability, [(8, 0)])
 
 
-def test_resuming_with_another_bound_or_encoding_is_refused(tmp_path):
-    dump(tmp_path / "s", teacher())
+def test_resuming_with_another_bound_or_encoding_is_refused(plain):
+    before = files(plain)
     for encoding, message in [
         ({"name": "klt", "max_error": 0.01}, "encoding.max_error: the store has 0.02, the run has 0.01"),
         ({"name": "probability"}, "encoding.name: the store has klt, the run has probability"),
     ]:
         with pytest.raises(CacheError, match=message):
-            create_cache(tmp_path / "s", resume=True, **klt_arguments(teacher(), encoding=encoding))
+            create_cache(plain, resume=True, **klt_arguments(teacher(), encoding=encoding))
+    assert files(plain) == before
 
 
 # damage and malice
@@ -468,8 +486,7 @@ def test_damage_is_found_wherever_it_is(tmp_path, three_blocks):
     assert open_cache(url).verify_checksums() == []
 
 
-def test_damage_in_the_reference_is_named_for_the_view_that_needs_it(tmp_path):
-    dump(tmp_path / "s", teacher())
+def test_damage_in_the_reference_is_named_for_the_view_that_needs_it(tmp_path, changeable):
     os.truncate(tmp_path / "s/code/c.8.0.0", 100)
     with pytest.raises(CorruptCacheError, match="^[^;]*code, view 8, rows 0 to 599 is damaged: it has 100 bytes[^;]*; [^;]*$"):
         open_cache(tmp_path / "s").plane(3)
@@ -507,8 +524,7 @@ def test_what_keeps_the_reference_from_being_read_is_no_damage(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("field, value", [("coefficients", 41), ("coefficients", None), ("high", 99), ("reference", 18)])
-def test_a_codebook_that_cannot_be_is_refused(tmp_path, field, value):
-    dump(tmp_path / "s", teacher())
+def test_a_codebook_that_cannot_be_is_refused(tmp_path, changeable, field, value):
     path = tmp_path / "s/zarr.json"
     document = json.loads(path.read_text())
     document["attributes"]["encoding"][field] = value
@@ -526,8 +542,7 @@ def test_a_codebook_that_cannot_be_is_refused(tmp_path, field, value):
         ("temperature_range", [0.5, float("inf")]),
     ],
 )
-def test_what_a_store_says_of_its_codebook_makes_sense_or_is_refused(tmp_path, field, value):
-    dump(tmp_path / "s", teacher())
+def test_what_a_store_says_of_its_codebook_makes_sense_or_is_refused(tmp_path, changeable, field, value):
     path = tmp_path / "s/zarr.json"
     document = json.loads(path.read_text())
     document["attributes"]["encoding"][field] = value
@@ -536,11 +551,9 @@ def test_what_a_store_says_of_its_codebook_makes_sense_or_is_refused(tmp_path, f
         open_cache(tmp_path / "s")
 
 
-def test_differences_from_what_a_view_was_before_are_not_read(tmp_path):
-    dump(tmp_path / "s", teacher())
+def test_differences_from_what_a_view_was_before_are_not_read(tmp_path, plain, changeable):
     kept = "code/c.8.0.0", "done/8.0"
     assert REFERENCE == 8
-    shutil.copytree(tmp_path / "s", tmp_path / "before")
     (tmp_path / "s/done/8.0").unlink()
     with create_cache(tmp_path / "s", resume=True, **klt_arguments(teacher())) as writer:
         other = teacher(wander=0.31)
@@ -548,7 +561,7 @@ def test_differences_from_what_a_view_was_before_are_not_read(tmp_path):
     cache = open_cache(tmp_path / "s")
     assert cache.complete and cache.verify_checksums() == []
     for name in kept:  # a file put back from a copy
-        shutil.copy(tmp_path / "before" / name, tmp_path / "s" / name)
+        shutil.copy(plain / name, tmp_path / "s" / name)
     cache = open_cache(tmp_path / "s")
     assert cache.complete and len(cache.verify_checksums()) == 17
     with pytest.raises(CorruptCacheError, match="view 3, .* stored as differences from what view 8 was before it was written"):
@@ -558,11 +571,10 @@ def test_differences_from_what_a_view_was_before_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("frames", [1, 2])
-def test_a_chunk_that_claims_to_grow_is_refused_before_it_does(tmp_path, frames):
+def test_a_chunk_that_claims_to_grow_is_refused_before_it_does(tmp_path, changeable, frames):
     import google_crc32c
     from numcodecs.zstd import Zstd
 
-    dump(tmp_path / "s", teacher())
     path, marker = tmp_path / "s/code/c.3.0.0", tmp_path / "s/done/3.0"
     bomb = Zstd(level=1).encode(bytes(1 << 26))
     if frames == 2:  # of which the first is what it should be
@@ -588,16 +600,15 @@ def test_the_size_of_a_zstandard_frame_is_read_from_its_header(size):
     assert klt._zstd_content(data[:18]) == size
 
 
-def test_other_readers_open_the_codes(tmp_path):
+def test_other_readers_open_the_codes(plain):
     tensorstore = pytest.importorskip("tensorstore")
     import zarr
 
-    dump(tmp_path / "s", teacher())
-    where = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "s/code")}}
+    where = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(plain / "code")}}
     found = tensorstore.open(where, read=True).result().read().result()
-    assert (found == zarr.open_array(tmp_path / "s/code", mode="r")[...]).all()
+    assert (found == zarr.open_array(plain / "code", mode="r")[...]).all()
 
 
-def test_the_table_is_that_of_the_decoded_probabilities(tmp_path):
-    cache = dump(tmp_path / "s", teacher())
+def test_the_table_is_that_of_the_decoded_probabilities(plain):
+    cache = open_cache(plain)
     assert (cache.to_pandas(view=4).confidence == cache.plane(4).max(1)).all()
