@@ -275,7 +275,7 @@ def unforeseen(tmp_path_factory):
     return folder
 
 
-def test_a_block_that_the_codebook_does_not_fit_is_stored_as_it_is(unforeseen):
+def test_a_block_that_the_codebook_does_not_fit_is_stored_as_it_is(unforeseen, three_blocks):
     import zarr
 
     cache, probability = open_cache(unforeseen), unforeseen_answers
@@ -293,7 +293,7 @@ def test_a_block_that_the_codebook_does_not_fit_is_stored_as_it_is(unforeseen):
     assert (array[3, 200:400] == probability(3)[200:400]).all()
 
 
-def test_what_reads_a_store_does_not_care_that_blocks_are_stored_as_they_are(unforeseen):
+def test_what_reads_a_store_does_not_care_that_blocks_are_stored_as_they_are(unforeseen, three_blocks):
     import torch
 
     from offline_bkd.pipeline.training.targets import Targets
@@ -309,7 +309,7 @@ def test_what_reads_a_store_does_not_care_that_blocks_are_stored_as_they_are(unf
 
 
 @pytest.mark.parametrize("key", ["probability/c.3.1.0", "code/c.3.1.0", "code/c.8.1.0"])
-def test_damage_beside_what_is_stored_as_it_is_is_found(unforeseen, tmp_path, key):
+def test_damage_beside_what_is_stored_as_it_is_is_found(unforeseen, three_blocks, tmp_path, key):
     path = shutil.copytree(unforeseen, tmp_path / "s") / key
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
