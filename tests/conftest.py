@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # Before torch is imported: runs of the suite do not fight over cores, and their bits do not depend on how many there are.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -49,6 +50,14 @@ def cache(tmp_path_factory, teacher_run):
     path = tmp_path_factory.mktemp("tiny") / "cache.zarr"
     dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(path), tiny.CPU)
     return path
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """An environment for processes in which `offline_bkd` is this checkout, whatever is installed."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "offline_bkd").symlink_to(Path(__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": str(site)}
 
 
 @pytest.fixture

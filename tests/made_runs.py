@@ -31,10 +31,19 @@ def answers(classes: int, skill: float, seed: int, images: int = 20) -> metrics.
     return metrics.Answers(label=label, predicted=predicted, confidence=confidence, in_top5=in_top5)
 
 
-def make_run(folder: Path, names: list[str], method: str = "bkd", seed: int = 0, skill: float = 0.6, evaluated: bool = True):
-    """A complete run of `method`, "teacher" or a student's, on classes of those `names`; returns it."""
+def make_run(
+    folder: Path,
+    names: list[str],
+    method: str = "bkd",
+    seed: int = 0,
+    skill: float = 0.6,
+    evaluated: bool = True,
+    overrides=(),
+    part=PART,
+):
+    """A complete run of `method`, "teacher" or a student's, on classes of those `names`, the images of `part`; returns it."""
     stage = "teacher" if method == "teacher" else "student"
-    config = tiny.experiment(*([] if stage == "teacher" else [f"student.method={{name: {method}}}"]), seed=seed)
+    config = tiny.experiment(*([] if stage == "teacher" else [f"student.method={{name: {method}}}"]), *overrides, seed=seed)
     counts, found = class_counts(len(names)), answers(len(names), skill, seed)
     scores = metrics.scores(found, counts)
     with runs.start_run(folder, config, stage, tiny.CPU, resume=False) as run:
@@ -47,7 +56,7 @@ def make_run(folder: Path, names: list[str], method: str = "bkd", seed: int = 0,
         run.save_tensors("last", weights, epoch=20)
         run.save_tensors("best", weights, epoch=20)
         about = {"method": method, "seed": seed, "classes": names, "class_counts": counts.tolist()}
-        data = {"dataset": PART, "test_dataset": PART, "teacher": None, "digest": runs.digest(weights)}
+        data = {"dataset": part, "test_dataset": part, "teacher": None, "digest": runs.digest(weights)}
         last = {"epoch": 20, **scores}
         run.write_summary({**about, **data, "last": last, "best": last, "seconds": 12.3, "image_size": [8, 8]})
     if evaluated:
@@ -55,7 +64,7 @@ def make_run(folder: Path, names: list[str], method: str = "bkd", seed: int = 0,
             run=run,
             checkpoint="last",
             digest=runs.digest(weights),
-            test_dataset=PART,
+            test_dataset=part,
             classes=tuple(names),
             class_counts=counts,
             precision="float32",

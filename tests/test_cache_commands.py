@@ -10,7 +10,7 @@ from cache_store import TWO_VIEWS, arguments, dump, files, fill, identity
 from click.testing import CliRunner
 
 from offline_bkd import cli
-from offline_bkd.cache import CacheError, CropFlip, create_cache, format, open_cache, philox
+from offline_bkd.cache import Cache, CacheError, CropFlip, create_cache, format, open_cache, philox
 from offline_bkd.pipeline import dump as pipeline_dump
 from offline_bkd.pipeline import verify
 from offline_bkd.pipeline.cached_targets import CachedTargets
@@ -155,20 +155,36 @@ def test_a_store_without_a_complete_view_is_not_verified(tmp_path, teacher_run, 
 
 def test_one_block_that_is_wrong_fails_though_the_mean_would_not(tmp_path, teacher_run, monkeypatch):
     monkeypatch.setattr(format, "_CHUNK_BYTES", 2 * 10 * 4)  # two rows a block, 232 blocks a view
-    dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(tmp_path / "s"), tiny.CPU)
+    one_view = "views={name: crop_flip, pad: 0, flip: false}"
+    dump_logits(tiny.experiment(tiny.EXACT, one_view), [str(teacher_run)], str(tmp_path / "s"), tiny.CPU)
     cache = open_cache(tmp_path / "s")
-    assert cache.layout.blocks == 232
-    for view in range(cache.views.count):
-        (tmp_path / f"s/done/{view}.50").unlink()
+    assert (cache.views.count, cache.layout.blocks) == (1, 232)
+    (tmp_path / "s/done/0.50").unlink()
     columns = {name: getattr(cache, name) for name in ("identity", "sample_id", "label", "image_size")}
     with create_cache(tmp_path / "s", resume=True, encoding=cache.encoding.to_json(), **columns) as writer:
-        for view, block in writer.pending():
-            writer.write(view, block, np.roll(np.full((2, 10), 0.01) + 0.9 * np.eye(2, 10), view, 1))
+        assert writer.pending() == [(0, 50)]
+        writer.write(0, 50, np.full((2, 10), 0.01) + 0.9 * np.eye(2, 10))
     report = verify.verify_cache(str(tmp_path / "s"), [str(teacher_run)], 1, None, (), tiny.CPU)
     assert not report["passed"] and report["mean"] < report["tolerance"] < report["worst_block"]["mean"]
-    assert report["worst_block"]["rows"] == [100, 102] and report["worst_block"]["view"] == report["views"][0]
+    assert report["worst_block"]["rows"] == [100, 102] and report["worst_block"]["view"] == 0
     code, said = run("verify", tmp_path / "s", "--teacher", teacher_run, "--views", 1, "--device", "cpu")
-    assert code == 1 and f"of view {report['views'][0]}, rows 100 to 101; 0.005 is accepted" in said
+    assert code == 1 and "of view 0, rows 100 to 101; 0.005 is accepted" in said
+
+
+def test_a_block_that_is_no_number_is_not_verified(cache, teacher_run, monkeypatch):
+    read = Cache.stored_block
+    broken = [(4, 0)]
+
+    def stored_block(self, view, block):
+        values = read(self, view, block)
+        return np.full_like(values, np.nan) if (view, block) in broken else values
+
+    monkeypatch.setattr(Cache, "stored_block", stored_block)
+    command = "verify", cache, "--teacher", teacher_run, "--views", 9, "--device", "cpu"
+    code, said = run(*command)
+    assert code == 1 and said.splitlines()[-1].startswith("FAILED") and "of view 4, rows 0 to 463" in said
+    broken.clear()
+    assert run(*command)[0] == 0
 
 
 def test_verify_computes_as_the_store_says_it_was_computed(tmp_path, teacher_run, monkeypatch):

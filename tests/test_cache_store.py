@@ -340,20 +340,20 @@ def test_what_is_no_store_is_refused(tmp_path):
 # the package
 
 
-def test_the_package_needs_neither_torch_nor_the_pipeline_and_opens_without_pandas():
+def test_the_package_needs_neither_torch_nor_the_pipeline_and_opens_without_pandas(checkout):
     script = (
         "import sys\n"
         "for name in 'torch', 'torchvision', 'offline_bkd.pipeline', 'pandas', 'pyarrow', 'fsspec', 'obstore':\n"
         "    sys.modules[name] = None\n"
         "from offline_bkd.cache import encodings, format, frame, reader, storage, writer\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, env=checkout)
 
 
-def test_the_table_needs_no_torch(tmp_path):
+def test_the_table_needs_no_torch(tmp_path, checkout):
     dump(tmp_path / "s")
     script = (
         "import sys\nfor name in 'torch', 'torchvision', 'offline_bkd.pipeline': sys.modules[name] = None\n"
         f"from offline_bkd import open_cache\nassert len(open_cache({str(tmp_path / 's')!r}).to_pandas(view=3)) == 360\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, env=checkout)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,8 +120,15 @@ def test_export_writes_what_pandas_shows(tmp_path, cache):
     assert "exists; choose another file" in refused("export", cache, "--out", out)
 
 
+def test_a_run_is_scored_in_another_precision_where_it_is_asked_for(tmp_path, teacher_run):
+    for asked in "float32", "bfloat16":
+        override = f"teacher.training.precision={asked}"
+        result = run("evaluate", teacher_run, "-o", override, "--out", tmp_path / asked, "--device", "cpu")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads((tmp_path / asked / "scores.json").read_text())["precision"] == asked
+
+
 def test_damage_ends_with_1_and_names_the_rows(tmp_path, cache):
-    import shutil
 
     shutil.copytree(cache, tmp_path / "cache.zarr")
     chunk = max((path for path in (tmp_path / "cache.zarr" / "probability").iterdir()), key=lambda path: path.stat().st_size)
@@ -439,10 +447,10 @@ def test_letters_that_the_output_cannot_show_are_shown_by_their_escapes(tmp_path
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path):
-    result = run_alone("evaluate", tmp_path, "--debug")
-    assert result.returncode == 2 and "Traceback" in result.stderr
-    result = run_alone("evaluate", tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    result = run("evaluate", tmp_path, "--debug")
+    assert result.exit_code == 2 and "Traceback" in result.stderr and "pipeline/runs" in result.stderr
+    said = refused("evaluate", tmp_path)
+    assert said.startswith("error: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -211,7 +211,7 @@ def test_upright_is_as_pillow_turns_it(format, orientation):
     assert decoding.image_size(file) == theirs.shape[:2]
 
 
-def test_palettes_and_odd_tags_print_nothing(tmp_path):
+def test_palettes_and_odd_tags_print_nothing(tmp_path, checkout):
     palette = encoded(Image.fromarray(GREYS.astype(np.uint8)).convert("P"), "PNG", transparency=bytes(range(256)))
     (tmp_path / "palette.png").write_bytes(palette.getvalue())
     (tmp_path / "odd.jpg").write_bytes(jpeg_with([(274, 3, 2, b"\x06\0\x06\0")]).getvalue())
@@ -221,7 +221,7 @@ from offline_bkd.pipeline.data import decoding
 print([decoding.decode(open(path, "rb")).size for path in sys.argv[1:]])
 """
     command = [sys.executable, "-c", script, str(tmp_path / "palette.png"), str(tmp_path / "odd.jpg")]
-    run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    run = subprocess.run(command, env=checkout, capture_output=True, text=True)
     assert run.stdout == "[(16, 16), (8, 16)]\n" and not run.stderr
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import get_args
 
@@ -206,6 +207,14 @@ def test_links_lead_to_files_that_are_there(page):
     assert not missing
     named = re.findall(r"`((?:benchmarks|cache|configs|docs|pipeline|results|tests)/[\w./-]*\w)`", page.read_text())
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_commands_of_make_demo_are_accepted(typing):
+    planned = subprocess.run(["make", "-C", str(ROOT), "-n", "demo"], check=True, capture_output=True, text=True).stdout
+    commands = [shlex.split(line) for line in planned.splitlines() if line.startswith(".venv/bin/python cli.py ")]
+    assert [words[2] for words in commands] == ["train-teacher", "dump-logits", "train-student", "train-student", "report"]
+    for words in commands:
+        accept(words[2:])
 
 
 def test_help_examples_are_accepted(typing):

@@ -262,6 +262,17 @@ def test_nothing_in_a_checkpoint_runs(tmp_path, network):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_the_command_takes_the_part_and_the_order_that_it_is_told(tmp_path, trained_run, shuffled):
+    file, order = shuffled
+    outputs = torch.load(file, weights_only=True)
+    torch.save({"state_dict": outputs, "state_dict_ema": {name: value * 2 for name, value in outputs.items()}}, file)
+    command = ["import-model", *tiny.options(), "--weights", file, "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command, "--prefix", "state_dict", "--classes", str(order)])
+    assert end.value.code == 0
+    assert runs.open_run(tmp_path / "run").summary()["digest"] == runs.open_run(trained_run).summary()["digest"]
+
+
 def test_the_command_imports_and_refuses(tmp_path, network, capsys):
     save_file(network, tmp_path / "weights")  # without a suffix
     command = ["import-model", *tiny.options(), "--weights", str(tmp_path / "weights"), "--out", str(tmp_path / "run")]

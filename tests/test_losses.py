@@ -196,6 +196,9 @@ def test_class_balanced_focal_loss_is_weighted_by_class_and_its_mean_is_the_plai
     found = loss_of("cb_focal", gamma=2)(logits, batch, 0)
     np.testing.assert_allclose(found.loss, expected, rtol=1e-6)
     assert found.mean().item() == pytest.approx(expected.mean(), rel=1e-6)
+    later = loss_of("cb_focal", gamma=2, reweight_from=0.01)  # of 200 epochs
+    np.testing.assert_allclose(later(logits, batch, 1).loss, expected / weights[label], rtol=1e-6)
+    np.testing.assert_allclose(later(logits, batch, 2).loss, expected, rtol=1e-6)
 
 
 def test_label_smoothing_is_pytorchs(batch):

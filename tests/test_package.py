@@ -61,6 +61,26 @@ def test_a_wheel_works_from_another_folder(wheel, tmp_path):
     assert not list(elsewhere.iterdir())
 
 
+def test_the_command_that_a_wheel_installs_says_what_it_is(wheel, tmp_path):
+    site = tmp_path / "site"
+    run("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+
+    def typed(*words) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        return subprocess.run(
+            [site / "bin" / "offline-bkd", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    from offline_bkd.pipeline import __version__
+
+    version, short, long, nothing = typed("--version"), typed("-h"), typed("--help"), typed()
+    assert (version.returncode, version.stdout, version.stderr) == (0, f"offline-bkd, version {__version__}\n", "")
+    assert (short.returncode, short.stdout) == (0, long.stdout) and "\n  train-teacher  Train the teacher" in short.stdout
+    assert (nothing.returncode, nothing.stdout) == (2, "") and nothing.stderr.startswith(
+        "Usage: offline-bkd [OPTIONS] COMMAND"
+    )
+
+
 def test_the_version_is_one():
     from offline_bkd.pipeline import __version__
 

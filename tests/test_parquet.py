@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +47,7 @@ def test_parquet_is_read_from_one_or_many_shards(tmp_path):
     assert train.fingerprint != test.fingerprint
 
 
-def test_reading_parquet_does_not_wait_for_pandas(tmp_path):
+def test_reading_parquet_does_not_wait_for_pandas(tmp_path, checkout):
     parquet(tmp_path, [0, 1])
     parquet(tmp_path, [0, 1], "test-0.parquet")
     script = f"""
@@ -58,7 +57,7 @@ from offline_bkd.pipeline.data import datasets
 datasets.load(schema.Parquet(name="parquet", root={str(tmp_path)!r}, train="train-*.parquet", test="test-*.parquet"))
 print("pandas" in sys.modules)
 """
-    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script], env=checkout, capture_output=True, text=True)
     assert run.stdout == "False\n", run.stderr
 
 

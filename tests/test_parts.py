@@ -171,7 +171,7 @@ def test_a_job_array_with_a_job_that_is_killed_and_submitted_again_leaves_the_st
     while not list(out.glob("done/[0-9]*")) and first.poll() is None:
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    assert first.wait() == -signal.SIGKILL, "it was at work"
     assert second.wait() == 0, "each ends by itself"
     assert run("inspect", out, "--parts", 64)[1] in ("32\n", "\n")
     dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(out), tiny.CPU, part=(32, 64))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 
 import numpy as np
 import pandas
@@ -91,6 +92,18 @@ def test_parquet_and_files_are_taken_together_and_the_table_is_printed_alone(
     assert table["file"].tolist() == [*(f"{tmp_path}/some.parquet sample {n}" for n in range(3)), str(photos / "1" / "01.png")]
     assert table["class"].tolist() == [digits.classes[c] for c in wanted[[0, 1, 2, 1]].argmax(1)]
     assert "p_3" not in table
+
+
+def test_the_command_answers_for_every_class_by_the_checkpoint_that_it_is_told(teacher_run, photos, digits, tmp_path, capsys):
+    run, image = shutil.copytree(teacher_run, tmp_path / "run"), str(photos / "1" / "01.png")
+    predict(str(run), [image], str(tmp_path / "answers.csv"), "best", tiny.CPU, probabilities=True)
+    (run / "last.safetensors").unlink()  # the default
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["predict", str(run), image, "--probabilities", "--checkpoint", "best", "--device", "cpu"])
+    assert end.value.code == 0
+    table = capsys.readouterr().out
+    assert table == (tmp_path / "answers.csv").read_text() and f"p_{digits.classes[9]}" in table.splitlines()[0]
 
 
 def test_parquet_is_read_as_it_is_answered_and_only_when_every_source_is_there(teacher_run, digits, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from train_in_ranks import trained
 
 from offline_bkd.pipeline import UserError, runs, schema, train
+from offline_bkd.pipeline.evaluate import ask_run
 from offline_bkd.pipeline.train import train_student
 from offline_bkd.pipeline.training.ranks import Ranks, refuse_shares, synchronised
 
@@ -52,14 +53,31 @@ def launch(world: int, *arguments, **options) -> subprocess.Popen:
     return subprocess.Popen([*command, *map(str, arguments)], env=environment, **options)
 
 
-def test_losses_and_weights_of_an_epoch_are_those_of_one_process(tmp_path):
+@pytest.fixture(scope="module")
+def in_two_ranks(tmp_path_factory):
+    """What two ranks trained, and the folder of a run that they wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    assert launch(2, ROOT / "tests" / "train_in_ranks.py", folder / "found", folder / "run").wait() == 0
+    return torch.load(folder / "found", weights_only=True), folder / "run"
+
+
+def test_losses_and_weights_of_an_epoch_are_those_of_one_process(in_two_ranks):
     every = np.arange(257)
     assert [Ranks(rank, 2).share(every, every, 64).idle_step for rank in (0, 1)] == [4, None], "one idles in the last step"
-    assert launch(2, ROOT / "tests" / "train_in_ranks.py", tmp_path / "found").wait() == 0
-    found, alone = torch.load(tmp_path / "found", weights_only=True), trained()
+    (found, _), alone = in_two_ranks, trained()
     for method, values in alone.items():
         for name, value in values.items():
             torch.testing.assert_close(found[method][name], value, rtol=1e-9, atol=1e-12, msg=f"{method} {name}")
+
+
+def test_the_network_that_all_ranks_score_is_the_one_that_is_saved(in_two_ranks):
+    """On CPUs each rank has batch statistics of its own: the scores would be of two networks."""
+    _, folder = in_two_ranks
+    scored = runs.open_run(folder).summary()["last"]
+    assert scored.pop("epoch") == 1
+    for name, value in ask_run(str(folder), "last", (), tiny.CPU).scores.items():
+        assert scored.pop(name) == pytest.approx(value, rel=1e-5), name
+    assert not scored
 
 
 def test_a_killed_rank_ends_all_and_any_number_goes_on(tmp_path):

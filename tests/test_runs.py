@@ -155,14 +155,6 @@ def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path):
         runs.Run(tmp_path).log("a line")
 
 
-def test_what_a_kill_left_half_written_is_swept_when_the_run_goes_on(tmp_path, cut_run):
-    shutil.copytree(cut_run, tmp_path / "run")
-    for name in ("state.safetensors.0123456789abcdef.partial", "last.safetensors.partial"):
-        (tmp_path / "run" / name).write_bytes(b"half")
-    train_teacher(tiny.experiment("teacher.training.epochs=4"), str(tmp_path / "run"), tiny.CPU, resume=True)
-    assert not list((tmp_path / "run").glob("*.partial"))
-
-
 def test_a_full_disk_is_reported_with_the_file_that_has_no_room(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -77,7 +77,7 @@ def test_every_module_has_its_layer():
     assert {name(path) for path in FILES if layer(name(path)) is None} == NAMES_ALONE
 
 
-def test_training_and_dumping_from_image_files_need_none_of_the_larger_libraries():
+def test_training_and_dumping_from_image_files_need_none_of_the_larger_libraries(checkout):
     """So that they run on a machine that has little more than torch."""
     script = (
         "import sys\n"
@@ -85,4 +85,12 @@ def test_training_and_dumping_from_image_files_need_none_of_the_larger_libraries
         "from offline_bkd.pipeline import cached_targets, dry_run, dump, evaluate, import_model, train\n"
         "from offline_bkd.pipeline.show import report\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, env=checkout)
+
+
+def test_processes_that_tests_start_import_this_checkout(checkout, tmp_path):
+    script = "from offline_bkd.pipeline import config; print(config.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", script], check=True, env=checkout, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert Path(found.stdout.strip()).resolve() == ROOT / "pipeline" / "config.py"

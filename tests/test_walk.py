@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from made_runs import PART, make_run
 
 from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError, requirements, runs
@@ -389,11 +390,13 @@ def test_a_folder_has_one_writer_and_what_was_cut_before_it_began_is_no_run(tmp_
 def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
     from offline_bkd.pipeline.show.report import write_report
 
+    def made(method, seed, folder, overrides=(), part=PART):
+        make_run(folder, list("0123456789"), method, seed, evaluated=False, overrides=overrides, part=part)
+
     folders = {}
     for name, epochs, seed in (("a", 1, 0), ("b", 1, 1), ("c", 2, 0)):
-        config = tiny.experiment("student.method={name: ce}", f"student.training.epochs={epochs}", seed=seed)
         folders[name] = str(tmp_path / name)
-        train_student(config, None, folders[name], tiny.CPU)
+        made("ce", seed, tmp_path / name, [f"student.training.epochs={epochs}"])
     table = write_report(list(folders.values()), str(tmp_path / "report")).table
     assert [row[:2] for row in table[1:]] == [["CE student (a)", "2"], ["CE student (c)", "1"]]
     found = [runs.open_run(folders[name]).summary()["last"]["top1"] for name in "ab"]
@@ -402,8 +405,7 @@ def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
         write_report([folders["a"], folders["a"]], str(tmp_path / "twice"))
     with pytest.raises(UserError, match="is a run's folder; name another one"):
         write_report([folders["a"]], folders["b"])
-    other = tiny.experiment("student.method={name: ce}", "data.seed=1")
-    train_student(other, None, str(tmp_path / "d"), tiny.CPU)
+    made("ce", 0, tmp_path / "d", part=PART | {"images": "d"})
     with pytest.raises(UserError, match="were trained or tested on different data"):
         write_report([folders["a"], str(tmp_path / "d")], str(tmp_path / "mixed"))
 

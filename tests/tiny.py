@@ -9,6 +9,7 @@ import torch
 from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.training import engine
 
 CONFIG = Path(__file__).parent / "digits.yaml"
 CPU = torch.device("cpu")
@@ -35,6 +36,20 @@ def options(*overrides: str) -> list[str]:
 
 class Stop(Exception):
     pass
+
+
+@contextmanager
+def epochs_trained():
+    """A context that gives the list of the epochs that training does in it, counted from 1."""
+    done, train_epoch = [], engine.train_epoch
+
+    def note(task, forward, optimisation, epoch, *first):
+        done.append(epoch + 1)
+        return train_epoch(task, forward, optimisation, epoch, *first)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "train_epoch", note)
+        yield done
 
 
 @contextmanager

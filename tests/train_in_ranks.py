@@ -1,12 +1,13 @@
 """Two epochs of a network without batch statistics in float64, alone or, started by torchrun, in ranks: losses, weights and
-scores.
+scores. Every epoch visits 257 samples in batches of 64, so that the last batch has one image, and some ranks none.
 
-Every epoch visits 257 samples in batches of 64, so that the last batch has one image, and some ranks none.
+Started by torchrun also a run of one epoch of the tiny network, which has batch statistics.
 """
 
 import sys
 from dataclasses import replace
 
+import tiny
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from offline_bkd.pipeline import schema
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ResidentImages
 from offline_bkd.pipeline.evaluate import evaluate
+from offline_bkd.pipeline.train import train_student
 from offline_bkd.pipeline.training import engine
 from offline_bkd.pipeline.training.methods import Context, build_method
 from offline_bkd.pipeline.training.optimisation import Optimisation
@@ -105,4 +107,5 @@ if __name__ == "__main__":
     result = trained(ranks)
     if ranks.first:
         torch.save(result, sys.argv[1])
+    train_student(tiny.experiment("student.method={name: ce}", "student.training.epochs=1"), None, sys.argv[2], CPU)
     ranks.wait()
