@@ -275,14 +275,14 @@ def test_the_command_takes_the_part_and_the_order_that_it_is_told(tmp_path, trai
 
 def test_the_command_imports_and_refuses(tmp_path, network, capsys):
     save_file(network, tmp_path / "weights")  # without a suffix
-    command = ["import-model", *tiny.options(), "--weights", str(tmp_path / "weights"), "--out", str(tmp_path / "run")]
+    command = ["import-model", *tiny.options(), "--out", str(tmp_path / "run"), "--weights"]
     for options, code, said in (
-        (["--weights", str(tmp_path)], 2, f"error: cannot load weights {tmp_path} (it is a folder); give a .safetensors or"),
-        (["--expect", "99"], 2, "expected 99%: look at the order of its classes"),
-        ([], 0, "part '', sha256"),
-        ([], 2, "is not empty; name another folder"),
+        ([tmp_path], 2, f"error: cannot load weights {tmp_path} (it is a folder); give a .safetensors or"),
+        ([tmp_path / "weights", "--expect", "99"], 2, "expected 99%: look at the order of its classes"),
+        ([tmp_path / "weights"], 0, "part '', sha256"),
+        ([tmp_path / "weights"], 2, "is not empty; name another folder"),
     ):
         with pytest.raises(SystemExit) as end:
-            cli.main([*command, *options])
+            cli.main([*command, *map(str, options)])
         output = capsys.readouterr()
         assert end.value.code == code and said in output.out + output.err

@@ -120,30 +120,23 @@ def test_the_uniform_branch_gives_up_its_share_over_the_epochs(final_share, unif
     torch.testing.assert_close(found.loss, expected.repeat_interleave(2))
 
 
-def test_two_branches_of_torchvisions_resnet_learn_resume_and_score_as_they_were_saved(tmp_path):
+def test_two_branches_of_torchvisions_resnet_learn_and_score_as_they_were_saved(tmp_path):
     config = tiny.experiment(
         "student.model={name: torchvision, architecture: resnet10, branches: 2}",
         "student.method={name: bbn}",
-        "views={name: random_resized_crop, size: 16, count: 2, scale: [0.8, 1]}",
+        "views={name: random_resized_crop, size: 32, count: 2, scale: [0.8, 1]}",
         "data.max_per_class=40",
         "student.training.learning_rate=0.003",
         "student.training.batch_size=32",
-        "student.training.epochs=2",
+        "student.training.epochs=3",
         seed=1,  # another than the one that a network is built from to be scored
     )
-    train_student(config, None, str(tmp_path / "whole"), tiny.CPU)
-    first, last = runs.Run(tmp_path / "whole").metrics()
+    train_student(config, None, str(tmp_path / "run"), tiny.CPU)
+    first, *_, last = runs.Run(tmp_path / "run").metrics()
     assert last["train_top1"] > 1.2 * first["train_top1"]
-    with tiny.interrupted_after(1):
-        train_student(config, None, str(tmp_path / "cut"), tiny.CPU)
-    with tiny.epochs_trained() as again:
-        train_student(config, None, str(tmp_path / "cut"), tiny.CPU, resume=True)
-    assert again == [2]
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
-    scores = runs.open_run(tmp_path / "cut").summary()["last"]
-    assert scores["top1"] > 15 and scores.pop("epoch") == 2
-    assert ask_run(str(tmp_path / "cut"), "last", (), tiny.CPU).scores == scores
+    scores = runs.open_run(tmp_path / "run").summary()["last"]
+    assert scores["top1"] > 15 and scores.pop("epoch") == 3
+    assert ask_run(str(tmp_path / "run"), "last", (), tiny.CPU).scores == scores
 
 
 @pytest.mark.parametrize("method", ["crt", "cbd", "bbn", "jittered"])
