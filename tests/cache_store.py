@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 
+import cli  # noqa: F401  binds offline_bkd to this checkout, also in processes that tests start
 from offline_bkd.cache import CacheError, CropFlip, Identity, create_cache, open_cache
 
 CLASSES = "apple", "aquarium fish", "baby", "bear", "beaver"

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner, Result
+from test_folders import folder_of_images
 
 from offline_bkd import cli
 from offline_bkd.cache import CacheError, create_cache
@@ -453,24 +454,42 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, sent):
-    options = tiny.options("teacher.training.epochs=500")
-    command = [sys.executable, str(ROOT / "cli.py"), "train-teacher", *options, "--out", str(tmp_path / "run")]
-    # a job in the background is started with interrupts ignored
+def interrupted_in_epoch_3(send, *overrides, out):
+    """A command that trains, which `send` interrupts, said one line and ended with 130."""
+    options = tiny.options("teacher.training.epochs=500", *overrides)
     process = subprocess.Popen(
-        command,
+        [sys.executable, str(ROOT / "cli.py"), "train-teacher", *options, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
+        # a job in the background is started with interrupts ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not process.stdout.readline().startswith("epoch 2/"):
         assert process.poll() is None
-    process.send_signal(sent)
-    process.send_signal(signal.SIGTERM)  # as a terminal and a parent each send their own
+    send(process)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and error.startswith("error: interrupted; give the") and error.count("\n") == 1
+    assert process.returncode == 130 and error.startswith("error: interrupted; give the") and error.count("\n") == 1, error
+    with pytest.raises(ProcessLookupError):  # none of its processes is left
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(tmp_path, sent):
+    def send(process):
+        process.send_signal(sent)
+        process.send_signal(signal.SIGTERM)  # as a terminal and a parent each send their own
+
+    interrupted_in_epoch_3(send, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminal_s_signal_which_workers_get_too_is_answered_once(tmp_path, sent):
+    folder_of_images(tmp_path / "images")
+    data = f"data={{name: imagefolder, root: '{tmp_path / 'images'}', workers: 2}}"
+    crops = "views={name: random_resized_crop, size: 8, count: 2}"
+    interrupted_in_epoch_3(lambda process: os.killpg(process.pid, sent), data, crops, out=tmp_path / "run")
 
 
 def test_under_nohup_a_closed_terminal_is_ignored():

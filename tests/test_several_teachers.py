@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 
+from offline_bkd import cli
 from offline_bkd.cache import CacheError, format, open_cache
 from offline_bkd.pipeline import UserError, dump
 from offline_bkd.pipeline.dump import dump_logits
@@ -74,7 +76,10 @@ def test_stores_kept_apart_go_on_where_one_is_ahead_of_the_other(tmp_path, both,
 def test_stores_kept_apart_may_have_blocks_of_different_sizes(tmp_path, both, monkeypatch):
     config = tiny.experiment("cache.features=true")
     monkeypatch.setattr(format, "_CHUNK_BYTES", 10_000)  # rows are 16 and 32 bytes of features, 20 of logits
-    dump_logits(config, both, str(tmp_path / "apart"), tiny.CPU, apart=True)
+    teachers = ["--teacher", both[0], "--teacher", both[1]]
+    command = ["dump-logits", *tiny.options("cache.features=true"), *teachers, "--apart", "--out", str(tmp_path / "apart")]
+    result = CliRunner().invoke(cli.main, command)
+    assert result.exit_code == 0, result.output
     stores = {name: open_cache(tmp_path / "apart" / f"{name}.zarr") for name in ("teacher", "other")}
     assert stores["teacher"].layout.block_rows != stores["other"].layout.block_rows
     for folder, (name, store) in zip(both, stores.items()):

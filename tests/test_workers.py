@@ -12,8 +12,8 @@ import tiny
 from test_folders import folder_of_images
 
 from offline_bkd.cache.views import RandomResizedCrop
-from offline_bkd.pipeline import UserError
-from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline import UserError, guard
+from offline_bkd.pipeline.data import datasets, workers
 from offline_bkd.pipeline.data.images import DecodedImages
 from offline_bkd.pipeline.data.workers import in_workers
 
@@ -50,9 +50,9 @@ def children() -> list[int]:
     return [child for child in running() if child not in OTHERS]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_arrays_come_in_order_from_any_number_of_workers(workers):
-    arrays = list(in_workers(lambda index: np.full((index, 2), index, np.uint8), 7, workers))
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_arrays_come_in_order_from_any_number_of_workers(count):
+    arrays = list(in_workers(lambda index: np.full((index, 2), index, np.uint8), 7, count))
     assert [array.tolist() for array in arrays] == [[index] * 2 * index for index in range(7)]
     assert not children()
 
@@ -108,6 +108,25 @@ def test_what_the_user_can_put_right_is_raised_as_it_was():
     next(arrays), next(arrays)
     with pytest.raises(UserError, match="^caf\udce9.png cannot be read$"):
         next(arrays)
+
+
+def test_signals_to_all_processes_of_a_command_are_its_own_and_not_of_a_worker_that_begins(monkeypatch, capfd):
+    """As Ctrl-C sends them, and a terminal that is closed."""
+    numbers, work = (signal.SIGINT, signal.SIGHUP), workers._work
+
+    def work_when_signalled(*given):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        work(*given)
+
+    monkeypatch.setattr(workers, "_work", work_when_signalled)
+    before = [signal.signal(number, guard.interrupt) for number in numbers]
+    try:
+        assert sum(int(array.sum()) for array in in_workers(lambda index: np.ones(3, np.uint8), 6, 2)) == 18
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+    assert not capfd.readouterr().err
 
 
 def test_nobody_is_left_when_the_arrays_are_not_all_taken(capfd):

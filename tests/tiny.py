@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli  # noqa: F401  binds offline_bkd to this checkout, also in processes that tests start
 from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.schema import Experiment

@@ -11,7 +11,6 @@ import tiny
 import torch
 from torch import nn
 
-import cli  # noqa: F401  binds offline_bkd to this checkout
 from offline_bkd.cache import CropFlip
 from offline_bkd.pipeline import schema
 from offline_bkd.pipeline.data import datasets

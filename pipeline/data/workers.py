@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch
 from offline_bkd.pipeline import UserError
 
 HEADER = struct.Struct("<?q")  # whether bytes of an array follow, or the text of an error; how many
+ENDING = signal.SIGINT, signal.SIGHUP, signal.SIGTERM
 
 
 def in_workers(make: Callable[[int], np.ndarray], count: int, workers: int, pinned: bool = False) -> Iterator[torch.Tensor]:
@@ -31,8 +33,9 @@ def in_workers(make: Callable[[int], np.ndarray], count: int, workers: int, pinn
             here, there = socket.socketpair()
             sockets.append(here)
             arguments = make, range(number, count, workers), there, list(sockets)
-            processes.append(context.Process(target=_work, args=arguments, daemon=True))
-            processes[-1].start()
+            with _held_back():
+                processes.append(context.Process(target=_work, args=arguments, daemon=True))
+                processes[-1].start()
             there.close()
         for index in range(count):
             data = _receive(sockets[index % workers], pinned)
@@ -46,9 +49,21 @@ def in_workers(make: Callable[[int], np.ndarray], count: int, workers: int, pinn
             process.join()
 
 
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals wait, in a worker until it handles them as one: its parent's handlers, which it begins with, would complain."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(make: Callable, indices: range, to: socket.socket, parents: list[socket.socket]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a closed terminal are the parent's, which ends its workers
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     for end in parents:
         end.close()  # or the workers would outlive a parent that is killed
     try:
