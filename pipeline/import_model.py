@@ -15,6 +15,7 @@ from offline_bkd.pipeline.models import ImageClassifier, build_model, classifier
 from offline_bkd.pipeline.models.weights import find_network, nearest_part, part_under, read_tensors, required_names
 from offline_bkd.pipeline.schema import Experiment
 from offline_bkd.pipeline.show.terminal import counted
+from offline_bkd.pipeline.training.samplers import occurrence
 from offline_bkd.pipeline.yaml_files import read_text
 
 TOLERANCE = 1.0  # points of test accuracy: less is within what another decoder or precision changes
@@ -139,18 +140,19 @@ def class_order(file: str, classes: tuple[str, ...]) -> np.ndarray:
         raise UserError(f"--classes {file} cannot be read ({error}); give a text file of a class name on each line")
     while names and not names[-1]:
         names.pop()
-    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+    line, known = {name: number for number, name in enumerate(names)}, set(classes)
+    if repeated := [name for number, name in enumerate(names) if line[name] != number]:
         raise UserError(f"--classes {file} has {repeated[0]!r} twice; each class has one line")
-    if unknown := [name for name in names if name not in classes]:
+    if unknown := [name for name in names if name not in known]:
         raise UserError(
             f"--classes {file}: the data have no class {unknown[0]!r} ({counted(len(unknown), 'such name')}); use their names"
         )
-    if missing := [name for name in classes if name not in names]:
+    if missing := [name for name in classes if name not in line]:
         raise UserError(
             f"--classes {file} lacks the data's class {missing[0]!r} "
             f"({counted(len(missing), 'such class', 'such classes')}); add its line"
         )
-    return np.array([names.index(name) for name in classes])
+    return np.array([line[name] for name in classes])
 
 
 def reorder_outputs(model: ImageClassifier, order: np.ndarray) -> None:
@@ -174,16 +176,17 @@ def refuse_unexpected(top1: float, expected: float | None) -> None:
 def refuse_other_order(predicted: np.ndarray, label: np.ndarray, classes: int) -> None:
     """Raises UserError if the outputs, named otherwise, would be right more often: by more than TOLERANCE and than chance.
 
-    The best names are found on every second image and judged on the others.
+    The best names are found on every second image of a class and judged on the others.
     """
     from scipy.optimize import linear_sum_assignment
 
     answered = np.zeros((classes, classes), np.float32)  # [label, output]
-    np.add.at(answered, (label[::2], predicted[::2]), 1)
+    judged = occurrence(label) % 2 == 1
+    np.add.at(answered, (label[~judged], predicted[~judged]), 1)
     meant = np.empty(classes, np.int64)
     named, output = linear_sum_assignment(answered, maximize=True)
     meant[output] = named
-    as_is, renamed = (answer[1::2] == label[1::2] for answer in (predicted, meant[predicted]))
+    as_is, renamed = (answer[judged] == label[judged] for answer in (predicted, meant[predicted]))
     gained, lost = np.sum(renamed & ~as_is), np.sum(as_is & ~renamed)
     by_chance = 3 * (gained + lost) ** 0.5  # three standard deviations of their difference, were both as likely
     if gained - lost > max(by_chance, TOLERANCE / 100 * len(as_is)):
