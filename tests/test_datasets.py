@@ -166,7 +166,12 @@ def test_names_that_one_part_gives_are_those_of_both(tmp_path):
         ),
         ([0, 1], [-1, -1], None, "every label of the test part is negative"),
         ([-1, -1], [-1, -1], None, "every label of the training part is negative"),
-        ([0, 1], [0, 1, 2], None, "1 class without a training sample: '2'; leave such classes out"),
+        (
+            [0, 1],
+            [0, 1, 2],
+            None,
+            "1 class without a training sample, of which the test part has 1 image: '2'; leave",
+        ),
     ],
 )
 def test_labels_that_do_not_fit_the_classes_are_one_line_that_says_both(tmp_path, train, test, names, message):
