@@ -86,7 +86,8 @@ def show_training_plan(
         whole = most and of_a_view * config.views.count <= room(device)
         held += of_a_view * (config.views.count if whole else 2)  # an epoch's, and the next one's meanwhile
     facts["memory"] = f"about {(peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
-    facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}"
+    uncompiled = ", not compiled" if section.training.compile else ""
+    facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}{uncompiled}"
     _show(config, facts, notes_on_training(section, store), role)
 
 
@@ -152,12 +153,12 @@ def _cost_of(work: Callable[[int], None], images: ImageSource, batch_size: int, 
     `views` of an image are read together.
     """
     size, device = min(batch_size, 8), images.device
-    first, before = _median_time(work, size, device, 2), peak_memory(device)
+    first, before = _time(work, size, device, 2), peak_memory(device)
     whole = first * batch_size / size
     while size < batch_size and 3 * whole * min(1, 4 * size / batch_size) < SECONDS:
         size = min(4 * size, batch_size)
         before = peak_memory(device)
-        whole = _median_time(work, size, device, 3) * batch_size / size
+        whole = _time(work, size, device, 3) * batch_size / size
     grown = peak_memory(device) - before  # by three quarters of what the last size takes
     more = 0 if size == batch_size else grown * 4 / 3 * (batch_size / size - 1)
     seconds, read = times * whole, batch_size * _reading(images, views)
@@ -232,8 +233,8 @@ class _Read:
         return self.known[len(rows)]
 
 
-def _median_time(work: Callable[[int], None], size: int, device: torch.device, times: int) -> float:
-    """Median seconds of a call, after one that is not counted."""
+def _time(work: Callable[[int], None], size: int, device: torch.device, times: int) -> float:
+    """Seconds of the fastest of so many calls, after one that is not counted: what else the machine does only adds to them."""
     seconds = []
     for _ in range(1 + times):
         start = time.perf_counter()
@@ -241,7 +242,7 @@ def _median_time(work: Callable[[int], None], size: int, device: torch.device, t
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+    return min(seconds[1:])
 
 
 def _show(config: Experiment, facts: dict[str, str], notes: list[str], what: str) -> None:

@@ -189,7 +189,7 @@ def test_a_dry_run_steps_what_learns_alone(monkeypatch, teacher_run):
 
 def test_a_dry_run_counts_on_workers_and_on_shared_decodes(monkeypatch):
     asked = "train-teacher", *tiny.options("views={name: random_resized_crop, size: 8, count: 4}"), "--out", "x", "--dry-run"
-    monkeypatch.setattr(dry_run, "_median_time", lambda work, size, *_: work(size) or 1.0)
+    monkeypatch.setattr(dry_run, "_time", lambda work, size, *_: work(size) or 1.0)
     # seconds an image, which nothing else comes near
     monkeypatch.setattr(dry_run, "_reading", lambda images, views: 10.0 / views)
 
