@@ -219,6 +219,16 @@ def test_pictures_that_are_missing_or_torn_are_drawn_again_and_others_left_alone
         assert curves.read_bytes() == whole
 
 
+def test_seeds_are_one_line_whatever_is_set_of_a_cache_that_they_did_not_look_at(tmp_path):
+    make_run(tmp_path / "0", NAMES, "teacher", evaluated=False)
+    make_run(tmp_path / "1", NAMES, "teacher", seed=1, evaluated=False, overrides=["cache.temperature=3"])
+    table = write_report([str(tmp_path / "0"), str(tmp_path / "1")], str(tmp_path / "out")).table
+    assert [row[:2] for row in table[1:]] == [["teacher", "2"]]
+    make_run(tmp_path / "2", NAMES, "teacher", seed=2, evaluated=False, overrides=["views.pad=3"])
+    table = write_report([str(tmp_path / name) for name in "012"], str(tmp_path / "out")).table
+    assert [row[1] for row in table[1:]] == ["2", "1"]
+
+
 def test_runs_whose_folders_have_one_name_are_told_apart(tmp_path, compared):
     for place, method in {"a": "ce", "b": "kd"}.items():
         make_run(tmp_path / place / "run", NAMES, method, evaluated=False)

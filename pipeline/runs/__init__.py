@@ -16,7 +16,7 @@ checksum (checksums.py).
 
 from offline_bkd.pipeline.runs.files import make_folder, read, read_json, reason, write_json, write_whole
 from offline_bkd.pipeline.runs.folder import Run, experiment_of, open_run
-from offline_bkd.pipeline.runs.record import commit, difference, environment
+from offline_bkd.pipeline.runs.record import commit, difference, environment, settings
 from offline_bkd.pipeline.runs.start import begun, refuse_taken, start_run
 from offline_bkd.pipeline.runs.weights import digest
 
@@ -34,6 +34,7 @@ __all__ = [
     "read_json",
     "reason",
     "refuse_taken",
+    "settings",
     "start_run",
     "write_json",
     "write_whole",

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from offline_bkd.cache.views import to_json
-from offline_bkd.pipeline import UserError, schema
+from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import load_config
 from offline_bkd.pipeline.runs import record, weights
 from offline_bkd.pipeline.runs.checksums import JSON_LINE, YAML_FILE, add_checksum, refuse_changed
@@ -119,11 +118,11 @@ def open_run(folder: str | Path) -> Run:
 
 def experiment_of(run: Run) -> dict[str, str]:
     """What tells apart the experiments that runs were made by, whatever their seeds: the method, and a digest of the rest."""
-    config = run.config()
-    data = config.data.model_dump(mode="json", exclude=schema.PLACE)
-    parts = [part.model_dump(mode="json") for part in (getattr(config, run.stage), config.cache)]
-    text = json.dumps([run.stage, data, *parts, to_json(config.views)])
-    return {"method": run.summary()["method"], "settings": hashlib.sha256(text.encode()).hexdigest()[:12]}
+    summary, settings = run.summary(), record.settings(run.config(), run.stage)
+    del settings["seed"]
+    # a cache is one and the same for all seeds, a backbone has a seed of its own
+    text = json.dumps([settings, summary.get("backbone") or run.environment()["learns_from"]])
+    return {"method": summary["method"], "settings": hashlib.sha256(text.encode()).hexdigest()[:12]}
 
 
 def _lines(path: Path) -> list[str]:

@@ -12,13 +12,14 @@ from string import Template
 
 import numpy as np
 
+from offline_bkd.cache.format import leaves
 from offline_bkd.cache.shots import shot_groups
-from offline_bkd.pipeline import runs, schema
+from offline_bkd.pipeline import runs
 from offline_bkd.pipeline.show import pictures
 from offline_bkd.pipeline.show.evaluation import KeptEvaluation, kept_evaluation
 from offline_bkd.pipeline.show.seeds import Seeds
 from offline_bkd.pipeline.show.tables import Rows, percent, spread
-from offline_bkd.pipeline.show.terminal import COLUMNS, leaves, printable
+from offline_bkd.pipeline.show.terminal import COLUMNS, printable
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL, WIDE = (4.6, 3.7), (6.5, 4.6)  # inches; text stays readable at the width of a phone
@@ -144,13 +145,12 @@ def _differences(lines: Sequence[Seeds]) -> str:
 
 def _settings(run: runs.Run) -> dict:
     """What the run looked at, with a teacher's and a student's settings under the same names; and where it ran."""
-    environment = run.environment()
-    values = run.config().model_dump(
-        mode="json", include={"data", "views", "cache", run.stage}, exclude={"data": schema.PLACE}
-    )
+    config, environment = run.config(), run.environment()
+    values = runs.settings(config, run.stage)
+    del values["seed"]
     own = values.pop(run.stage)
-    if run.stage == "teacher":
-        del values["cache"]
+    if config.network(run.stage).method.learns_from_cache:
+        values["cache"] = config.cache.model_dump(mode="json")
     ran_on = {"device": environment["device"], "torch": environment["packages"].get("torch")}
     return {**own, **values, **ran_on}
 

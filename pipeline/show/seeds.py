@@ -44,9 +44,7 @@ def group_by_seed(opened: Sequence[Run]) -> list[Seeds]:
     lines: dict[str, Seeds] = {}
     for run in opened:
         summary = run.summary()
-        # a cache is one and the same for all seeds, a backbone has a seed of its own
-        did = [experiment_of(run), summary.get("backbone") or run.environment()["learns_from"]]
-        line = lines.setdefault(json.dumps(did), Seeds(run_name(run)))
+        line = lines.setdefault(json.dumps(experiment_of(run)), Seeds(run_name(run)))
         if summary["seed"] in [other.summary()["seed"] for other in line.runs]:
             raise UserError(f"{run.folder} repeats the experiment and the seed of another run; name each run once")
         line.runs.append(run)
