@@ -370,7 +370,7 @@ def measure_plane(samples, classes, encoding, repeats, scratch):
     size = sum(path.stat().st_size for path in folder.glob("s/*/c.1.*"))
     before = memory(reset=True)
     cache = open_cache(folder / "s")
-    error = cache.error()
+    error = cache.survey().error
     codes = cache.stored_plane(1)  # and the reference, which is then in memory
     rows = rows_at_once(classes * 4)
     batch = np.empty((min(rows, samples), classes), np.float32)

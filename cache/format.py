@@ -20,7 +20,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ class Identity:
             lines.append(f"classes: the store has {len(self.classes)}, the run has {len(other.classes)}")
         sides = self.to_json(), other.to_json()
         for part in "temperature", "views", "dataset", "teacher":
-            left, right = (dict(_leaves(part, values[part])) for values in sides)
+            left, right = (dict(leaves({part: values[part]})) for values in sides)
             for name in [*left, *(name for name in right if name not in left)]:
                 if left.get(name) != right.get(name) and (part != "teacher" or name == "teacher.digest"):
                     ours, theirs = _short(left.get(name)), _short(right.get(name))
@@ -95,13 +95,13 @@ class Identity:
         """
         if not self.computed or not other.computed:
             return [], ["the store does not say how its answers were computed"] if other.computed else []
-        left, right = (dict(_leaves("computed", identity.to_json()["computed"])) for identity in (self, other))
+        left, right = (dict(leaves(identity.to_json()["computed"])) for identity in (self, other))
         lines = {
-            name: f"{name.removeprefix('computed.')}: the store has {left.get(name)}, the run has {right.get(name)}"
+            name: f"{name}: the store has {left.get(name)}, the run has {right.get(name)}"
             for name in [*left, *(name for name in right if name not in left)]
             if device_kind(left.get(name)) != device_kind(right.get(name))
         }
-        bits = [line for name, line in lines.items() if name.startswith("computed.environment.")]
+        bits = [line for name, line in lines.items() if name.startswith("environment.")]
         return [line for line in lines.values() if line not in bits], bits
 
     def to_json(self) -> dict:
@@ -160,12 +160,13 @@ def _short(value):
     return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
-def _leaves(name, value):
-    if isinstance(value, dict):
-        for key in value:
-            yield from _leaves(f"{name}.{key}", value[key])
-    else:
-        yield name, value
+def leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The values that are no dictionaries, by dotted name."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 @dataclass(frozen=True, kw_only=True)

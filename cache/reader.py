@@ -168,18 +168,6 @@ class Cache:
         """Bytes that the store's files take: metadata, columns, and the chunks that are committed, with markers."""
         return self.survey().nbytes
 
-    def error(self) -> dict | None:
-        """What the encoding costs, as found on every row that is committed; None where it is exact but for rounding.
-
-        Total variation of the BKD target from the exact one: its bound, mean and worst.
-        """
-        return self.survey().error
-
-    def feature_error(self, name: str) -> dict:
-        """What storing the features `name` costs, as `error` does: their cosine distance from the exact ones."""
-        self._width(name)
-        return self.survey().feature_error[name]
-
     def survey(self) -> "Survey":
         """What the markers of all committed blocks say, each read once and many at a time."""
         blocks, nbytes, exact, lost = self.committed(), self._metadata.nbytes, 0, 0

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
@@ -48,6 +48,15 @@ def new_file(path: Path, replace: bool = False) -> Iterator[BinaryIO]:
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     _sync_folder(path.parent)
+
+
+def open_regular(path: Path | str, mode: str = "rb", **options: Any) -> IO:
+    """The regular file at `path`. Raises OSError also for a pipe or a device, which might be waited for, or never end."""
+    file = open(path, mode, opener=_at_once, **options)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return file
 
 
 def _publish(partial: Path, path: Path, replace: bool) -> None:
@@ -88,13 +97,9 @@ class LocalStorage:
     def open(self, key: str, limit: int | None = None):
         """The bytes at `key` as a file, unbuffered, or None if there is no such file. It is not read, whatever the `limit`."""
         try:
-            file = open(self.root / key, "rb", buffering=0, opener=_at_once)
+            return open_regular(self.root / key, buffering=0)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
-            raise OSError(errno.EINVAL, "it is no regular file", str(self.root / key))
-        return file
 
     def size(self, key: str) -> int | None:
         """The number of bytes at `key`, or None if there is no such file."""

@@ -262,4 +262,4 @@ def test_a_marker_that_does_not_state_the_error_is_refused(tmp_path, stated):
     values = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
     path.write_bytes(format.marker(**values | {"features": stated}))
     with pytest.raises(CacheError, match="is not usable: its markers do not say what was lost"):
-        cache.feature_error("resnet8")
+        cache.survey()

@@ -225,7 +225,7 @@ def test_a_marker_whose_error_is_no_error_is_refused(tmp_path, stated):
     values = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
     path.write_bytes(format.marker(**values | {"error": stated}))
     with pytest.raises(CacheError, match="is not usable: its markers do not say what was lost"):
-        cache.error()
+        cache.survey()
 
 
 def test_what_is_no_name_of_a_block_is_passed_over(url):

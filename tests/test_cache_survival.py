@@ -124,26 +124,28 @@ def test_everything_is_synced_before_its_marker_appears(tmp_path, monkeypatch, t
 KILLS = """
 import glob, os, random, signal, sys, time
 sys.path[:0] = {paths!r}
-import numpy as np
 from cache_store import arguments, fill
 from offline_bkd.cache import create_cache, format
 format._CHUNK_BYTES = 60 * 5 * 4
 url, kills = sys.argv[1], int(sys.argv[2])
 random.seed(0)
-beginning, begins = os.pipe()
 found = set()
 for kill in range(kills):
+    progress, tells = os.pipe()
     child = os.fork()
     if child == 0:
         with create_cache(url, resume=True, **arguments()) as writer:
-            os.write(begins, b"!")
-            fill(writer)
+            for block in writer.pending():
+                os.write(tells, b"!")
+                fill(writer, [block])
         os._exit(0)
-    if kill % 4:  # else it is killed before it writes a block
-        os.read(beginning, 1)
-    time.sleep(random.uniform(0, 0.06))
+    os.close(tells)
+    for _ in range(kill % 4):  # so many blocks are begun, none in every fourth time
+        os.read(progress, 1)
+    time.sleep(random.uniform(0, 0.003))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(progress)
     found.add(len(glob.glob(url + "/done/[0-9]*")))
 print(len(found))
 with create_cache(url, resume=True, **arguments()) as writer:

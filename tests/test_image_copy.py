@@ -115,15 +115,17 @@ def test_an_interrupted_copy_is_none_and_is_made_again(large, monkeypatch):
     assert len(datasets.load(section(large))[0]) == 40 and [Path(name).suffix for name in copies(large)] == [".images"]
 
 
-def test_a_partial_copy_that_is_a_link_is_not_followed(large):
+def test_what_a_killed_writer_left_of_a_copy_is_removed_and_a_link_is_not_followed(large):
     datasets.load(section(large))
     (name,) = copies(large)
     whole = (large / "copies" / name).read_bytes()
     (large / "copies" / name).unlink()
     (large / "precious").write_bytes(b"mine")
-    (large / "copies" / name).with_suffix(".partial").symlink_to(large / "precious")
+    (large / "copies" / f"{name}.00000000000000aa.partial").write_bytes(whole[:100])
+    (large / "copies" / f"{name}.00000000000000ab.partial").symlink_to(large / "precious")
     datasets.load(section(large))
     assert (large / "precious").read_bytes() == b"mine" and (large / "copies" / name).read_bytes() == whole
+    assert copies(large) == [name]
 
 
 def test_processes_that_want_the_same_copy_make_it_once(large, monkeypatch):

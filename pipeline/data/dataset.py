@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from offline_bkd.cache.storage import open_regular
 from offline_bkd.pipeline import UserError, schema
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.show.progress import Progress
@@ -152,7 +153,7 @@ class Dataset:
     def _read(self, row: int, image: bytes | str, read: Callable):
         """What `read` makes of the encoded `image`, which is that of `row`."""
         try:
-            with decoding.open_regular(image) if isinstance(image, str) else io.BytesIO(image) as file:
+            with open_regular(image) if isinstance(image, str) else io.BytesIO(image) as file:
                 return read(file)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error

@@ -3,8 +3,6 @@
 What an image file holds is another's doing: whatever a decoder makes of it, the caller gets pixels or a ValueError.
 """
 
-import os
-import stat
 import warnings
 from typing import BinaryIO
 
@@ -31,15 +29,6 @@ TURNS = {  # by the EXIF orientation, what puts an image upright
 
 # Of an odd tag or palette Pillow warns without the file's name, on any thread; what cannot be decoded is an error with it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def open_regular(path: str) -> BinaryIO:
-    """The regular file `path`, to read bytes from. Raises OSError, also for a pipe or a device, which would be waited for."""
-    file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError("it is no regular file")
-    return file
 
 
 def decode(file: BinaryIO) -> Image.Image:

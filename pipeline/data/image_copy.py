@@ -6,6 +6,7 @@ after another, then a record for each sample (`RECORD`), then what there is (`EN
 """
 
 import fcntl
+import glob
 import hashlib
 import io
 import os
@@ -20,6 +21,7 @@ from typing import BinaryIO
 import google_crc32c
 import numpy as np
 
+from offline_bkd.cache.storage import new_file, open_regular
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.data import decoding
 from offline_bkd.pipeline.data.dataset import printable, refuse
@@ -62,7 +64,7 @@ class CopiedImages(Sequence):
 def open_copy(path: Path) -> CopiedImages:
     """The images of the copy at `path`. Raises UserError where it is not whole."""
     try:
-        file = decoding.open_regular(str(path))
+        file = open_regular(path)
         length = file.seek(0, os.SEEK_END)
         mark, count, checksum = END.unpack(os.pread(file.fileno(), END.size, max(0, length - END.size)))
         start = length - END.size - count * RECORD.itemsize
@@ -87,18 +89,12 @@ def make_copy(path: Path, samples: Iterable[list[tuple[bytes, int]]], count: int
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
                 return
-            partial = path.with_suffix(".partial")
-            partial.unlink(missing_ok=True)  # its writer is gone
+            for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+                partial.unlink()  # its writer is gone
             if (free := shutil.disk_usage(path.parent).free) < size:
                 raise OSError(f"{free / 1e9:,.1f} GB are free there")
-            try:
-                with open(partial, "xb") as file:
-                    _write(file, samples, count, path)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.rename(path)
-            finally:
-                partial.unlink(missing_ok=True)  # a full disk gets its space back
+            with new_file(path) as file:
+                _write(file, samples, count, path)
     except OSError as error:
         raise UserError(
             f"cannot copy {size / 1e9:,.1f} GB of images, which are not held in memory, to {printable(str(path.parent))}: "

@@ -1,16 +1,14 @@
 """Files of a run: whole or absent, never anything but regular files, and every failure says which file it is about."""
 
-import errno
 import json
 import os
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from offline_bkd.cache.storage import LocalStorage
+from offline_bkd.cache.storage import LocalStorage, open_regular
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.runs.checksums import JSON_FILE, Form, add_checksum, parse_json, refuse_changed
 
@@ -76,7 +74,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def append(path: Path, line: str, sync: bool = False) -> None:
     """Adds a line to a file; with `sync` it is on the disk when this returns."""
     try:
-        with open(_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+        with open_regular(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             if sync:
@@ -86,20 +84,6 @@ def append(path: Path, line: str, sync: bool = False) -> None:
 
 
 def read(path: Path) -> bytes:
-    """The file's bytes. Raises OSError also for what is no regular file: reading a pipe or a device may never end."""
-    with open(_regular(path, os.O_RDONLY), "rb") as file:
+    """The regular file's bytes. Raises OSError."""
+    with open_regular(path) as file:
         return file.read()
-
-
-def refuse_irregular(path: Path) -> None:
-    """Raises OSError if there is no regular file at `path`."""
-    os.close(_regular(path, os.O_RDONLY))
-
-
-def _regular(path: Path, flags: int) -> int:
-    """A descriptor of the regular file at `path`; opening a pipe does not wait for its other end."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "It is no regular file", str(path))
-    return descriptor

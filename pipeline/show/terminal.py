@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -57,16 +56,9 @@ def line(text: str) -> None:
 
 def facts(values: dict, title: str) -> None:
     """One line a fact; nested values by dotted name."""
+    from offline_bkd.cache.format import leaves  # late: an error's line needs no Zarr
+
     table([[name, _text(value)] for name, value in leaves(values)], title, heading=False)
-
-
-def leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The values that are no dictionaries, by dotted name."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _text(value: object) -> str:
