@@ -20,8 +20,11 @@ METHODS = {
     get_args(method.model_fields["name"].annotation)[0]: method.title or method.__name__
     for method in get_args(schema.Student.model_fields["method"].annotation)
 }
-# who is trained by cross-entropy here is the teacher
-TITLES = {title: name for name, title in METHODS.items()} | {"teacher": "teacher", "CE": "teacher"}
+TITLES = {title: name for name, title in METHODS.items()} | {
+    "teacher": "teacher",
+    "CE": "teacher",  # who is trained by cross-entropy here is the teacher
+    "logit adjustment": "logit_adjustment",
+}
 SETTING = re.compile(r"`(\w+): (\w+)`")
 
 
