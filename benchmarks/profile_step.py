@@ -4,7 +4,8 @@ has to give again.
     python benchmarks/profile_step.py --out results
 
 ResNet-32 on CIFAR's image size: a training step of 128 images, and the forward pass of a dump in batches of 512 and 128.
-A step's rate stands beside that of one large matrix product on the same threads, the median of several each. System time and
+A step's rate stands beside that of one large matrix product on the same threads, and that of the same step compiled
+(training.compile), in turns with it, the median of several each. System time and
 page faults are the process's own, with freed memory given back to the kernel and kept (--keep).
 """
 
@@ -46,16 +47,16 @@ def measured(work, batch: int) -> dict:
     return {"user, ms": 1e3 * user / images, "system, ms": 1e3 * system / images, "page faults": faults / images}
 
 
-def steps(precision: str = "float32") -> dict:
+def steps(precision: str = "float32", compiled: bool = False) -> dict:
     """A name for each piece of work, with its batch."""
-    network = schema.CifarResNet(name="cifar_resnet", depth=32)
-    model = build_model(network, 100, schema.Digits(name="digits"), 0)
+    model = build_model(schema.CifarResNet(name="cifar_resnet", depth=32), 100, schema.Digits(name="digits"), 0)
     optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    network = torch.compile(model, dynamic=False) if compiled else model
     images, label = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 100, (512,))
 
     def train():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = model.train()(images[:128])
+            logits = network.train()(images[:128])
         optimiser.zero_grad(set_to_none=True)
         functional.cross_entropy(logits.float(), label[:128]).backward()
         optimiser.step()
@@ -71,19 +72,21 @@ def steps(precision: str = "float32") -> dict:
     }
 
 
-def seconds(work, repeats: int = 10) -> float:
-    """A median."""
-    found = []
+def seconds(*work, repeats: int = 10) -> list[float]:
+    """A median of each piece of work, in turns; the first turn does not count."""
+    found = [[] for _ in work]
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])
+        for function, times in zip(work, found):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[1:]) for times in found]
 
 
 def profiled(precision: str) -> dict:
     """Of a training step: milliseconds an image, billions of operations a second beside a matrix product's, and shares."""
     train, batch = steps(precision)["training step, batch 128"]
+    compiled, _ = steps(precision, compiled=True)["training step, batch 128"]
     train()
     with FlopCounterMode(display=False) as counter:
         train()
@@ -92,11 +95,14 @@ def profiled(precision: str) -> dict:
         for _ in range(5):
             train()
     spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    took = seconds(train)
+    took, took_compiled = seconds(train, compiled)
+    (product,) = seconds(lambda: square @ square)
     return {
         "ms an image": 1e3 * took / batch,
+        "ms an image, compiled": 1e3 * took_compiled / batch,
+        "not compiled / compiled": took / took_compiled,
         "GFLOP/s": counter.get_total_flops() / took / 1e9,
-        "GFLOP/s of a matrix product": 2 * 4096**3 / seconds(lambda: square @ square) / 1e9,
+        "GFLOP/s of a matrix product": 2 * 4096**3 / product / 1e9,
         "shares": {key: round(spent[key] / sum(spent.values()), 4) for key in sorted(spent, key=spent.get, reverse=True)[:12]},
     }
 
