@@ -590,6 +590,7 @@ def test_compiled_full_batches_run_one_graph_whatever_came_between(tmp_path, mon
         ("channels_last=false", "fused=false"),
         ("optimizer=adamw", "learning_rate=0.001", "gradient_clip=1"),
         ("ema=0.9", "backbone_rate=0.1"),
+        pytest.param(("compile=true", "precision=bfloat16"), marks=needs_compiler),
     ],
 )
 def test_an_interruption_changes_no_bit_whatever_the_memory_format_and_the_optimiser(tmp_path, cache, settings):
