@@ -47,16 +47,19 @@ def method_of(text: str) -> str:
 def kind(run: dict) -> tuple:
     """What runs of one row have in common."""
     settings = {(key, value) for key, value in SETTINGS if f"student.method.{key}={value} " in run["command"]}
-    return run["method"], run["precision"], frozenset(settings)
+    return run["data"], run["method"], run["precision"], frozenset(settings)
 
 
 def runs_of(label: str) -> list[dict]:
     """Those that a row's label speaks of, one a seed."""
-    wanted = method_of(label), "bfloat16" if "bfloat16" in label else "float32", frozenset(SETTING.findall(label))
-    return [run for run in RUNS if kind(run) == wanted]
+    data = "cifar10-lt" if "CIFAR-10-LT" in label else "cifar100-lt"
+    precision = "bfloat16" if "bfloat16" in label else "float32"
+    return [run for run in RUNS if kind(run) == (data, method_of(label), precision, frozenset(SETTING.findall(label)))]
 
 
-def shown(values: list[float], spread: bool) -> str:
+def shown(values: list[float | None], spread: bool) -> str:
+    if None in values:  # there are no such classes
+        return "–"
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if spread and len(values) > 1 else mean
 
