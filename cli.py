@@ -20,6 +20,14 @@ if not __package__:  # `python cli.py`: the package is the checkout that this fi
 from offline_bkd.pipeline import UserError, __version__
 from offline_bkd.pipeline.guard import PLACE, Commands, Number, guarded
 
+on_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+of_checkpoint = click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
+
+
+def overriding(help: str):
+    """The option of keys of a configuration that are to be others."""
+    return click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help=help)
+
 
 def configured(command):
     """The options that say which experiment is meant, and where it runs."""
@@ -27,9 +35,9 @@ def configured(command):
     @click.option(
         "--config", "config_file", required=True, type=PLACE, metavar="FILE", help="The experiment, a YAML file; see configs/."
     )
-    @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of it; repeatable.")
+    @overriding("Override one key of it; repeatable.")
     @click.option("--seed", type=int, help="Of initial weights, sample order and views; overrides the file's.")
-    @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+    @on_device
     @guarded
     @functools.wraps(command)
     def run(config_file, overrides, seed, device, **kwargs):
@@ -188,15 +196,9 @@ def train_student(config, device, cache, backbone, out, tracker, seeds, resume, 
 
 @main.command(short_help="Score a run's checkpoint again.")
 @click.argument("run", type=PLACE)
-@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
-@click.option(
-    "-o",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Where the test images are (data.root=…), other ones (data.test=…), or a precision; repeatable.",
-)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@of_checkpoint
+@overriding("Where the test images are (data.root=…), other ones (data.test=…), or a precision; repeatable.")
+@on_device
 @click.option("--out", type=PLACE, metavar="FOLDER", help="Where the files go; default: RUN/evaluation-CHECKPOINT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, with every class.")
 @guarded
@@ -228,8 +230,8 @@ def evaluate(run, checkpoint, overrides, device, out, as_json):
     "--out", type=PLACE, metavar="FILE", help="A .csv or .parquet file, which must not exist; without: CSV, printed."
 )
 @click.option("--probabilities", is_flag=True, help="Add a column for each class.")
-@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@of_checkpoint
+@on_device
 @guarded
 def predict(run, images, out, probabilities, checkpoint, device):
     """Example: python cli.py predict runs/student photos/ more.parquet --out answers.csv
@@ -248,8 +250,8 @@ def predict(run, images, out, probabilities, checkpoint, device):
 @click.argument("run", type=PLACE)
 @click.option("--format", "form", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
 @click.option("--out", required=True, type=PLACE, metavar="FOLDER", help="A new or empty folder.")
-@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
-@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Where its test images are (data); repeatable.")
+@of_checkpoint
+@overriding("Where its test images are (data); repeatable.")
 @guarded
 def export_model(run, form, out, checkpoint, overrides):
     """Example: python cli.py export-model runs/student --out student-onnx
@@ -299,14 +301,8 @@ def inspect(store, everything, as_json, parts):
     "--tolerance", type=Number(0, 1), help="Largest mean total variation of a block; default: what the encoding promises."
 )
 @click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
-@click.option(
-    "-o",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Other places of its training images (data), cache.precision; repeatable.",
-)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@overriding("Other places of its training images (data), cache.precision; repeatable.")
+@on_device
 @click.option("--all", "everything", is_flag=True, help="Print all that was measured, of every class.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 @guarded
@@ -397,7 +393,7 @@ def report(run, out):
 @click.option("--column", "columns", multiple=True, help="Only this column; repeatable.")
 @click.option("--seeds", metavar="0,1,2", help="Instead of the table's own.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Runs at once; default: one a core, on GPUs at most four each.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@on_device
 @click.option("--dry-run", is_flag=True, help="Print the commands, and which are done; write nothing.")
 @guarded
 def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):

@@ -108,12 +108,11 @@ def show_dump_plan(
         return  # the first process speaks for all
     asked = prepare_dump(config, teachers, out, device, resume or part is not None, apart, TRIED)
     training_set, images = asked.training_set, asked.images
-    model, batch_size = (
-        _build(config, config.teacher, training_set, images, False),
-        min(config.cache.batch_size, len(training_set)),
-    )
-    views = min(VIEWS_TOGETHER, config.views.count)
-    forward = _cost_of(_forward(model, images, config.cache.precision), images, batch_size, views, len(teachers))
+    model, times = asked.networks.to(device), 1
+    if not model.members:  # yet to be made
+        model, times = _build(config, config.teacher, training_set, images, False), len(teachers)
+    batch_size, views = min(config.cache.batch_size, len(training_set)), min(VIEWS_TOGETHER, config.views.count)
+    forward = _cost_of(_forward(model, images, config.cache.precision), images, batch_size, views, times)
     crops = config.views.count * len(training_set) / (part[1] if part else 1)
     facts, classes = _sizes(config, training_set, model), len(training_set.classes)
     facts["store"] = _store_size(config, len(training_set), _row_bytes(config, config.teacher, classes, None))

@@ -72,17 +72,8 @@ def dump_logits(
     asked = prepare_dump(config, teachers, out, device, resume, apart)
     for note in asked.notes if torchrun.rank() == 0 else ():
         print(f"note: {note}", flush=True)
-    write_stores(
-        asked.networks.to(device),
-        asked.names,
-        asked.stores,
-        asked.training_set,
-        asked.images,
-        config.views,
-        config.cache,
-        resume,
-        share,
-    )
+    asked.networks.to(device)
+    write_stores(asked, config.views, config.cache, resume, share)
 
 
 class Store(NamedTuple):
@@ -194,8 +185,8 @@ def dump(
     with _lent(module, device) as device:
         images = open_images(training_set, views, device, workers)
         _refuse_answers(module, images, len(training_set.classes))
-        networks, resume = Teachers([module], features=False), resume or blocks is not None
-        write_stores(networks, ["network"], [store], training_set, images, views, section, resume, share)
+        asked = Prepared(training_set, images, Teachers([module], features=False), ["network"], [store], [])
+        write_stores(asked, views, section, resume or blocks is not None, share)
 
 
 @contextmanager
@@ -268,20 +259,10 @@ def _share(part: tuple[int, int] | None, blocks: Blocks | None) -> Share | None:
 
 
 def write_stores(
-    networks: Teachers,
-    names: list[str],
-    stores: list[Store],
-    training_set: Dataset,
-    images: ImageSource,
-    views: CropFlip | RandomResizedCrop,
-    section: CacheSection,
-    resume: bool,
-    share: Share | None = None,
+    asked: Prepared, views: CropFlip | RandomResizedCrop, section: CacheSection, resume: bool, share: Share | None = None
 ) -> None:
-    """Writes `views` of `training_set` into `stores`, as far as they lack them: the answers of `networks`, by `names`.
-
-    All of it, or this process's `share`.
-    """
+    """Writes the answers to `views` into the stores, as far as they lack them. All of it, or this process's `share`."""
+    training_set, images, stores = asked.training_set, asked.images, asked.stores
 
     def answers(rows: np.ndarray, views: list[int], stores: list[Store] = stores) -> list[Answers]:
         """For each store, of `rows` [M] under each of `views`. A sample's views come together, to share its decoding."""
@@ -289,8 +270,8 @@ def write_stores(
         def by_view(values: torch.Tensor) -> np.ndarray:
             return values.reshape(len(rows), len(views), -1).transpose(0, 1).cpu().numpy()
 
-        answered, vectors = tempered(networks, images, rows.repeat(len(views)), np.tile(views, len(rows)), section)
-        named = {name: by_view(vector) for name, vector in zip(names, vectors)}
+        answered, vectors = tempered(asked.networks, images, rows.repeat(len(views)), np.tile(views, len(rows)), section)
+        named = {name: by_view(vector) for name, vector in zip(asked.names, vectors)}
         return [
             Answers(by_view(answered[:, store.members].mean(1)), {name: named[name] for name in store.features})
             for store in stores

@@ -145,8 +145,8 @@ def test_a_page_has_every_class_with_its_samples_and_the_mean_of_the_seeds(page,
 
 def test_a_page_shows_scores_confusions_and_what_differs_in_the_configurations(page, report, compared):
     results = table_under(page, "method")
-    assert [row[:6] for row in results[1:]] == [row[:6] for row in report[0].table[1:]]
-    assert results[1][6] == f"{compared[0].summary()['last']['top5']['all']:.2f}"
+    assert [row[:7] for row in results] == report[0].table
+    assert results[1][7] == f"{compared[0].summary()['last']['top5']['all']:.2f}"
     settings = {row[0]: row[1:] for row in table_under(page, "setting")[1:]}
     assert settings["method.name"] == ["ce", "bkd"] and "model.depth" not in settings
     kept = evaluation.kept_evaluation(compared[1])

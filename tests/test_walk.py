@@ -356,6 +356,16 @@ def test_features_are_named_after_folders_that_may_name_them(tmp_path, teacher_r
     assert not (tmp_path / "c.zarr").exists()
 
 
+def test_a_dry_run_of_a_dump_is_of_the_teachers_that_are_named(tmp_path, teacher_run, capsys):
+    def parameters(*teachers):
+        show_dump_plan(tiny.experiment("teacher.model.depth=14"), tiny.CPU, list(map(str, teachers)), str(tmp_path / "c.zarr"))
+        return re.search(r"parameters\W+([\d,]+)", capsys.readouterr().out)[1]
+
+    network, _ = load_teacher(str(teacher_run), datasets.load(tiny.experiment().data).training)
+    assert parameters(teacher_run) == f"{sum(parameter.numel() for parameter in network.parameters()):,}"
+    assert parameters(teacher_run) != parameters(tmp_path / "yet to be made")
+
+
 def test_a_run_goes_on_with_the_cache_it_began_with_and_with_no_other(tmp_path, cache, teacher_run, monkeypatch):
     from offline_bkd.pipeline.training import engine
 

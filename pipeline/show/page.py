@@ -19,20 +19,20 @@ from offline_bkd.pipeline.show import pictures
 from offline_bkd.pipeline.show.evaluation import KeptEvaluation, kept_evaluation
 from offline_bkd.pipeline.show.seeds import Seeds
 from offline_bkd.pipeline.show.tables import Rows, percent, spread
-from offline_bkd.pipeline.show.terminal import COLUMNS, printable
+from offline_bkd.pipeline.show.terminal import printable
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL, WIDE = (4.6, 3.7), (6.5, 4.6)  # inches; text stays readable at the width of a phone
 CONFUSIONS = 10  # of each method
 
 
-def write_page(path: Path, answer: str, lines: Sequence[Seeds]) -> None:
-    """Writes the page about `lines`, of which there is one at least; `answer` is its first sentence."""
+def write_page(path: Path, answer: str, table: Rows, lines: Sequence[Seeds]) -> None:
+    """Writes the page about `lines`, of which there is one at least; `answer` is its first sentence, `table` their results."""
     summary = lines[0].summaries[0]
     counts = np.array(summary["class_counts"])
     kept = {line.name: found for line in lines for found in [_first_evaluation(line)] if found}
     sections = [
-        _results(lines),
+        _results(table, lines),
         _section("Accuracy over class size", _picture(_classes_plot(lines, counts), "accuracy over class size", WIDE)),
         _section("Curves", _pictures(pictures.curve_plots({line.name: line.epochs for line in lines}))),
         _calibration([line.name for line in lines], kept),
@@ -48,20 +48,18 @@ def write_page(path: Path, answer: str, lines: Sequence[Seeds]) -> None:
     runs.write_whole(path, text.encode())
 
 
-def _results(lines: Sequence[Seeds]) -> str:
-    heading = ["method", "seeds", *COLUMNS, "top-5", "ECE", "best epoch's all", "time (s)"]
-    rows = [heading]
-    for line in lines:
+def _results(table: Rows, lines: Sequence[Seeds]) -> str:
+    """`table`, with what only the page has room for."""
+    heading, *results = table
+    rows = [[*heading, "top-5", "ECE", "time (s)"]]
+    for result, line in zip(results, lines):
         last = [summary["last"] for summary in line.summaries]
         further = [
             spread([scores[key]["all"] if key in scores else None for scores in last])  # earlier versions had none
             for key in ("top5", "ece")
         ]
-        best = spread([summary["best"]["top1"] for summary in line.summaries])
         seconds = np.mean([summary.get("seconds", np.nan) for summary in line.summaries])
-        scores = [spread(line.last(column)) for column in COLUMNS.values()]
-        time = "–" if np.isnan(seconds) else f"{seconds:,.0f}"
-        rows.append([line.name, str(len(line.runs)), *scores, *further, best, time])
+        rows.append([*result, *further, "–" if np.isnan(seconds) else f"{seconds:,.0f}"])
     data = lines[0].summaries[0]
     note = (
         f"Trained on {data['dataset']['size']}, tested on {data['test_dataset']['size']}. Test accuracy of the last epoch, "
@@ -72,7 +70,7 @@ def _results(lines: Sequence[Seeds]) -> str:
 
 
 def _classes_plot(lines: Sequence[Seeds], counts: np.ndarray) -> pictures.Plot:
-    scores = {line.name: {"top1": float(np.mean(line.last("top1"))), "per_class": line.per_class} for line in lines}
+    scores = {line.name: line.class_scores for line in lines}
     return lambda axes: pictures.plot_classes(axes, scores, counts)
 
 

@@ -48,20 +48,19 @@ def write_report(folders: Sequence[str], out: str) -> Report:
     runs.make_folder(Path(out), FILES)
     table = [["method", "seeds", *COLUMNS, "best epoch's all"]]
     for line in lines:
-        best = [summary["best"]["top1"] for summary in line.summaries]
         scores = [spread(line.last(column)) for column in COLUMNS.values()]
-        table.append([line.name, str(len(line.runs)), *scores, spread(best)])
+        table.append([line.name, str(len(line.runs)), *scores, spread(line.best)])
     report = Report(answer(lines), table)
     class_counts = np.array(first["class_counts"])
     epochs = {line.name: line.epochs for line in lines}
-    scores = {line.name: {"top1": float(np.mean(line.last("top1"))), "per_class": line.per_class} for line in lines}
     text = json.dumps([what_was_run(run) for run in opened], indent=1)
     runs.write_whole(Path(out) / "runs.json", f"{text}\n".encode())  # first: with it, what was interrupted may be replaced
     write_markdown(Path(out) / "table.md", table)
     write_csv(Path(out) / "table.csv", table)
     pictures.save_curves(Path(out) / "curves.png", epochs)
+    scores = {line.name: line.class_scores for line in lines}
     pictures.save_classes(Path(out) / "accuracy_by_class.png", scores, class_counts)
-    page.write_page(Path(out) / "report.html", report.answer, lines)
+    page.write_page(Path(out) / "report.html", *report, lines)
     return report
 
 

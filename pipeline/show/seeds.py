@@ -32,6 +32,16 @@ class Seeds:
         """A score of the last epoch, of each seed."""
         return [summary["last"][key] for summary in self.summaries]
 
+    @property
+    def best(self) -> list[float]:
+        """The top-1 accuracy of the best epoch, of each seed."""
+        return [summary["best"]["top1"] for summary in self.summaries]
+
+    @property
+    def class_scores(self) -> dict:
+        """What a picture over class size shows: means over seeds, of all test images and of each class."""
+        return {"top1": float(np.mean(self.last("top1"))), "per_class": self.per_class}
+
     @cached_property
     def per_class(self) -> list[float | None]:
         """Accuracy of each class [C], the mean over seeds; None for a class that was not tested."""
