@@ -86,7 +86,7 @@ def show_training_plan(
         whole = most and of_a_view * config.views.count <= room(device)
         held += of_a_view * (config.views.count if whole else 2)  # an epoch's, and the next one's meanwhile
     facts["memory"] = f"about {(peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
-    uncompiled = ", not compiled" if section.training.compile else ""
+    uncompiled = ", not compiled as training will be" if section.training.compile else ""
     facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}{uncompiled}"
     _show(config, facts, notes_on_training(section, store), role)
 
@@ -152,12 +152,12 @@ def _cost_of(work: Callable[[int], None], images: ImageSource, batch_size: int, 
     `views` of an image are read together.
     """
     size, device = min(batch_size, 8), images.device
-    first, before = _time(work, size, device, 2), peak_memory(device)
+    first, before = _fastest(work, size, device, 2), peak_memory(device)
     whole = first * batch_size / size
     while size < batch_size and 3 * whole * min(1, 4 * size / batch_size) < SECONDS:
         size = min(4 * size, batch_size)
         before = peak_memory(device)
-        whole = _time(work, size, device, 3) * batch_size / size
+        whole = _fastest(work, size, device, 3) * batch_size / size
     grown = peak_memory(device) - before  # by three quarters of what the last size takes
     more = 0 if size == batch_size else grown * 4 / 3 * (batch_size / size - 1)
     seconds, read = times * whole, batch_size * _reading(images, views)
@@ -232,10 +232,10 @@ class _Read:
         return self.known[len(rows)]
 
 
-def _time(work: Callable[[int], None], size: int, device: torch.device, times: int) -> float:
+def _fastest(work: Callable[[int], None], size: int, device: torch.device, calls: int) -> float:
     """Seconds of the fastest of so many calls, after one that is not counted: what else the machine does only adds to them."""
     seconds = []
-    for _ in range(1 + times):
+    for _ in range(1 + calls):
         start = time.perf_counter()
         work(size)
         if device.type == "cuda":

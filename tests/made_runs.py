@@ -40,13 +40,18 @@ def make_run(
     evaluated: bool = True,
     overrides=(),
     part=PART,
+    backbone: dict | None = None,
 ):
-    """A complete run of `method`, "teacher" or a student's, on classes of those `names`, the images of `part`; returns it."""
+    """A complete run of `method`, "teacher" or a student's, on classes of those `names`, the images of `part`; returns it.
+
+    It learned from the `backbone` of that experiment, else a student from one cache, the same for all.
+    """
     stage = "teacher" if method == "teacher" else "student"
     config = tiny.experiment(*([] if stage == "teacher" else [f"student.method={{name: {method}}}"]), *overrides, seed=seed)
     counts, found = class_counts(len(names)), answers(len(names), skill, seed)
     scores = metrics.scores(found, counts)
-    with runs.start_run(folder, config, stage, tiny.CPU, resume=False) as run:
+    learns_from = f"{seed:064x}" if backbone else None if stage == "teacher" else "cafe" * 16
+    with runs.start_run(folder, config, stage, tiny.CPU, resume=False, learns_from=learns_from) as run:
         for epoch in range(1, 21):
             progress = epoch / 20
             test = {k: v * progress if isinstance(v, float) else v for k, v in scores.items()}
@@ -56,7 +61,7 @@ def make_run(
         run.save_tensors("last", weights, epoch=20)
         run.save_tensors("best", weights, epoch=20)
         about = {"method": method, "seed": seed, "classes": names, "class_counts": counts.tolist()}
-        data = {"dataset": part, "test_dataset": part, "teacher": None, "digest": runs.digest(weights)}
+        data = {"dataset": part, "test_dataset": part, "teacher": None, "backbone": backbone, "digest": runs.digest(weights)}
         last = {"epoch": 20, **scores}
         run.write_summary({**about, **data, "last": last, "best": last, "seconds": 12.3, "image_size": [8, 8]})
     if evaluated:

@@ -162,6 +162,17 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, command):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_takes_the_fastest_of_warm_steps_and_says_that_they_are_not_compiled(monkeypatch, capsys):
+    moments = iter([0, 9, 10, 13, 20, 22, 30, 34])  # steps of 9 (not counted), 3, 2 and 4 seconds
+    with monkeypatch.context() as patch:
+        patch.setattr(dry_run.time, "perf_counter", lambda: next(moments))
+        assert dry_run._fastest(lambda size: None, 8, tiny.CPU, 3) == 2
+    for compiled in False, True:
+        config = tiny.experiment(f"teacher.training.compile={str(compiled).lower()}")
+        show_training_plan(config, tiny.CPU, "teacher", "run")
+        assert ("images, not compiled as training will be" in " ".join(capsys.readouterr().out.split())) == compiled
+
+
 def test_a_dry_run_of_a_part_tells_the_time_of_a_part(monkeypatch):
     monkeypatch.setattr(dry_run, "_cost_of", lambda *_: dry_run._Cost(seconds=60.0, more_memory=0, basis="made up"))
     plan = "dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x", "--dry-run"
@@ -189,7 +200,7 @@ def test_a_dry_run_steps_what_learns_alone(monkeypatch, teacher_run):
 
 def test_a_dry_run_counts_on_workers_and_on_shared_decodes(monkeypatch):
     asked = "train-teacher", *tiny.options("views={name: random_resized_crop, size: 8, count: 4}"), "--out", "x", "--dry-run"
-    monkeypatch.setattr(dry_run, "_time", lambda work, size, *_: work(size) or 1.0)
+    monkeypatch.setattr(dry_run, "_fastest", lambda work, size, *_: work(size) or 1.0)
     # seconds an image, which nothing else comes near
     monkeypatch.setattr(dry_run, "_reading", lambda images, views: 10.0 / views)
 
@@ -463,13 +474,16 @@ def interrupted_in_epoch_3(send, *overrides, out):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # a job in the background is started with interrupts ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # a job in the background is started with interrupts ignored, one under nohup with hangups
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
-    while not process.stdout.readline().startswith("epoch 2/"):
-        assert process.poll() is None
-    send(process)
-    _, error = process.communicate(timeout=30)
+    try:
+        while not process.stdout.readline().startswith("epoch 2/"):
+            assert process.poll() is None
+        send(process)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130 and error.startswith("error: interrupted; give the") and error.count("\n") == 1, error
     with pytest.raises(ProcessLookupError):  # none of its processes is left
         os.killpg(process.pid, 0)
@@ -489,7 +503,13 @@ def test_a_terminal_s_signal_which_workers_get_too_is_answered_once(tmp_path, se
     folder_of_images(tmp_path / "images")
     data = f"data={{name: imagefolder, root: '{tmp_path / 'images'}', workers: 2}}"
     crops = "views={name: random_resized_crop, size: 8, count: 2}"
-    interrupted_in_epoch_3(lambda process: os.killpg(process.pid, sent), data, crops, out=tmp_path / "run")
+
+    def send(process):
+        while not any(file.read_text() for file in Path(f"/proc/{process.pid}/task").glob("*/children")):
+            assert process.poll() is None
+        os.killpg(process.pid, sent)
+
+    interrupted_in_epoch_3(send, data, crops, "teacher.training.batch_size=1", out=tmp_path / "run")
 
 
 def test_under_nohup_a_closed_terminal_is_ignored():

@@ -170,7 +170,7 @@ def test_names_that_one_part_gives_are_those_of_both(tmp_path):
             [0, 1],
             [0, 1, 2],
             None,
-            "1 class without a training sample, of which the test part has 1 image: '2'; leave",
+            "1 class without a training sample, but with 1 image in the test part: '2'; leave",
         ),
     ],
 )

@@ -101,7 +101,8 @@ def test_what_a_configuration_says_was_reached_is_the_mean_of_such_runs(name):
         place = figure.end()
         titles = re.findall(rf"\b(?:{'|'.join(map(re.escape, TITLES))})\b", before)
         of = method or TITLES[titles[-1]]
-        kinds = {kind(run) for run in RUNS if run["method"] == of}
+        data = "cifar10-lt" if name.startswith("cifar10-lt") else "cifar100-lt"
+        kinds = {kind(run) for run in RUNS if (run["data"], run["method"]) == (data, of)}
         means = {shown([run["last"]["all"] for run in RUNS if kind(run) == one], spread=False) for one in kinds}
         assert figure[0] in means, f"{of}: {figure[0]}"
 

@@ -84,7 +84,7 @@ def test_a_list_may_come_from_windows_with_tabs_and_lie_elsewhere(tmp_path):
 
 
 def test_classes_of_a_list_are_as_many_as_the_larger_label_of_both_parts_or_a_file_names_them(tmp_path):
-    with pytest.raises(UserError, match="1 class without a training sample, of which the test part has 1 image: '3'"):
+    with pytest.raises(UserError, match="1 class without a training sample, but with 1 image in the test part: '3'"):
         datasets.load(lists(tmp_path, test=[*TEST, "val/3.jpg 3"]))
     section = lists(tmp_path, classes="classes.txt")
     (tmp_path / "classes.txt").write_text("tench\nwild boar\ngoldfish\n")

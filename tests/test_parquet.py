@@ -203,7 +203,7 @@ def test_a_pipe_or_a_folder_that_the_pattern_matches_is_refused(tmp_path):
             {"labels": [0, 2, -1]},
             r"sample 1: label 2 is outside 0 … 1 \(2 such samples in the training part, .* from -1 to 2\)",
         ),
-        ({"labels": [0, 0, 0]}, r"1 class without a training sample, of which the test part has 1 image: 'dog'"),
+        ({"labels": [0, 0, 0]}, r"1 class without a training sample, but with 1 image in the test part: 'dog'"),
         ({"labels": [0, None, 1]}, r"must hold whole numbers without gaps"),
         ({"labels": [0, 1], "images": [png(0), None]}, r"row 1 has no image bytes"),
         ({"labels": [0, 1], "column": "fine"}, r"has no column 'label' but image, fine"),

@@ -125,6 +125,17 @@ def test_a_commit_is_of_the_checkout_alone(tmp_path, monkeypatch):
     assert runs.commit() is None
 
 
+def test_runs_on_backbones_of_one_experiment_are_a_row_whatever_their_seeds(tmp_path):
+    teachers = [make_run(tmp_path / f"teacher-{seed}", NAMES, "teacher", seed=seed, evaluated=False) for seed in (0, 1)]
+    other = make_run(tmp_path / "other", NAMES, "teacher", evaluated=False, overrides=["teacher.training.epochs=9"])
+    students = [
+        make_run(tmp_path / f"crt-{seed}", NAMES, "crt", seed, evaluated=False, backbone=runs.experiment_of(teacher))
+        for seed, teacher in enumerate([*teachers, other])
+    ]
+    table = write_report([str(run.folder) for run in students], str(tmp_path / "report")).table
+    assert [row[:2] for row in table[1:]] == [["cRT student on teacher (crt-0)", "2"], ["cRT student on teacher (crt-2)", "1"]]
+
+
 def test_a_page_needs_nothing_from_elsewhere(page, report):
     text = (report[1] / "report.html").read_text()
     assert len(page.sources) == 10 and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
@@ -149,6 +160,7 @@ def test_a_page_shows_scores_confusions_and_what_differs_in_the_configurations(p
     assert results[1][7] == f"{compared[0].summary()['last']['top5']['all']:.2f}"
     settings = {row[0]: row[1:] for row in table_under(page, "setting")[1:]}
     assert settings["method.name"] == ["ce", "bkd"] and "model.depth" not in settings
+    assert settings["cache.digest"] == ["–", "cafecafecafe"] and settings["cache.temperature"] == ["–", "2.0"]
     kept = evaluation.kept_evaluation(compared[1])
     confused = [table for table in page.tables if table[0] == ["class", "taken for", "test images"]]
     assert len(confused) == 2 and len(confused[1]) == 11

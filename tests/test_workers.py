@@ -129,6 +129,23 @@ def test_signals_to_all_processes_of_a_command_are_its_own_and_not_of_a_worker_t
     assert not capfd.readouterr().err
 
 
+def test_an_interrupt_while_a_worker_is_forked_is_no_other_error(monkeypatch):
+    forked, fork = [], os.fork
+
+    def interrupted():
+        if number := fork():
+            forked.append(number)
+            if len(forked) == 2:
+                raise KeyboardInterrupt
+        return number
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(in_workers(lambda index: np.zeros(2**22, np.uint8), 100, 3))
+    os.waitpid(forked[1], 0)  # of whom nobody knows
+    assert not children()
+
+
 def test_nobody_is_left_when_the_arrays_are_not_all_taken(capfd):
     arrays = in_workers(lambda index: np.zeros(2**22, np.uint8), 100, 3)
     next(arrays)

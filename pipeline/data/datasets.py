@@ -58,9 +58,9 @@ def load(section: schema.Data, shot: str | None = None, download: bool = True) -
         lowest = training.label.min()
         remedy = f"its labels begin at {lowest}: number them from 0" if lowest else "leave such classes out of the set"
         images = {name: int(part.class_counts[training.class_counts == 0].sum()) for name, part in others.items()}
-        tested = [f"the {name} part has {counted(count, 'image')}" for name, count in images.items() if count]
-        of_it = f", of which {' and '.join(tested)}" if tested else ""
-        raise UserError(f"{training.name}: {_classes(empty)} without a training sample{of_it}: {_some(empty)}; {remedy}")
+        tested = [f"{counted(count, 'image')} in the {name} part" for name, count in images.items() if count]
+        though = f", but with {' and '.join(tested)}" if tested else ""
+        raise UserError(f"{training.name}: {_classes(empty)} without a training sample{though}: {_some(empty)}; {remedy}")
     if isinstance(section.validation, int | float):
         training, others["validation"] = hold_out(training, section.validation, section.seed)
     for name, part in others.items():

@@ -43,15 +43,20 @@ def in_workers(make: Callable[[int], np.ndarray], count: int, workers: int, pinn
                 raise RuntimeError(_death(processes[index % workers]))
             yield data
     finally:
-        for number, process in enumerate(processes):
-            sockets[number].close()
-            process.terminate()
-            process.join()
+        for end in sockets:
+            end.close()
+        for process in processes:
+            if process.pid:  # not one that was interrupted while it was forked: it ends without its socket
+                process.terminate()
+                process.join()
 
 
 @contextmanager
 def _held_back() -> Iterator[None]:
-    """Signals wait, in a worker until it handles them as one: its parent's handlers, which it begins with, would complain."""
+    """In a worker, signals wait until it handles them as one: its parent's handlers, which it begins with, would complain.
+
+    In the parent they wait only where it has no other thread.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

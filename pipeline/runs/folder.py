@@ -117,10 +117,12 @@ def open_run(folder: str | Path) -> Run:
 
 
 def experiment_of(run: Run) -> dict[str, str]:
-    """What tells apart the experiments that runs were made by, whatever their seeds: the method, and a digest of the rest."""
+    """What tells apart the experiments that runs were made by, whatever their seeds: the method, and a digest of the rest.
+
+    To the rest belongs what was learned from: a cache by its own digest, a backbone by its experiment, whatever its seed.
+    """
     summary, settings = run.summary(), record.settings(run.config(), run.stage)
     del settings["seed"]
-    # a cache is one and the same for all seeds, a backbone has a seed of its own
     text = json.dumps([settings, summary.get("backbone") or run.environment()["learns_from"]])
     return {"method": summary["method"], "settings": hashlib.sha256(text.encode()).hexdigest()[:12]}
 

@@ -112,7 +112,10 @@ def commit() -> str | None:
 
 
 def settings(config: Experiment, stage: str) -> dict:
-    """What tells a run of `stage` from others. What its images are stands in data, what its cache is in learns_from."""
+    """What a configuration says that tells a run of `stage` from others.
+
+    Which images and which cache it had stands in environment.json, under data and learns_from.
+    """
     return config.model_dump(mode="json", include={"seed", "data", "views", stage}, exclude={"data": schema.PLACE})
 
 

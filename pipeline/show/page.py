@@ -129,7 +129,7 @@ def _every_class(lines: Sequence[Seeds], classes: Sequence[str], counts: np.ndar
 
 def _differences(lines: Sequence[Seeds]) -> str:
     """The settings that not all share, without those that change no result."""
-    settings = [{key: _setting(value) for key, value in leaves(_settings(line.runs[0]))} for line in lines]
+    settings = [{key: _setting(value) for key, value in leaves(_compared(line.runs[0]))} for line in lines]
     keys = list(dict.fromkeys(key for values in settings for key in values))
     rows = [["setting", *(line.name for line in lines)]]
     for key in keys:
@@ -141,14 +141,14 @@ def _differences(lines: Sequence[Seeds]) -> str:
     return _section("Differences between configurations", _table(rows, names=len(rows[0])))
 
 
-def _settings(run: runs.Run) -> dict:
-    """What the run looked at, with a teacher's and a student's settings under the same names; and where it ran."""
+def _compared(run: runs.Run) -> dict:
+    """What a run depended on, with a teacher's and a student's settings under the same names; and where it ran."""
     config, environment = run.config(), run.environment()
     values = runs.settings(config, run.stage)
     del values["seed"]
     own = values.pop(run.stage)
     if config.network(run.stage).method.learns_from_cache:
-        values["cache"] = config.cache.model_dump(mode="json")
+        values["cache"] = {"digest": environment["learns_from"][:12], "temperature": config.cache.temperature}
     ran_on = {"device": environment["device"], "torch": environment["packages"].get("torch")}
     return {**own, **values, **ran_on}
 

@@ -60,7 +60,7 @@ def write_report(folders: Sequence[str], out: str) -> Report:
     pictures.save_curves(Path(out) / "curves.png", epochs)
     scores = {line.name: line.class_scores for line in lines}
     pictures.save_classes(Path(out) / "accuracy_by_class.png", scores, class_counts)
-    page.write_page(Path(out) / "report.html", *report, lines)
+    page.write_page(Path(out) / "report.html", report.answer, report.table, lines)
     return report
 
 
