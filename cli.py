@@ -216,11 +216,12 @@ def evaluate(run, checkpoint, overrides, device, out, as_json):
         evaluation.make_folder(Path(out), runs.open_run(run), checkpoint)  # what cannot be one is refused before the work
     with progress_aside(as_json):
         answered = ask_run(run, checkpoint, overrides, choose_device(device))
-    written = evaluation.keep_evaluation(answered, out)
+        written = evaluation.keep_evaluation(answered, out)
+        if not as_json:
+            evaluation.print_evaluation(answered)
+        terminal.line(written)
     if as_json:
-        return click.echo(json.dumps(answered.scores))
-    evaluation.print_evaluation(answered)
-    terminal.line(written)
+        click.echo(json.dumps(answered.scores))
 
 
 @main.command(short_help="Say what a network sees in images.")

@@ -23,7 +23,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByt
 from .format import CacheError
 from .object_storage import CLASSES, ObjectStorage
 
-PARTIAL = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.partial")  # earlier without digits of its own
+PARTIAL = re.compile(r"(.+)\.[0-9a-f]{16}\.partial")  # as `new_file` names it: no other program's is taken away
 
 
 @contextmanager

@@ -52,12 +52,12 @@ def dump_config(config: Experiment) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def expand(path: str) -> Path:
-    """`path` with ~ and ${VARIABLES} replaced. Raises UserError for a variable that is not set."""
+def expand(path: str, folder: Path = Path()) -> Path:
+    """`path`, from `folder`, with ~ and ${VARIABLES} replaced. Raises UserError for a variable that is not set."""
     expanded = os.path.expanduser(os.path.expandvars(path))
     if unset := re.search(r"\$\{?(\w+)", expanded):
-        raise UserError(f"the environment variable {unset[1]} in {path!r} is not set; set it, or override data.root")
-    return Path(expanded).resolve()
+        raise UserError(f"the environment variable {unset[1]} in {path!r} is not set; set it, or give another path")
+    return (folder / expanded).resolve()
 
 
 # What files and overrides say, in layers

@@ -21,8 +21,8 @@ from offline_bkd.pipeline.data.images import Batch, ImageSource
 from offline_bkd.pipeline.device import peak_memory
 from offline_bkd.pipeline.dump import prepare_dump
 from offline_bkd.pipeline.evaluate import infer
-from offline_bkd.pipeline.models import build_model, refuse_unknown_weights
-from offline_bkd.pipeline.requirements import notes_on_training, refuse_unfit
+from offline_bkd.pipeline.models import build_model, classifier, refuse_unknown_weights
+from offline_bkd.pipeline.requirements import is_there, notes_on_training, refuse_unfit
 from offline_bkd.pipeline.schema import Experiment, TrainedNetwork
 from offline_bkd.pipeline.show import terminal
 from offline_bkd.pipeline.show.trackers import refuse_missing
@@ -76,19 +76,22 @@ def show_training_plan(
     seconds = steps * step.seconds + evaluations * judged / 500 * score.seconds
     held = _unread(images, len(training_set)) + _unread(test_images, judged)
     facts = _sizes(config, training_set, model) | {"test samples": f"{len(inputs.test_set):,}"}
-    from_cache, row = section.method.learns_from_cache, None
+    from_cache, from_features = section.method.learns_from_cache, section.method.learns_from == "features"
+    probabilities = _row_bytes(config, len(training_set.classes), store)
+    features = sum(store.features.values()) if store else 0
+    if not store and (from_features or (config.cache.features and role == "teacher")):
+        features = classifier(model).in_features
     if from_cache or role == "teacher":
-        row = _row_bytes(config, section, len(training_set.classes), store)
-        facts["store"] = _store_size(config, len(training_set), row)
+        facts["store"] = _store_size(config, len(training_set), probabilities, features)
     if from_cache:
-        of_a_view = len(training_set) * (row or 0)
+        of_a_view = len(training_set) * (features if from_features else probabilities or 0)
         most = isinstance(config.views, CropFlip) or section.method.draws == "samples"  # of the views come in one epoch
         whole = most and of_a_view * config.views.count <= room(device)
         held += of_a_view * (config.views.count if whole else 2)  # an epoch's, and the next one's meanwhile
     facts["memory"] = f"about {(peak_memory(device) + step.more_memory + held) / 1e6:,.0f} MB on {device.type}"
     uncompiled = ", not compiled as training will be" if section.training.compile else ""
     facts["time"] = f"about {seconds:,.0f} s on {device.type}, {step.basis}{uncompiled}"
-    _show(config, facts, notes_on_training(section, store), role)
+    _show(config, facts, _absent(cache, backbone) + notes_on_training(section, store), role)
 
 
 def show_dump_plan(
@@ -115,14 +118,18 @@ def show_dump_plan(
     forward = _cost_of(_forward(model, images, config.cache.precision), images, batch_size, views, times)
     crops = config.views.count * len(training_set) / (part[1] if part else 1)
     facts, classes = _sizes(config, training_set, model), len(training_set.classes)
-    facts["store"] = _store_size(config, len(training_set), _row_bytes(config, config.teacher, classes, None))
+    features = sum(asked.networks.widths)  # of all teachers
+    if config.cache.features and not features:
+        features = classifier(model).in_features * len(teachers)
+    probabilities = _row_bytes(config, classes, None)
+    facts["store"] = _store_size(config, len(training_set), probabilities, features // (len(teachers) if apart else 1))
     if apart:
         facts["store"] += f", each of {len(teachers)}"
     memory = peak_memory(device) + forward.more_memory + _unread(images, len(training_set))
     facts["memory"] = f"about {memory / 1e6:,.0f} MB on {device.type}"
     time_of = f"part {part[0]}/{part[1]}: " if part else ""
     facts["time"] = f"{time_of}about {crops / batch_size * forward.seconds:,.0f} s on {device.type}, {forward.basis}"
-    _show(config, facts, asked.notes, "dump")
+    _show(config, facts, _absent(*teachers) + asked.notes, "dump")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,16 +258,22 @@ def _show(config: Experiment, facts: dict[str, str], notes: list[str], what: str
     terminal.facts(facts, f"{config.name}: {what}, nothing written")
 
 
-def _row_bytes(config: Experiment, section: TrainedNetwork, classes: int, store: Cache | None) -> int | None:
+def _absent(*places: str | None) -> list[str]:
+    """A note on each of the sources that are given and yet to be made, or misspelt."""
+    return [f"{place} is not there yet; planned without it" for place in places if place and not is_there(place)]
+
+
+def _row_bytes(config: Experiment, classes: int, store: Cache | None) -> int | None:
     """Bytes that one sample's answer to one view takes in memory; None where only the teacher's answers can say."""
     if store:
-        width, dtype = store.row_format(section.method.learns_from == "features")
+        width, dtype = store.row_format(features=False)
         return width * dtype.itemsize
     encoding = encodings.from_json(config.cache.encoding.model_dump())
     return classes * np.dtype(encoding.dtype).itemsize if encoding.plain else None
 
 
-def _store_size(config: Experiment, samples: int, row: int | None) -> str:
-    if row is None:
+def _store_size(config: Experiment, samples: int, probabilities: int | None, features: int) -> str:
+    """In words; `features` is their width, of all teachers: they are stored as bytes."""
+    if probabilities is None:
         return "known once klt is fitted to the teacher"
-    return f"{config.views.count * samples * row / 1e6:,.1f} MB in memory"
+    return f"{config.views.count * samples * (probabilities + features) / 1e6:,.1f} MB in memory"

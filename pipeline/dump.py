@@ -160,9 +160,10 @@ def dump(
 
     network: an nn.Module, or any callable, from uint8 images [B, 3, S, S] to logits [B, C]; it normalises them itself.
     data: an experiment, whose training part is meant, or a part of a data set.  encoding: as in `cache.encoding`; None: the
-    default.  teacher: says whose answers they are, where a digest of a module's weights cannot.  blocks: only these
-    (view, block), while other processes write others; whoever comes first creates the store (see `dump_logits`).  device:
-    where the network runs meanwhile; None: where it is. Afterwards it is where it was, and in the mode that it was in.
+    default.  teacher: says whose answers they are, beside the digest of a module's weights, or where there are none.
+    blocks: only these (view, block), while other processes write others; whoever comes first creates the store (see
+    `dump_logits`).  device: where the network runs meanwhile; None: where it is. Afterwards it is where it was, and in the
+    mode that it was in.
 
     Raises UserError where the network cannot be told from another or does not answer logits, and for settings that make no
     sense, CacheError where the store cannot be written.
@@ -179,7 +180,9 @@ def dump(
     except ValidationError as error:
         raise UserError("; ".join(f"{key}: {message}" for key, message in explain(error, CacheSection))) from None
     module = network if isinstance(network, torch.nn.Module) else _Called(network)
-    digest = hashlib.sha256(teacher.encode()).hexdigest() if teacher else runs.digest(module.state_dict())
+    digest = runs.digest(module.state_dict())  # with a name, of both: neither may change between two parts of a dump
+    if teacher:
+        digest = hashlib.sha256(f"{digest}\n{teacher}".encode()).hexdigest()
     store = Store(os.fspath(out), {"digest": digest, **({"name": teacher} if teacher else {})}, {}, [0])
     share = _share(None, blocks)
     with _lent(module, device) as device:

@@ -67,7 +67,7 @@ def import_model(
         refuse_other_order(answers.predicted, answers.label, len(training_set.classes))
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    with runs.start_run(out, config, "teacher", device, resume=None) as run:
+    with runs.start_run(out, config, "teacher", device, resume=None, learns_from=sha256) as run:
         mean, std = ([round(value, 4) for value in (part.flatten() / 255).tolist()] for part in (model.mean, model.std))
         run.log(f"imported {path.name}, part {prefix!r}, sha256 {sha256}")
         run.log(f"pixels are normalised by mean {mean} and standard deviation {std}")

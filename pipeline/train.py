@@ -123,7 +123,7 @@ def _train(
         return train_network(config, role, inputs, out, device, ranks, resume, tracker=tracker)
     for folder, seeded in several.items():
         if ranks.first and runs.begun(Path(folder)):  # what cannot go on is refused before others begin
-            with runs.start_run(folder, seeded, role, device, resume, inputs.learns_from, inputs.fingerprints):
+            with runs.start_run(folder, seeded, role, device, resume, inputs.learns_from, inputs.fingerprints, silent=True):
                 pass
     diverged = None
     for folder, seeded in several.items():

@@ -191,7 +191,7 @@ def test_a_failing_disk_is_reported_and_what_is_committed_stays(tmp_path, two_bl
 def test_what_a_killed_dump_left_of_its_own_blocks_is_taken_away(tmp_path, two_blocks):
     url, given = tmp_path / "s", arguments(**TWO_VIEWS)
     create_cache(url, **given).close()
-    mine = ["probability/c.1.0.0.0123456789abcdef.partial", "done/1.0.partial"]  # the last by an older version
+    mine = ["probability/c.1.0.0.0123456789abcdef.partial", "done/1.0.aaaaaaaaaaaaaaaa.partial"]
     others = ["probability/c.1.1.0.0123456789abcdef.partial", "done/0.1.fedcba9876543210.partial"]
     for name in (*mine, *others):
         (url / name).write_text("half")

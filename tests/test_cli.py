@@ -60,7 +60,9 @@ def test_a_student_is_trained_scored_and_reported_and_again_for_other_seeds(tmp_
         "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "summary.json", "last.safetensors",
         "best.safetensors", "curves.png", "accuracy_by_class.png",
     }  # fmt: skip
-    scores = json.loads(run("evaluate", student, "--json", "--device", "cpu").stdout)
+    evaluated = run("evaluate", student, "--json", "--device", "cpu")
+    assert f"{student / 'evaluation-last'}" in evaluated.stderr
+    scores = json.loads(evaluated.stdout)
     summary = json.loads((student / "summary.json").read_text())
     assert scores == {key: value for key, value in summary["last"].items() if key != "epoch"}
     best = json.loads(run("evaluate", student, "--json", "--device", "cpu", "--checkpoint", "best").stdout)
@@ -171,6 +173,21 @@ def test_a_dry_run_takes_the_fastest_of_warm_steps_and_says_that_they_are_not_co
         config = tiny.experiment(f"teacher.training.compile={str(compiled).lower()}")
         show_training_plan(config, tiny.CPU, "teacher", "run")
         assert ("images, not compiled as training will be" in " ".join(capsys.readouterr().out.split())) == compiled
+
+
+def test_a_dry_run_counts_a_store_s_features_and_names_what_is_not_there(teacher_run):
+    def plan(*teachers):
+        named = [word for teacher in teachers for word in ("--teacher", teacher)]
+        said = run("dump-logits", *options, *named, "--out", "x", "--dry-run").stdout
+        return float(re.search(r"store\W+([\d.]+) MB", said)[1]), re.findall("note: (.*)", said)
+
+    wide = "teacher.model={name: cifar_resnet, depth: 8, width: 4, projection: 2048}"
+    options = tiny.options("cache.features=true", wide)
+    (one, note), (two, notes) = plan("nowhere"), plan("nowhere", "neither")
+    assert one == pytest.approx(9 * 464 * (2048 + 20) / 1e6, abs=0.06)
+    assert two == pytest.approx(9 * 464 * (2 * 2048 + 20) / 1e6, abs=0.06)
+    assert note == ["nowhere is not there yet; planned without it"] and len(notes) == 2
+    assert plan(teacher_run)[0] == pytest.approx(9 * 464 * (16 + 20) / 1e6, abs=0.06)  # as wide as the run's own
 
 
 def test_a_dry_run_of_a_part_tells_the_time_of_a_part(monkeypatch):

@@ -277,7 +277,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
 
 def test_a_variable_that_is_not_set_is_named(monkeypatch):
     monkeypatch.delenv("OFFLINE_BKD_DATA", raising=False)
-    with pytest.raises(UserError, match="OFFLINE_BKD_DATA in .* is not set; set it, or override data.root"):
+    with pytest.raises(UserError, match="OFFLINE_BKD_DATA in .* is not set; set it, or give another path"):
         datasets.load(schema.Digits(name="digits", root="${OFFLINE_BKD_DATA}/x"))
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -374,7 +375,9 @@ def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, droppin
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_students_of_several_seeds_are_those_trained_alone_even_after_an_interruption(tmp_path, cache, dropping, monkeypatch):
+def test_students_of_several_seeds_are_those_trained_alone_even_after_an_interruption(
+    tmp_path, cache, dropping, monkeypatch, capsys
+):
     for seed in (0, 1, 2):
         train_student(tiny.experiment(seed=seed), str(cache), str(tmp_path / f"alone-{seed}"), tiny.CPU)
     written, write = [], runs.folder.write_whole
@@ -389,7 +392,11 @@ def test_students_of_several_seeds_are_those_trained_alone_even_after_an_interru
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(runs.folder, "write_whole", stop_before)
         train_student(*at_once, seeds=(0, 1, 2))
-    train_student(*at_once, seeds=(0, 1, 2), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.record, "commit", lambda: "of another day")
+        train_student(*at_once, seeds=(0, 1, 2), resume=True)
+    notes = re.findall("(.*)note: the run began with commit", capsys.readouterr().out)
+    assert notes == ["seed 0: "], "once, of the one that had begun"
     assert all(equal_runs(tmp_path / f"alone-{seed}", tmp_path / f"at-once-{seed}") for seed in (0, 1, 2))
 
 

@@ -88,9 +88,12 @@ def test_a_dry_run_makes_no_copy(large):
     assert not (large / "copies").exists()
 
 
-def test_a_copy_lies_where_data_copies_says(large, tmp_path):
+def test_a_copy_lies_where_data_copies_says(large, tmp_path, monkeypatch):
     datasets.load(section(large, copies="elsewhere/deep"))
     assert not (large / "copies").exists() and list(tmp_path.glob("elsewhere/deep/*.images"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    datasets.load(section(large, copies="${SCRATCH}/deep"))
+    assert list(tmp_path.glob("scratch/deep/*.images"))
 
 
 def test_a_copy_that_finds_no_room_is_one_line(large, monkeypatch):

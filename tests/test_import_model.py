@@ -145,6 +145,18 @@ def test_an_imported_network_is_reported_beside_others(tmp_path, trained_run, ne
     import_model(tiny.experiment(), str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
     _, imported, trained = write_report([str(tmp_path / "run"), str(trained_run)], str(tmp_path / "report")).table
     assert (imported[0], trained[0]) == ("imported", "teacher") and imported[2:] == [*trained[2:-1], trained[2]]
+    torch.save({name: value + 0 for name, value in network.items()} | {"epoch": 7}, tmp_path / "other.pth")
+    import_model(tiny.experiment(), str(tmp_path / "other.pth"), str(tmp_path / "other"), tiny.CPU)
+    table = write_report([str(tmp_path / "run"), str(tmp_path / "other")], str(tmp_path / "two")).table
+    assert [row[:2] for row in table[1:]] == [["imported (run)", "1"], ["imported (other)", "1"]], "files, not seeds"
+
+
+def test_an_import_that_was_interrupted_is_no_run_to_train(tmp_path, network):
+    torch.save(network, tmp_path / "weights.pth")
+    import_model(tiny.experiment(), str(tmp_path / "weights.pth"), str(tmp_path / "run"), tiny.CPU)
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(UserError, match="it began with another cache, backbone or import"):
+        train_teacher(tiny.experiment(), str(tmp_path / "run"), tiny.CPU, resume=True)
 
 
 def test_an_imported_backbone_is_taken(tmp_path, network):

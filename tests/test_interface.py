@@ -263,6 +263,11 @@ def test_any_network_in_memory_may_answer(tmp_path, digits, teacher_run, cache):
         dump(lambda images: network(images), digits, config.views, str(tmp_path / "nobody.zarr"))
     with pytest.raises(CacheError, match="is another store: teacher.digest"):
         dump(network, digits, config.views, str(tmp_path / "called.zarr"), encoding=exact, resume=True)
+    dump(network, digits, config.views, str(tmp_path / "named.zarr"), encoding=exact, teacher="mine")
+    other, _ = load_teacher(str(teacher_run), digits)
+    torch.nn.init.zeros_(next(other.parameters()))
+    with pytest.raises(CacheError, match="is another store: teacher.digest"):  # by the same name
+        dump(other, digits, config.views, str(tmp_path / "named.zarr"), encoding=exact, teacher="mine", resume=True)
 
 
 class Answering(torch.nn.Module):

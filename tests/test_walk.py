@@ -1,5 +1,6 @@
 """The walk from images to a student, and that cached training is training with a live teacher."""
 
+import errno
 import json
 import re
 import shutil
@@ -379,7 +380,7 @@ def test_a_run_goes_on_with_the_cache_it_began_with_and_with_no_other(tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine, "_line", stop)
         train_student(config, str(cache), str(tmp_path / "run"), tiny.CPU)
-    with pytest.raises(UserError, match="began with another cache or backbone; name that, or another folder"):
+    with pytest.raises(UserError, match="began with another cache, backbone or import; name that, or another folder"):
         train_student(config, str(tmp_path / "other.zarr"), str(tmp_path / "run"), tiny.CPU, resume=True)
     train_student(config, str(cache), str(tmp_path / "run"), tiny.CPU, resume=True)
     assert len(runs.open_run(tmp_path / "run").metrics()) == 3
@@ -391,10 +392,28 @@ def test_a_folder_has_one_writer_and_what_was_cut_before_it_began_is_no_run(tmp_
         with pytest.raises(UserError, match="another command is writing into"):
             train_student(config, None, str(tmp_path / "run"), tiny.CPU, resume=True)
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "environment.json").write_text("{}")
-    (tmp_path / "cut" / "config.yaml.partial").write_text("na")
+    shutil.copy(tmp_path / "run" / "environment.json", tmp_path / "cut")
+    (tmp_path / "cut" / "config.yaml.0123456789abcdef.partial").write_text("na")
     train_student(config, None, str(tmp_path / "cut"), tiny.CPU)
     assert runs.open_run(tmp_path / "cut").summary()["method"] == "ce"
+
+
+def test_where_nothing_can_be_locked_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"lies where nothing can be locked \(Function not implemented\); name a folder"):
+        train_student(tiny.experiment("student.method={name: ce}"), None, str(tmp_path / "run"), tiny.CPU)
+
+
+@pytest.mark.parametrize(("name", "text"), [("environment.json", '{"mine": 1}'), ("film.mkv.partial", "half of it")])
+def test_a_file_of_another_program_is_never_taken_for_a_run_s_own(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    for resume, message in (False, "is not empty"), (True, "holds no run to resume"):
+        with pytest.raises(UserError, match=message):
+            train_student(tiny.experiment("student.method={name: ce}"), None, str(tmp_path), tiny.CPU, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == text
 
 
 def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):

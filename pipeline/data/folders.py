@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from offline_bkd.pipeline import UserError, schema
-from offline_bkd.pipeline.data.dataset import Dataset, part_names, printable
+from offline_bkd.pipeline.data.dataset import Dataset, part_names
 from offline_bkd.pipeline.data.decoding import SUFFIXES
-from offline_bkd.pipeline.show.terminal import counted
+from offline_bkd.pipeline.show.terminal import counted, printable
 
 OURS = "config.yaml", "zarr.json"  # of a run and of a cache, whose pictures and chunks would become a class
 

@@ -24,8 +24,9 @@ import numpy as np
 from offline_bkd.cache.storage import new_file, open_regular
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.data import decoding
-from offline_bkd.pipeline.data.dataset import printable, refuse
+from offline_bkd.pipeline.data.dataset import refuse
 from offline_bkd.pipeline.show.progress import Progress
+from offline_bkd.pipeline.show.terminal import printable
 
 RECORD = np.dtype(
     [

@@ -12,7 +12,8 @@ from pydantic import FailFast, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from offline_bkd.pipeline import UserError, schema, yaml_files
-from offline_bkd.pipeline.data.dataset import MOST_CLASSES, Dataset, numbered_classes, part_names, printable
+from offline_bkd.pipeline.data.dataset import MOST_CLASSES, Dataset, numbered_classes, part_names
+from offline_bkd.pipeline.show.terminal import printable
 
 MOST_BYTES = 2**30  # of a list
 LABEL = re.compile("[0-9]{1,5}")

@@ -20,11 +20,11 @@ import pyarrow
 import pyarrow.parquet
 from pyarrow import types
 
-from offline_bkd.pipeline import UserError, schema
-from offline_bkd.pipeline.data.dataset import Dataset, numbered_classes, part_names, printable
+from offline_bkd.pipeline import UserError, config, schema
+from offline_bkd.pipeline.data.dataset import Dataset, numbered_classes, part_names
 from offline_bkd.pipeline.data.image_copy import CopiedImages, make_copy, open_copy
 from offline_bkd.pipeline.data.lists import listed_part
-from offline_bkd.pipeline.show.terminal import counted
+from offline_bkd.pipeline.show.terminal import counted, printable
 
 ROWS = 64  # that are unpacked at a time
 IN_MEMORY = 2**30  # bytes of a part's images that are held in memory; of more a copy is read
@@ -275,7 +275,7 @@ def _copied(
     shards: list[Shard], section: schema.Parquet, root: Path, size: int, download: bool
 ) -> tuple[CopiedImages, np.ndarray]:
     """The same from a copy, named by the files that it is of; it is made if it is not there."""
-    folder = root / section.copies if section.copies else shards[0].path.parent / "copies"
+    folder = config.expand(section.copies, root) if section.copies else shards[0].path.parent / "copies"
     status = [(shard.path, shard.path.stat()) for shard in shards]
     source = [section.image, section.label, *((path.name, found.st_size, found.st_mtime_ns) for path, found in status)]
     path = folder / f"{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:20]}.images"

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from offline_bkd.cache.format import device_kind
-from offline_bkd.cache.storage import LocalStorage
+from offline_bkd.cache.storage import PARTIAL, LocalStorage
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.config import dump_config
 from offline_bkd.pipeline.runs.checksums import YAML_FILE, add_checksum
-from offline_bkd.pipeline.runs.files import refuse_address, write_json, write_whole
+from offline_bkd.pipeline.runs.files import read_json, refuse_address, write_json, write_whole
 from offline_bkd.pipeline.runs.folder import Run
-from offline_bkd.pipeline.runs.record import difference, environment, settings
+from offline_bkd.pipeline.runs.record import Environment, difference, environment, settings
 from offline_bkd.pipeline.schema import Experiment
 
 
@@ -46,14 +46,17 @@ def start_run(
     learns_from: str | None = None,
     data: dict[str, dict[str, str]] | None = None,
     label: str = "",
+    silent: bool = False,
 ) -> Iterator[Run]:
     """A folder for `stage` ("teacher" or "student") of `config`: new, or the same run's with `resume`.
 
     A context: until it ends, no other command may write into the folder.
 
-    `learns_from`: the digest of the cache, or of the other run's network, that the run learns from. `data`: the fingerprints
-    of the parts that it is trained and judged on. Raises UserError if the folder is not empty and `resume` is not given, if
-    it holds something else, or if another command is writing into it.
+    `learns_from`: the digest of the cache, of the other run's network, or of the imported file that the run is made from.
+    `data`: the fingerprints of the parts that it is trained and judged on. `silent`: it says nothing.
+
+    Raises UserError if the folder is not empty and `resume` is not given, if it holds something else, or if another command
+    is writing into it.
     """
     folder = Path(folder)
     try:
@@ -66,11 +69,13 @@ def start_run(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another command is writing into {folder}; wait for it, or name another folder")
+        except OSError as error:  # a file system may have no locks
+            raise UserError(f"--out {folder} lies where nothing can be locked ({error.strerror}); name a folder elsewhere")
         refuse_taken(folder, resume)
         for name in LocalStorage(folder).partial():  # of a run that was killed
             with suppress(OSError):
                 (folder / name).unlink()
-        run, record = Run(folder, label), environment(stage, device) | {"learns_from": learns_from, "data": data}
+        run, record = Run(folder, label, silent), environment(stage, device) | {"learns_from": learns_from, "data": data}
         if begun(folder):
             _refuse_other(run, config, record)
         else:  # config.yaml comes last: a folder that was left before it holds no run
@@ -83,7 +88,15 @@ def start_run(
 
 def begun(folder: Path) -> bool:
     """Whether there is anything in `folder` but what a run writes before it has begun."""
-    return folder.is_dir() and any(path.name != "environment.json" and path.suffix != ".partial" for path in folder.iterdir())
+    return folder.is_dir() and not all(PARTIAL.fullmatch(path.name) or _is_environment(path) for path in folder.iterdir())
+
+
+def _is_environment(path: Path) -> bool:
+    """Whether it is a run's environment.json, not another program's."""
+    try:
+        return path.name == "environment.json" and bool(read_json(path, Environment))
+    except (OSError, ValueError):
+        return False
 
 
 def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
@@ -101,7 +114,9 @@ def _refuse_other(run: Run, config: Experiment, record: dict) -> None:
             f"cannot resume {run.folder}: its {' and '.join(others)} images are not those it began with; restore them"
         )
     if found["learns_from"] != record["learns_from"]:
-        raise UserError(f"cannot resume {run.folder}: it began with another cache or backbone; name that, or another folder")
+        raise UserError(
+            f"cannot resume {run.folder}: it began with another cache, backbone or import; name that, or another folder"
+        )
     if device_kind(found["device"]) != device_kind(record["device"]):
         raise UserError(
             f"cannot resume {run.folder} on {record['device']}: it began on {found['device']}, which rounds differently; "

@@ -60,7 +60,8 @@ class Parquet(Data):
     test: str  # likewise
     image: str = "image"  # the column of images
     label: str = "label"  # the column of class numbers
-    # a folder for the copy of the images that a part of more than 1 GiB is read from; null: `copies` beside its files
+    # a folder for the copy of the images that a part of more than 1 GiB is read from, as `root` is given; null: `copies`
+    # beside its files
     copies: str | None = None
 
 
