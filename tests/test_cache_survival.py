@@ -201,6 +201,13 @@ def test_what_a_killed_dump_left_of_its_own_blocks_is_taken_away(tmp_path, two_b
     assert finish(url) == 4 and not list(url.rglob("*.partial"))
 
 
+def test_another_program_s_half_written_file_beside_a_new_store_stays(tmp_path, two_blocks):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "film.mkv.partial").write_text("half of it")
+    create_cache(tmp_path / "s", **arguments(**TWO_VIEWS)).close()
+    assert finish(tmp_path / "s") == 4 and (tmp_path / "s" / "film.mkv.partial").read_text() == "half of it"
+
+
 def test_a_write_follows_no_link_and_shares_its_partial_file_with_none(tmp_path, two_blocks, monkeypatch):
     kept = tmp_path / "kept"
     kept.write_text("mine")

@@ -119,7 +119,8 @@ def open_run(folder: str | Path) -> Run:
 def experiment_of(run: Run) -> dict[str, str]:
     """What tells apart the experiments that runs were made by, whatever their seeds: the method, and a digest of the rest.
 
-    To the rest belongs what was learned from: a cache by its own digest, a backbone by its experiment, whatever its seed.
+    To the rest belongs what was learned from: a cache or an imported file by its own digest, a backbone by its experiment,
+    whatever its seed.
     """
     summary, settings = run.summary(), record.settings(run.config(), run.stage)
     del settings["seed"]

@@ -93,8 +93,11 @@ def begun(folder: Path) -> bool:
 
 def _is_environment(path: Path) -> bool:
     """Whether it is a run's environment.json, not another program's."""
+    if path.name != "environment.json":
+        return False
     try:
-        return path.name == "environment.json" and bool(read_json(path, Environment))
+        read_json(path, Environment)
+        return True
     except (OSError, ValueError):
         return False
 
