@@ -22,10 +22,11 @@ import torch
 from measuring import save
 
 from offline_bkd.cache import CropFlip, create_cache
-from offline_bkd.pipeline import dump, schema, teachers
+from offline_bkd.pipeline import schema, teachers
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ResidentImages
 from offline_bkd.pipeline.device import device_name
+from offline_bkd.pipeline.dump import writing
 from offline_bkd.pipeline.models import build_model
 
 VIEWS, CLASSES = CropFlip(pad=1, flip=False), 100
@@ -81,7 +82,7 @@ def measure(network, side: int, samples: int, repeats: int, device: torch.device
     def answers(rows, views):
         (view,) = views
         probability, _ = teachers.tempered(teacher, images, rows, np.full(len(rows), view), section)
-        return [dump.Answers(probability[None, :, 0].cpu().numpy(), {})]
+        return [writing.Predictions(probability[None, :, 0].cpu().numpy(), {})]
 
     @torch.inference_mode()
     def forward(writer):
@@ -94,7 +95,7 @@ def measure(network, side: int, samples: int, repeats: int, device: torch.device
 
     def dumping(writer):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            dump.write_pending([writer], answers, VIEWS.count, images.decodes)
+            writing.write_pending([writer], answers, VIEWS.count, images.decodes)
 
     work = {"forward": (forward, ENCODINGS[0])} | {each["name"]: (dumping, each) for each in ENCODINGS}
     seconds = {name: [] for name in work}

@@ -11,10 +11,9 @@ from click.testing import CliRunner
 
 from offline_bkd import cli
 from offline_bkd.cache import Cache, CacheError, CropFlip, create_cache, format, open_cache, philox
-from offline_bkd.pipeline import dump as pipeline_dump
 from offline_bkd.pipeline import verify
 from offline_bkd.pipeline.cached_targets import CachedTargets
-from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline.dump import dump_logits, writing
 from offline_bkd.pipeline.train import train_student
 
 
@@ -135,9 +134,9 @@ def test_a_resumed_dump_says_and_writes_again_what_has_lost_files(tmp_path, cach
 
 
 def test_the_samples_that_a_codebook_is_fitted_to_are_not_those_that_the_tail_was_drawn_by(tmp_path, teacher_run, monkeypatch):
-    asked, real = [], pipeline_dump.tempered
-    monkeypatch.setattr(pipeline_dump, "FIT_SAMPLES", 116)
-    monkeypatch.setattr(pipeline_dump, "tempered", lambda *given: asked.append(given[2]) or real(*given))
+    asked, real = [], writing.tempered
+    monkeypatch.setattr(writing, "FIT_SAMPLES", 116)
+    monkeypatch.setattr(writing, "tempered", lambda *given: asked.append(given[2]) or real(*given))
     config = tiny.experiment("cache.encoding={name: klt, max_error: 0.05}")
     dump_logits(config, [str(teacher_run)], str(tmp_path / "s"), tiny.CPU)
     drawn = np.argsort(philox.permutation(config.data.seed, philox.SUBSET, open_cache(tmp_path / "s").sample_id))

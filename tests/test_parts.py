@@ -20,8 +20,8 @@ from test_cache_klt import klt_arguments, teacher
 from offline_bkd import cli
 from offline_bkd.cache import CacheError, create_cache, format, open_cache
 from offline_bkd.pipeline import UserError
-from offline_bkd.pipeline import dump as module
-from offline_bkd.pipeline.dump import dump_logits, write_pending
+from offline_bkd.pipeline.dump import dump_logits, writing
+from offline_bkd.pipeline.dump.parts import Part, own_part
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,18 +121,18 @@ def test_a_view_that_is_stored_as_differences_goes_with_its_reference(tmp_path):
 
 @pytest.mark.parametrize(("stores", "together"), [(1, 8), (3, 4), (40, 1)])
 def test_a_decoded_group_of_views_lies_within_a_part_and_is_the_same_whoever_asks(tmp_path, monkeypatch, stores, together):
-    monkeypatch.setattr(module, "GROUP_BYTES", 360 * 5 * 4 * 16)
+    monkeypatch.setattr(writing, "GROUP_BYTES", 360 * 5 * 4 * 16)
     asked = []
 
     def teacher(rows, views):
         asked.append(tuple(views))
-        return [module.Answers(np.stack([answers(view)[rows] for view in views]), {})] * stores
+        return [writing.Predictions(np.stack([answers(view)[rows] for view in views]), {})] * stores
 
     for part in (2, 0, 1):
         writers = [create_cache(tmp_path / str(n), resume=True, joint=True, **arguments()) for n in range(stores)]
         for writer in writers:
             writer.take(writer.cache.parts(3)[part])
-        write_pending(writers, teacher, 18, decodes=True)
+        writing.write_pending(writers, teacher, 18, decodes=True)
         for writer in writers:
             writer.close()
     assert sorted(asked) == [tuple(range(start, min(start + together, 18))) for start in range(0, 18, together)]
@@ -181,13 +181,13 @@ def test_a_job_array_with_a_job_that_is_killed_and_submitted_again_leaves_the_st
 
 def test_a_process_that_is_not_the_first_waits_for_the_store(tmp_path):
     with ThreadPoolExecutor(1) as other:
-        waiting = other.submit(module._wait_for, str(tmp_path / "s"), 60)
+        waiting = other.submit(writing._wait_for, str(tmp_path / "s"), 60)
         time.sleep(0.2)
         assert not waiting.done()
         create_cache(tmp_path / "s", **arguments()).close()
         assert waiting.result(timeout=10) is None
     with pytest.raises(RuntimeError, match="the first process, or part, has not created .*/t in 0 s; start it"):
-        module._wait_for(str(tmp_path / "t"), 0)
+        writing._wait_for(str(tmp_path / "t"), 0)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_process_that_is_not_the_first_waits_for_the_store(tmp_path):
     [("s", 2, 0, False), ("s", 1, 1, True), ("memory://s", 1, 0, False), ("memory://s", 2, 0, True)],
 )
 def test_part_1_makes_the_store_where_nothing_is_locked_and_the_first_rank_everywhere(url, part, rank, waits):
-    assert module.Share(lambda cache: [], "", part, rank).waits(url) == waits
+    assert Part(lambda cache: [], "", part, rank).waits(url) == waits
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "1/0", "-1/3", "1/3/3", "one"])
@@ -206,12 +206,12 @@ def test_a_part_that_is_none_is_refused(tmp_path, part):
 
 def test_processes_of_torchrun_share_a_part(monkeypatch):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "4")
-    assert module._share((3, 64), None).name == "part 10/256"
+    assert own_part((3, 64), None).name == "part 10/256"
     with pytest.raises(UserError, match="blocks are for this process alone"):
-        module._share(None, [(0, 0)])
+        own_part(None, [(0, 0)])
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(UserError, match="RANK is 'x', where torchrun sets a number; unset it"):
-        module._share(None, None)
+        own_part(None, None)
 
 
 LOCAL_CLUSTER = """

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from offline_bkd import cli
 from offline_bkd.cache import CacheError, format, open_cache
-from offline_bkd.pipeline import UserError, dump
-from offline_bkd.pipeline.dump import dump_logits
+from offline_bkd.pipeline import UserError
+from offline_bkd.pipeline.dump import dump_logits, recipe, writing
 from offline_bkd.pipeline.train import train_student, train_teacher
 from offline_bkd.pipeline.verify import verify_cache
 
@@ -57,7 +57,7 @@ def test_caches_kept_apart_may_lie_on_an_object_store(tmp_path, teacher_run):
 
 def test_stores_kept_apart_go_on_where_one_is_ahead_of_the_other(tmp_path, both, monkeypatch):
     """Of `klt`, whose first view the others are stored as differences from."""
-    config, write = tiny.experiment("cache.encoding={name: klt, max_error: 0.05}"), dump._write
+    config, write = tiny.experiment("cache.encoding={name: klt, max_error: 0.05}"), writing._write
     dump_logits(config, both, str(tmp_path / "whole"), tiny.CPU, apart=True)
 
     def stop_after_one(work):
@@ -65,7 +65,7 @@ def test_stores_kept_apart_go_on_where_one_is_ahead_of_the_other(tmp_path, both,
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
-        patch.setattr(dump, "_write", stop_after_one)
+        patch.setattr(writing, "_write", stop_after_one)
         dump_logits(config, both, str(tmp_path / "cut"), tiny.CPU, apart=True)
     assert [len(open_cache(tmp_path / "cut" / f"{name}.zarr").committed()) for name in ("teacher", "other")] == [1, 0]
     dump_logits(config, both, str(tmp_path / "cut"), tiny.CPU, resume=True, apart=True)
@@ -90,7 +90,7 @@ def test_stores_kept_apart_may_have_blocks_of_different_sizes(tmp_path, both, mo
 def test_a_place_that_is_taken_is_refused_before_images_are_read_and_anything_is_written(tmp_path, both, monkeypatch):
     (tmp_path / "apart" / "other.zarr").mkdir(parents=True)
     (tmp_path / "apart" / "other.zarr" / "file").write_text("mine")
-    monkeypatch.setattr(dump, "open_images", None)
+    monkeypatch.setattr(recipe, "open_images", None)
     with pytest.raises(CacheError, match="other.zarr is not empty"):
         dump_logits(tiny.experiment(), both, str(tmp_path / "apart"), tiny.CPU, apart=True)
     assert not (tmp_path / "apart" / "teacher.zarr").exists()

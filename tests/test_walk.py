@@ -303,7 +303,7 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
     from test_folders import folder_of_images
 
     from offline_bkd.cache import CacheWriter
-    from offline_bkd.pipeline import dump
+    from offline_bkd.pipeline.dump import writing
     from offline_bkd.pipeline.train import train_teacher
 
     folder_of_images(tmp_path)
@@ -311,7 +311,7 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
     config = tiny.experiment(f"data={{name: imagefolder, root: {tmp_path}, workers: 0}}", views)
     train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
     # two views fit into memory at a time, so the groups are (0, 1), (2, 3), (4)
-    monkeypatch.setattr(dump, "GROUP_BYTES", 2 * 6 * 2 * 4)
+    monkeypatch.setattr(writing, "GROUP_BYTES", 2 * 6 * 2 * 4)
     decoded, decode, write = [], datasets.Dataset.decode, CacheWriter.write
     with monkeypatch.context() as patch:
         patch.setattr(datasets.Dataset, "decode", lambda self, row: decoded.append(row) or decode(self, row))
