@@ -123,7 +123,7 @@ def train_teacher(config, device, backbone, out, tracker, seeds, resume, dry_run
 
     if dry_run:
         return show_training_plan(config, device, "teacher", out, resume, None, backbone, tracker)
-    train.train_teacher(config, out, device, resume, backbone, seeds, tracker)
+    train.train_teacher(config, out, device, backbone=backbone, seeds=seeds, tracker=tracker, resume=resume)
 
 
 @main.command("import-model", short_help="Make a run of a network that was trained elsewhere.")
@@ -173,7 +173,7 @@ def dump_logits(config, device, teachers, out, apart, part, resume, dry_run):
     part = parse_part(part)
     if dry_run:
         return show_dump_plan(config, device, teachers, out, resume, apart, part)
-    dump.dump_logits(config, teachers, out, device, resume, apart, part)
+    dump.dump_logits(config, teachers, out, device, apart=apart, part=part, resume=resume)
 
 
 @main.command("train-student", short_help="Train a student from a cache (stage two).")
@@ -191,7 +191,7 @@ def train_student(config, device, cache, backbone, out, tracker, seeds, resume, 
 
     if dry_run:
         return show_training_plan(config, device, "student", out, resume, cache, backbone, tracker)
-    train.train_student(config, cache, out, device, resume, backbone, seeds, tracker)
+    train.train_student(config, cache, out, device, backbone=backbone, seeds=seeds, tracker=tracker, resume=resume)
 
 
 @main.command(short_help="Score a run's checkpoint again.")
@@ -281,6 +281,10 @@ def inspect(store, everything, as_json, parts):
     from offline_bkd.pipeline.show import inspection, terminal
 
     if parts:
+        if everything:
+            raise UserError(
+                "--parts prints numbers of parts alone, --all what the cache says of itself; leave out one of them"
+            )
         left = [number for number, missing in enumerate(open_cache(store).parts(parts), 1) if missing]
         return click.echo(json.dumps(left) if as_json else ",".join(map(str, left)))
     summary = open_cache(store).summary()
@@ -297,7 +301,7 @@ def inspect(store, everything, as_json, parts):
 @click.option(
     "--teacher", "teachers", multiple=True, type=PLACE, metavar="RUN", help="The run, or runs, whose answers the cache holds."
 )
-@click.option("--views", type=click.IntRange(min=1), default=2, show_default=True, help="How many views to compute again.")
+@click.option("--views", type=click.IntRange(min=1), help="How many views to compute again; default: 2.")
 @click.option(
     "--tolerance", type=Number(0, 1), help="Largest mean total variation of a block; default: what the encoding promises."
 )
@@ -316,9 +320,9 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device, ever
     from offline_bkd.pipeline.show import inspection, terminal
 
     if checksums:
-        if teachers or overrides or tolerance is not None:
+        if teachers or views or overrides or tolerance is not None:
             raise UserError(
-                "--checksums computes no answers; leave out --teacher, --tolerance and -o, or leave out --checksums"
+                "--checksums computes no answers; leave out --teacher, --views, --tolerance and -o, or leave out --checksums"
             )
         report, show = open_cache(store).checksum_report(), inspection.print_checksums
     elif not teachers:
@@ -328,7 +332,7 @@ def verify(store, teachers, views, tolerance, checksums, overrides, device, ever
         from offline_bkd.pipeline.verify import verify_cache
 
         with progress_aside(as_json):
-            report = verify_cache(store, teachers, views, tolerance, overrides, choose_device(device))
+            report = verify_cache(store, teachers, views or 2, tolerance, overrides, choose_device(device))
         show = inspection.print_comparison
     if as_json:
         click.echo(json.dumps(report))

@@ -142,13 +142,7 @@ def ask_run(folder: str, checkpoint: str, overrides: tuple[str, ...], device: to
     )
 
 
-# what was drawn of the data, and how the network sees their pixels
-_DRAWN = "imbalance_ratio", "max_per_class", "seed", "validation", "mean", "std"
-
-
 def _trained_as(experiment: schema.Experiment, stage: str) -> dict:
     """What made the network of `stage` what it is: all but where images lie and the precision it runs in."""
-    values = experiment.model_dump(mode="json")
-    del values[stage]["training"]["precision"]
-    values["data"] = {key: values["data"][key] for key in _DRAWN}
-    return values
+    values = experiment.model_dump(mode="json", exclude={stage: {"training": {"precision"}}})
+    return {**values, "data": experiment.data.model_dump(mode="json", include=schema.DRAWN | schema.PIXELS)}

@@ -16,7 +16,7 @@ from offline_bkd.pipeline.data.images import ImageSource
 from offline_bkd.pipeline.device import device_name
 from offline_bkd.pipeline.evaluate import infer, load_model
 from offline_bkd.pipeline.models import classifier
-from offline_bkd.pipeline.schema import CacheSection, Experiment
+from offline_bkd.pipeline.schema import PIXELS, CacheSection, Experiment
 
 
 class Teachers(torch.nn.Module):
@@ -91,10 +91,7 @@ def _changed(run: runs.Run, config: Experiment) -> str | None:
     """What `config` says of the teacher of `run` that is not so of it, in words."""
     if run.stage != "teacher":
         return None
-    was, is_now = (
-        one.model_dump(mode="json", include={"teacher": True, "data": {"mean": True, "std": True}})
-        for one in (run.config(), config)
-    )
+    was, is_now = (one.model_dump(mode="json", include={"teacher": True, "data": PIXELS}) for one in (run.config(), config))
     return runs.difference(was, is_now)
 
 

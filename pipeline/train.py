@@ -68,16 +68,17 @@ def train_teacher(
     config: Experiment,
     out: str,
     device: torch.device,
-    resume: bool = False,
+    *,
     backbone: str | None = None,
     seeds: Sequence[int] = (),
     tracker: str | None = None,
+    resume: bool = False,
 ) -> None:
     """Trains the teacher of `config` into the folder `out`, or one of each of `seeds`, by a method that needs no cache.
 
     An expert (LFME) sees, and is judged on, the images of its own classes alone, among which it answers.
     """
-    _train(config, "teacher", None, out, device, resume, backbone, seeds, tracker)
+    _train(config, "teacher", out, device, cache=None, backbone=backbone, seeds=seeds, tracker=tracker, resume=resume)
 
 
 def train_student(
@@ -85,10 +86,11 @@ def train_student(
     cache: str | None,
     out: str,
     device: torch.device,
-    resume: bool = False,
+    *,
     backbone: str | None = None,
     seeds: Sequence[int] = (),
     tracker: str | None = None,
+    resume: bool = False,
 ) -> None:
     """Trains the student of `config` into the folder `out`, from the store at `cache` or the run in `backbone`.
 
@@ -97,19 +99,20 @@ def train_student(
 
     Raises CacheError before anything is written if the cache is for other data, views or classes, or is not complete.
     """
-    _train(config, "student", cache, out, device, resume, backbone, seeds, tracker)
+    _train(config, "student", out, device, cache=cache, backbone=backbone, seeds=seeds, tracker=tracker, resume=resume)
 
 
 def _train(
     config: Experiment,
     role: Role,
-    cache: str | None,
     out: str,
     device: torch.device,
-    resume: bool,
+    *,
+    cache: str | None,
     backbone: str | None,
     seeds: Sequence[int],
     tracker: str | None,
+    resume: bool,
 ) -> None:
     if seeds and not Path(out).name:
         raise UserError(f"--out {out!r} is no name that seeds can be added to; name a folder")
@@ -120,7 +123,7 @@ def _train(
         runs.refuse_taken(folder, resume)
     inputs = read_inputs(config, role, device, cache, backbone)
     if not seeds:
-        return train_network(config, role, inputs, out, device, ranks, resume, tracker=tracker)
+        return train_network(config, role, inputs, out, device, ranks, tracker=tracker, resume=resume)
     for folder, seeded in several.items():
         if ranks.first and runs.begun(Path(folder)):  # what cannot go on is refused before others begin
             with runs.start_run(folder, seeded, role, device, resume, inputs.learns_from, inputs.fingerprints, silent=True):
@@ -128,7 +131,8 @@ def _train(
     diverged = None
     for folder, seeded in several.items():
         try:
-            train_network(seeded, role, inputs, folder, device, ranks, resume, f"seed {seeded.seed}: ", tracker)
+            label = f"seed {seeded.seed}: "
+            train_network(seeded, role, inputs, folder, device, ranks, label=label, tracker=tracker, resume=resume)
         except NotFinite as error:
             print(error, flush=True)  # the others may take long
             diverged = diverged or str(error)  # not itself, which would keep all that was on the device
@@ -183,9 +187,10 @@ def train_network(
     out: str,
     device: torch.device,
     ranks: Ranks,
-    resume: bool = False,
+    *,
     label: str = "",
     tracker: str | None = None,
+    resume: bool = False,
 ) -> None:
     """Trains the network of `role` into the folder `out`, and draws its pictures. `label` goes before what is printed.
 

@@ -1,7 +1,8 @@
 """Is a cache what its teacher answers? Some views are computed again and compared."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from offline_bkd.cache.target import class_weight, total_variation
 from offline_bkd.pipeline import UserError, runs
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import open_images
-from offline_bkd.pipeline.schema import Experiment
+from offline_bkd.pipeline.schema import PIXELS, Experiment
 from offline_bkd.pipeline.teachers import average, load_teachers, refuse_other, tempered
 
 ROUNDING = 0.005  # a fresh forward pass on another device or with other batches rounds differently, more so in bfloat16
@@ -58,36 +59,23 @@ def verify_cache(
     settings = config.cache.model_copy(update={"temperature": cache.temperature})
     if not {"cache", "cache.precision"} & {override.partition("=")[0] for override in overrides}:  # else it was asked for
         settings = settings.model_copy(update={"precision": cache.identity.computed.get("precision", settings.precision)})
-    samples, weight = np.arange(len(training_set)), class_weight(cache.class_counts)
-    error = np.zeros((len(chosen), len(samples)))
-    distance = {name: np.zeros_like(error) for name in cache.features}
-    blocks = []  # of each that is compared, which the encoding's promise is of: mean error, view, rows, mean distances
     teacher.to(device)
-    for index, view in enumerate(chosen):
-        vectors_kept = {name: cache.stored_feature_plane(name, view) for name in cache.features}
-        for block in range(cache.layout.blocks):  # of all samples at once memory might not hold the answers
-            rows = samples[cache.layout.rows(block)]
-            fresh, vectors = tempered(teacher, images, rows, np.full(len(rows), view), settings)
-            stored = cache.held.decode(cache.stored_block(view, block))
-            error[index, rows] = total_variation(fresh.mean(1).cpu().numpy(), stored, weight)
-            for name, vector in zip(names, vectors):
-                cosine = functional.normalize(vector.cpu()).numpy() * decode(vectors_kept[name][rows])
-                distance[name][index, rows] = 1 - cosine.sum(1)
-            mean, *found = (float(one[index, rows].mean()) for one in (error, *distance.values()))
-            blocks.append((mean, view, [int(rows[0]), int(rows[-1]) + 1], found))
-    worst_block = max(blocks, key=lambda block: (np.isnan(block[0]), block[0]))
-    by_sample = error.mean(0)
+    found = _compare(
+        cache, chosen, names, lambda rows, view: tempered(teacher, images, rows, np.full(len(rows), view), settings)
+    )
+    worst = max(found.blocks, key=lambda block: (np.isnan(block.error), block.error))
+    by_sample = found.error.mean(0)
     by_class = np.bincount(training_set.label, by_sample, len(cache.classes)) / training_set.class_counts
     limit = tolerance if tolerance is not None else ROUNDING + (cache.encoding.max_error or 0)
     return {
         "views": chosen,
         "missing_blocks": cache.missing_blocks,
-        "mean": float(error.mean()),
-        "worst": float(error.max()),
-        "worst_block": dict(zip(("mean", "view", "rows"), worst_block)),
+        "mean": float(found.error.mean()),
+        "worst": float(found.error.max()),
+        "worst_block": {"mean": worst.error, "view": worst.view, "rows": worst.rows},
         "tolerance": limit,
-        "passed": all(mean <= limit and all(one <= MAX_ERROR for one in found) for mean, *_, found in blocks),
-        "features": {name: float(found.mean()) for name, found in distance.items()},
+        "passed": all(block.error <= limit and all(one <= MAX_ERROR for one in block.distances) for block in found.blocks),
+        "features": {name: float(distance.mean()) for name, distance in found.distance.items()},
         "shots": {
             group: float(by_class[members].mean())
             for group, members in shot_groups(training_set.class_counts).items()
@@ -97,10 +85,53 @@ def verify_cache(
     }
 
 
+class _Block(NamedTuple):
+    """What was found of a block, which the encoding's promise is of."""
+
+    error: float  # mean over its samples
+    view: int
+    rows: list[int]  # the first, and the one after the last
+    distances: list[float]  # of each teacher's features, means
+
+
+class _Found(NamedTuple):
+    """What was found of V views of N samples."""
+
+    error: np.ndarray  # float64 [V, N], total variation of the BKD target
+    distance: dict[str, np.ndarray]  # of each teacher's features, float64 [V, N], 1 - cosine
+    blocks: list[_Block]
+
+
+def _compare(
+    cache: Cache,
+    views: list[int],
+    names: list[str],
+    answer: Callable[[np.ndarray, int], tuple[torch.Tensor, list[torch.Tensor]]],
+) -> _Found:
+    """Compares `views` of the cache with what teachers of `names` answer now about `rows` under a view."""
+    samples, weight = np.arange(len(cache)), class_weight(cache.class_counts)
+    error = np.zeros((len(views), len(samples)))
+    distance = {name: np.zeros_like(error) for name in cache.features}
+    blocks = []
+    for index, view in enumerate(views):
+        vectors_kept = {name: cache.stored_feature_plane(name, view) for name in cache.features}
+        for block in range(cache.layout.blocks):  # of all samples at once memory might not hold the answers
+            rows = samples[cache.layout.rows(block)]
+            fresh, vectors = answer(rows, view)
+            stored = cache.held.decode(cache.stored_block(view, block))
+            error[index, rows] = total_variation(fresh.mean(1).cpu().numpy(), stored, weight)
+            for name, vector in zip(names, vectors):
+                cosine = functional.normalize(vector.cpu()).numpy() * decode(vectors_kept[name][rows])
+                distance[name][index, rows] = 1 - cosine.sum(1)
+            mean, *distances = (float(one[index, rows].mean()) for one in (error, *distance.values()))
+            blocks.append(_Block(mean, view, [int(rows[0]), int(rows[-1]) + 1], distances))
+    return _Found(error, distance, blocks)
+
+
 def _without_place(config: Experiment) -> dict:
     """What `config` says but for which data it reads, which are compared with the cache's, and how the teacher is run."""
     values = config.model_dump(mode="json", exclude={"cache": {"precision", "batch_size"}})
-    return {**values, "data": {key: values["data"][key] for key in ("mean", "std")}}  # the teacher has its own
+    return {**values, "data": config.data.model_dump(mode="json", include=PIXELS)}  # the teacher has its own
 
 
 def _as_dumped(cache: Cache, teachers: Sequence[str]) -> list[str]:

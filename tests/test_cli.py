@@ -405,6 +405,8 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
         (["train-teacher", "--out", "x"], "Missing option '--config'"),
         (["reproduce", "--table", "cifar", "--out", "x", "--jobs", "0"], "Invalid value for '--jobs'"),
         (["verify", "x", "--checksums", "--teacher", "y"], "--checksums computes no answers; leave out --teacher"),
+        (["verify", "x", "--checksums", "--views", "2"], "--checksums computes no answers; leave out --teacher, --views"),
+        (["inspect", "x", "--parts", "2", "--all"], "--parts prints numbers of parts alone, --all what the cache"),
         (["train-teacher", "--config", "nowhere.yaml", "--out", "x"], "cannot read the configuration nowhere.yaml"),
         (
             ["train-teacher", *tiny.options("views.padd=1"), "--out", "x"],

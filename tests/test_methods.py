@@ -151,10 +151,10 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensembl
 
     def work(folder, resume=False):
         if method == "jittered":
-            return train_teacher(config, str(folder), tiny.CPU, resume)
+            return train_teacher(config, str(folder), tiny.CPU, resume=resume)
         cache = str(ensemble) if method == "cbd" else None
         backbone = str(teacher_run) if method == "crt" else None
-        train_student(config, cache, str(folder), tiny.CPU, resume, backbone)
+        train_student(config, cache, str(folder), tiny.CPU, backbone=backbone, resume=resume)
 
     work(tmp_path / "whole")
     with tiny.interrupted_after(1):

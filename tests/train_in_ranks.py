@@ -70,8 +70,10 @@ def train(ranks: Ranks, settings: schema.Method) -> dict:
         device=CPU,
     )
     method = build_method(settings, context)
-    if hasattr(method, "weights"):
+    if settings.name == "bkd":
         method.weights = method.weights.double()
+    elif settings.name == "cb":
+        method.weights = replace(method.weights, by_class=method.weights.by_class.double())
     visits = method.rows
     method.rows = lambda epoch: visits(epoch)[:257]
     training = schema.Training(epochs=2, batch_size=64, learning_rate=0.05)

@@ -24,10 +24,11 @@ def dump_logits(
     teachers: Sequence[str],
     out: str,
     device: torch.device,
-    resume: bool = False,
+    *,
     apart: bool = False,
     part: tuple[int, int] | None = None,
     blocks: Blocks | None = None,
+    resume: bool = False,
 ) -> None:
     """Runs the teachers of the folders `teachers` over all views and writes their average's cache to `out`.
 

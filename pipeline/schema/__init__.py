@@ -13,7 +13,19 @@ from offline_bkd.pipeline.schema.base import (
     Temperature,
 )
 from offline_bkd.pipeline.schema.cache import CacheSection, Klt, Logit, Probability
-from offline_bkd.pipeline.schema.data import HOW_READ, PLACE, Cifar, Data, Digits, ImageFolder, ImageList, INaturalist, Parquet
+from offline_bkd.pipeline.schema.data import (
+    DRAWN,
+    HOW_READ,
+    PIXELS,
+    PLACE,
+    Cifar,
+    Data,
+    Digits,
+    ImageFolder,
+    ImageList,
+    INaturalist,
+    Parquet,
+)
 from offline_bkd.pipeline.schema.experiment import Experiment, Student, Teacher, TrainedNetwork
 from offline_bkd.pipeline.schema.methods import (
     BBN,
@@ -37,7 +49,9 @@ from offline_bkd.pipeline.schema.networks import CifarResNet, LibraryModel, Mode
 from offline_bkd.pipeline.schema.training import Constant, Cosine, OneCycle, Step, Training
 
 __all__ = [
+    "DRAWN",
     "HOW_READ",
+    "PIXELS",
     "PLACE",
     "AnyMethod",
     "BBN",

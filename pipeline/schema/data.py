@@ -8,6 +8,8 @@ from offline_bkd.pipeline.schema.base import PerChannel, Positive, PositivePerCh
 
 HOW_READ = {"workers", "copies"}  # keys that change no result
 PLACE = HOW_READ | {"root"}  # and where images are, which changes none if they are the same
+PIXELS = {"mean", "std"}  # how a network sees them
+DRAWN = {"imbalance_ratio", "max_per_class", "seed", "validation"}  # which of the images there are
 
 
 def _validation(value):

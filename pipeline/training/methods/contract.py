@@ -66,6 +66,10 @@ class Context:
         """N draws, each class that has samples as likely as any other (an expert's has not all): rows, int64 [N]."""
         return samplers.class_sampled(self.seed, epoch, self.label, (self.class_counts > 0).astype(float))
 
+    def deferred_weights(self, beta: float, share: float) -> "DeferredWeights":
+        """Class weights (`beta`) that count after `share` of the epochs."""
+        return DeferredWeights(self.class_weights(beta), self.first_epoch(share))
+
     def first_epoch(self, share: float) -> int:
         """The epoch, from 0, that begins after `share` of all epochs."""
         return round(share * self.epochs)
@@ -74,6 +78,18 @@ class Context:
         """The effective-number weight of each class, of mean 1 over the classes: float32 [C] on the device."""
         weights = losses.effective_number_weights(torch.as_tensor(self.class_counts), beta)
         return (weights * len(weights) / weights.sum()).float().to(self.device)
+
+
+@dataclass(frozen=True)
+class DeferredWeights:
+    """A weight for each class, from some epoch on (DRW; Cao et al., 2019)."""
+
+    by_class: torch.Tensor  # float32 [C]
+    first: int  # the epoch, from 0
+
+    def of(self, label: torch.Tensor, epoch: int) -> torch.Tensor | None:
+        """The weights of images of classes `label` [B]: float32 [B], or None before they count."""
+        return self.by_class[label] if epoch >= self.first else None
 
 
 def classified(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -22,10 +22,10 @@ class CrossEntropy:
 class ClassBalanced:
     def __init__(self, settings: schema.CB, context: Context):
         self.network, self.rows = context.model, context.instance_balanced
-        self.weights, self.first = context.class_weights(settings.beta), context.first_epoch(settings.reweight_from)
+        self.weights = context.deferred_weights(settings.beta, settings.reweight_from)
 
     def loss(self, logits: torch.Tensor, batch: Batch, epoch: int) -> StepLoss:
-        weight = self.weights[batch.label] if epoch >= self.first else None
+        weight = self.weights.of(batch.label, epoch)
         return StepLoss(loss=losses.cross_entropy(logits, batch.label), correct=classified(logits, batch), weight=weight)
 
 
@@ -45,13 +45,11 @@ class ClassBalancedFocal:
 
     def __init__(self, settings: schema.CBFocal, context: Context):
         self.network, self.rows, self.gamma = context.model, context.instance_balanced, settings.gamma
-        self.weights, self.first = context.class_weights(settings.beta), context.first_epoch(settings.reweight_from)
+        self.weights = context.deferred_weights(settings.beta, settings.reweight_from)
 
     def loss(self, logits: torch.Tensor, batch: Batch, epoch: int) -> StepLoss:
-        loss = losses.focal(logits, batch.label, self.gamma)
-        if epoch >= self.first:
-            loss = self.weights[batch.label] * loss
-        return StepLoss(loss=loss, correct=classified(logits, batch))
+        loss, weight = losses.focal(logits, batch.label, self.gamma), self.weights.of(batch.label, epoch)
+        return StepLoss(loss=loss if weight is None else weight * loss, correct=classified(logits, batch))
 
 
 class LogitAdjustment:
@@ -72,9 +70,9 @@ class MarginWithDeferredWeights:
         self.network, self.rows = context.model, context.instance_balanced
         margins = losses.ldam_margins(torch.as_tensor(context.class_counts), settings.max_margin)
         self.margins = classifier(context.model).scale * margins.float().to(context.device)
-        self.weights, self.first = context.class_weights(settings.beta), context.first_epoch(settings.reweight_from)
+        self.weights = context.deferred_weights(settings.beta, settings.reweight_from)
 
     def loss(self, logits: torch.Tensor, batch: Batch, epoch: int) -> StepLoss:
-        weight = self.weights[batch.label] if epoch >= self.first else None
+        weight = self.weights.of(batch.label, epoch)
         loss = losses.ldam(logits, batch.label, self.margins)
         return StepLoss(loss=loss, correct=classified(logits, batch), weight=weight)
