@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -408,16 +407,11 @@ def reproduce(table, out, quick, rows, columns, seeds, jobs, device, dry_run):
     """
     from offline_bkd.pipeline import reproduce
     from offline_bkd.pipeline.device import choose_device
-    from offline_bkd.pipeline.show import terminal
 
     whole = reproduce.load_table(table)
     part, device = reproduce.select(whole, rows, columns, parse_seeds(seeds), quick), choose_device(device)
     if dry_run:
-        reproduce.refuse_other(whole, Path(out), quick)
-        commands, _ = reproduce.plan(whole, part, Path(out), device, quick)
-        for job in commands:
-            terminal.line(f"{'done ' if job.done else 'to do'}  {shlex.join([*job.arguments, '--out', str(job.out)])}")
-        return terminal.line(f"{part.title}: {terminal.counted(len(commands), 'command')}; nothing written")
+        return reproduce.show_plan(whole, part, out, device, quick)
     failed = reproduce.reproduce(whole, part, out, device, quick, jobs)
     return 1 if failed else 0
 

@@ -11,6 +11,7 @@ A key is a digest of all that goes in, so a folder never holds another experimen
 """
 
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from offline_bkd.pipeline.reproduce.execution import Job, run_jobs, visible_card
 from offline_bkd.pipeline.reproduce.plan import plan
 from offline_bkd.pipeline.reproduce.results import refuse_other, write_table
 from offline_bkd.pipeline.reproduce.table import Table, load_table, select
+from offline_bkd.pipeline.show import terminal
 from offline_bkd.pipeline.show.report import draw_run
 
-__all__ = ["Job", "Table", "load_table", "plan", "refuse_other", "reproduce", "select", "write_table"]
+__all__ = ["Job", "Table", "load_table", "plan", "reproduce", "select", "show_plan", "write_table"]
 
 
 def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick: bool, at_once: int | None) -> list[Job]:
@@ -41,3 +43,12 @@ def reproduce(whole: Table, table: Table, out: str, device: torch.device, quick:
             draw_run(runs.open_run(job.out))  # where a kill, or an earlier version, left no whole picture
     write_table(everything, cells, folder, quick, asked=table.cells)
     return [job for job in jobs if job.failed]
+
+
+def show_plan(whole: Table, table: Table, out: str, device: torch.device, quick: bool) -> None:
+    """Prints the commands that `reproduce` would give, and which are done. Writes nothing."""
+    refuse_other(whole, Path(out), quick)
+    jobs, _ = plan(whole, table, Path(out), device, quick)
+    for job in jobs:
+        terminal.line(f"{'done ' if job.done else 'to do'}  {shlex.join([*job.arguments, '--out', str(job.out)])}")
+    terminal.line(f"{table.title}: {terminal.counted(len(jobs), 'command')}; nothing written")
