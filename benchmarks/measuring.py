@@ -1,4 +1,7 @@
-"""What the benchmarks share: memory at its peak, and how figures are kept, beside what gave them."""
+"""What the benchmarks share: memory at its peak, and how figures are kept, beside what gave them.
+
+Imported first: it makes offline_bkd this checkout, also where it is not installed.
+"""
 
 import ctypes
 import json
@@ -7,6 +10,9 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))
+import cli  # noqa: E402, F401
 
 
 def save(path: Path, figures: dict, *libraries: str, device: str = "cpu", section: str | None = None) -> None:

@@ -30,7 +30,7 @@ from offline_bkd.pipeline import config, schema
 from offline_bkd.pipeline.cached_targets import CachedTargets, bkd_loss
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import DecodedImages, ResidentImages
-from offline_bkd.pipeline.device import device_name, keep_freed_memory
+from offline_bkd.pipeline.device import choose_device, device_name
 from offline_bkd.pipeline.evaluate import evaluate
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.training import engine, losses
@@ -301,9 +301,7 @@ def growth(experiment, device, repeats) -> list[dict]:
 @click.option("--epochs", default=5, show_default=True, help="Turns of whole epochs that count.")
 @click.option("--steps", default=20, show_default=True, help="Steps a turn, of the other networks.")
 def main(out, store, epochs, steps):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_freed_memory()  # as the commands do, and the next; the other ways have both too
-    torch.backends.cudnn.deterministic = True
+    device = choose_device("auto")  # as the commands do; what it sets, the other ways have too
     root = os.environ.get("OFFLINE_BKD_DATA")
     train, test, experiment = load("cifar100-lt", root)
     ce, bkd, network = schema.CE(name="ce"), experiment.student.method, experiment.student.model

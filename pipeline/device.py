@@ -17,7 +17,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `name` ("auto", "cpu" or "cuda"), this process set to it: the same work there gives the same bits.
+    """The device `name` ("auto", "cpu" or "cuda"), this process set to it: the same work there gives the same bits, on a GPU
+    but for compiled networks and attention.
 
     Raises UserError where there is no GPU, or none for this process of several.
     """

@@ -19,6 +19,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request, monkeypatch):
+    """The CPU, and a GPU where there is one, where the same work gives the same bits as in the commands."""
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk():
     """A killed process loses nothing that it has written; only a power cut would. The order of syncs is tested, and the

@@ -600,12 +600,12 @@ def test_compiled_full_batches_run_one_graph_whatever_came_between(tmp_path, mon
         pytest.param(("compile=true", "precision=bfloat16"), marks=needs_compiler),
     ],
 )
-def test_an_interruption_changes_no_bit_whatever_the_memory_format_and_the_optimiser(tmp_path, cache, settings):
+def test_an_interruption_changes_no_bit_whatever_the_memory_format_and_the_optimiser(tmp_path, cache, settings, device):
     config = tiny.experiment(*(f"student.training.{setting}" for setting in settings))
-    train_student(config, str(cache), str(tmp_path / "whole"), tiny.CPU)
+    train_student(config, str(cache), str(tmp_path / "whole"), device)
     with tiny.interrupted_after(1):
-        train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU)
-    train_student(config, str(cache), str(tmp_path / "cut"), tiny.CPU, resume=True)
+        train_student(config, str(cache), str(tmp_path / "cut"), device)
+    train_student(config, str(cache), str(tmp_path / "cut"), device, resume=True)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 

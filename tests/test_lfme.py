@@ -269,15 +269,15 @@ def test_experts_teach_lfme_and_no_other_method(tmp_path, experts_cache, cache):
     assert not (tmp_path / "s").exists()
 
 
-def test_what_was_graded_survives_an_interruption(tmp_path, experts_cache):
+def test_what_was_graded_survives_an_interruption(tmp_path, experts_cache, device):
     experiment = tiny.experiment(LFME, "student.training.epochs=4", "student.training.schedule={name: constant}")
-    train_student(experiment, str(experts_cache), str(tmp_path / "whole"), tiny.CPU)
+    train_student(experiment, str(experts_cache), str(tmp_path / "whole"), device)
     with tiny.interrupted_after(2):
-        train_student(experiment, str(experts_cache), str(tmp_path / "cut"), tiny.CPU)
+        train_student(experiment, str(experts_cache), str(tmp_path / "cut"), device)
     right = runs.Run(tmp_path / "cut").load_tensors("state")[0]["network.right"]
     assert right.sum((1, 2)).bool().tolist() == [False, True, True, False, False]
     assert (losses.expert_weight(right[2], 0.3) < 1).any(), "an expert has begun to fade"
-    train_student(experiment, str(experts_cache), str(tmp_path / "cut"), tiny.CPU, resume=True)
+    train_student(experiment, str(experts_cache), str(tmp_path / "cut"), device, resume=True)
     whole, cut = (runs.Run(tmp_path / name).load_tensors("last")[0] for name in ("whole", "cut"))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
     losses_of = [[r["loss"] for r in runs.Run(tmp_path / name).metrics()] for name in ("whole", "cut")]

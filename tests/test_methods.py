@@ -140,7 +140,7 @@ def test_two_branches_of_torchvisions_resnet_learn_and_score_as_they_were_saved(
 
 
 @pytest.mark.parametrize("method", ["crt", "cbd", "bbn", "jittered"])
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensemble, method):
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensemble, method, device):
     settings = {
         "crt": ("student.method={name: crt}",),
         "cbd": (*CBD, "student.model.projection=32"),
@@ -151,10 +151,10 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensembl
 
     def work(folder, resume=False):
         if method == "jittered":
-            return train_teacher(config, str(folder), tiny.CPU, resume=resume)
+            return train_teacher(config, str(folder), device, resume=resume)
         cache = str(ensemble) if method == "cbd" else None
         backbone = str(teacher_run) if method == "crt" else None
-        train_student(config, cache, str(folder), tiny.CPU, backbone=backbone, resume=resume)
+        train_student(config, cache, str(folder), device, backbone=backbone, resume=resume)
 
     work(tmp_path / "whole")
     with tiny.interrupted_after(1):

@@ -322,12 +322,12 @@ def test_a_backbone_with_a_cosine_classifier_gives_the_memory_its_features_alone
     assert not (tmp_path / "s").exists()
 
 
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run):
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, device):
     experiment = tiny.experiment(*OLTR, "student.training.epochs=3")
-    train_student(experiment, None, str(tmp_path / "whole"), tiny.CPU, backbone=str(teacher_run))
+    train_student(experiment, None, str(tmp_path / "whole"), device, backbone=str(teacher_run))
     with tiny.interrupted_after(1):
-        train_student(experiment, None, str(tmp_path / "cut"), tiny.CPU, backbone=str(teacher_run))
-    train_student(experiment, None, str(tmp_path / "cut"), tiny.CPU, resume=True, backbone=str(teacher_run))
+        train_student(experiment, None, str(tmp_path / "cut"), device, backbone=str(teacher_run))
+    train_student(experiment, None, str(tmp_path / "cut"), device, resume=True, backbone=str(teacher_run))
     whole, cut = (runs.Run(tmp_path / name).load_tensors("last")[0] for name in ("whole", "cut"))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 

@@ -74,8 +74,8 @@ def images(tmp_path_factory):
     return root
 
 
-def trained(images, out, *overrides) -> str:
-    train_student(folder_experiment(images, *overrides), str(images / "cache.zarr"), str(out), tiny.CPU, resume=True)
+def trained(images, out, *overrides, device=tiny.CPU) -> str:
+    train_student(folder_experiment(images, *overrides), str(images / "cache.zarr"), str(out), device, resume=True)
     return runs.open_run(out).summary()["digest"]
 
 
@@ -103,14 +103,14 @@ def test_a_file_is_decoded_once_for_its_views_and_each_has_its_own_target(images
     assert [len(rows) for rows in asked] == [4, 2] * 4 and all(rows[0::2] == rows[1::2] for rows in asked)
 
 
-def test_a_resumed_run_and_one_with_workers_have_the_same_bits(images, tmp_path):
-    whole = trained(images, tmp_path / "whole")
+def test_a_resumed_run_and_one_with_workers_have_the_same_bits(images, tmp_path, device):
+    whole = trained(images, tmp_path / "whole", device=device)
     for epochs in 1, 2:  # in the middle of epochs that belong together, and at their end
         with tiny.interrupted_after(epochs):
-            trained(images, tmp_path / f"cut-{epochs}")
-        assert trained(images, tmp_path / f"cut-{epochs}") == whole
-    assert trained(images, tmp_path / "workers", "data.workers=2") == whole
-    other = trained(images, tmp_path / "one", "student.training.views_per_decode=1")
+            trained(images, tmp_path / f"cut-{epochs}", device=device)
+        assert trained(images, tmp_path / f"cut-{epochs}", device=device) == whole
+    assert trained(images, tmp_path / "workers", "data.workers=2", device=device) == whole
+    other = trained(images, tmp_path / "one", "student.training.views_per_decode=1", device=device)
     assert other != whole, "another order"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from cache_store import files
 from made_runs import PART, make_run
 
 from offline_bkd.cache import CacheError, open_cache
@@ -119,6 +120,15 @@ def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, 
         verify_cache(str(path), [str(teacher_run)], 2, None, ("cache.temperature=3",), tiny.CPU)
     with pytest.raises(UserError, match="is verified as it was dumped, but data.std.* is now .*; -o may say where"):
         verify_cache(str(path), [str(teacher_run)], 2, None, ("data.std=[1, 1, 1]",), tiny.CPU)
+
+
+def test_a_dump_is_what_its_teacher_answers_on_either_device(tmp_path, teacher_run, device):
+    for name in "first", "again":
+        dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(tmp_path / name), device)
+    assert files(tmp_path / "first") == files(tmp_path / "again"), "the same bits"
+    for where in {device, tiny.CPU}:
+        report = verify_cache(str(tmp_path / "first"), [str(teacher_run)], 2, None, (), where)
+        assert report["passed"] and report["mean"] < 1e-3
 
 
 def test_what_may_not_be_meant_is_noted(tmp_path, teacher_run, capsys):
@@ -248,15 +258,15 @@ def test_seeded_crops_walk_too_one_plane_an_epoch(tmp_path):
     assert sorted(read) == [0, 1, 2], "each plane is read once; the fourth epoch begins with the plane that is held"
 
 
-def test_of_answers_that_memory_has_no_room_for_those_that_an_epoch_draws_are_held(tmp_path, cache, monkeypatch):
+def test_of_answers_that_memory_has_no_room_for_those_that_an_epoch_draws_are_held(tmp_path, cache, monkeypatch, device):
     from offline_bkd.pipeline.training import targets
 
     held: list[np.ndarray] = []
-    train_student(tiny.experiment(), str(cache), str(tmp_path / "all"), tiny.CPU)
+    train_student(tiny.experiment(), str(cache), str(tmp_path / "all"), device)
     hold = targets.Targets._hold
     monkeypatch.setattr(targets, "ROOM", 0)
     monkeypatch.setattr(targets.Targets, "_hold", lambda self, pairs, codes: held.append(pairs) or hold(self, pairs, codes))
-    train_student(tiny.experiment(), str(cache), str(tmp_path / "drawn"), tiny.CPU)
+    train_student(tiny.experiment(), str(cache), str(tmp_path / "drawn"), device)
     assert runs.open_run(tmp_path / "drawn").summary()["digest"] == runs.open_run(tmp_path / "all").summary()["digest"]
     assert len(held) == tiny.experiment().student.training.epochs and all(len(pairs) <= 464 for pairs in held)
 

@@ -122,8 +122,9 @@ def train_epoch(
     """One pass over the rows of `epoch`; returns what is recorded of it.
 
     In the epoch `first`, images_per_second leaves out the first steps, which warm up.
-    The host waits for the device only every CHECK_EVERY steps; of several processes on GPUs also in each layer that
-    synchronises batch statistics.
+    The host waits for the device only every CHECK_EVERY steps; in every step, too, where there is a moving average (of torch's
+    own making), where targets stayed in the host's memory, and of several processes on GPUs in each layer that synchronises
+    batch statistics.
     """
     training, device, ranks, start = task.training, task.images.device, task.ranks, time.perf_counter()
     # what a network draws itself (dropout, stochastic depth) follows from seed and epoch too; of two words of 32 bits one seed
