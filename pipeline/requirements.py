@@ -13,7 +13,7 @@ from offline_bkd.cache import Cache, CacheError, open_cache
 from offline_bkd.pipeline import UserError
 from offline_bkd.pipeline.data import datasets
 from offline_bkd.pipeline.data.images import ImageSource
-from offline_bkd.pipeline.schema import METHODS, Experiment, Method, TrainedNetwork, Training
+from offline_bkd.pipeline.schema import METHODS, Experiment, MethodSection, TrainedNetwork, Training
 from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.teachers import refuse_other
 
@@ -26,7 +26,7 @@ def refuse_device(training: Training, role: str, device: torch.device) -> None:
         raise UserError(f"{role}.training.compile needs a C++ compiler, and there is none; install g++, or set false")
 
 
-def refuse_sources(method: Method, cache: str | None, backbone: str | None) -> None:
+def refuse_sources(method: MethodSection, cache: str | None, backbone: str | None) -> None:
     """Raises UserError where what `method` learns from is not given, or something else is."""
     for given, option, wanted in (
         (cache, "--cache", method.learns_from_cache),

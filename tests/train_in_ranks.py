@@ -51,7 +51,7 @@ class Answers:
         return self.table[rows, views]
 
 
-def train(ranks: Ranks, settings: schema.Method) -> dict:
+def train(ranks: Ranks, settings: schema.MethodSection) -> dict:
     data = schema.Digits(name="digits", imbalance_ratio=20, max_per_class=136)
     training_set, test_set, _ = datasets.load(data)
     targets = Answers(len(training_set))

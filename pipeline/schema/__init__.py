@@ -43,7 +43,7 @@ from offline_bkd.pipeline.schema.methods import (
     CBFocal,
     Focal,
     LogitAdjustment,
-    Method,
+    MethodSection,
 )
 from offline_bkd.pipeline.schema.networks import CifarResNet, LibraryModel, Model, Network, TimmModel, TorchvisionModel
 from offline_bkd.pipeline.schema.training import Constant, Cosine, OneCycle, Step, Training
@@ -82,7 +82,7 @@ __all__ = [
     "Logit",
     "LogitAdjustment",
     "METHODS",
-    "Method",
+    "MethodSection",
     "Model",
     "Network",
     "OLTR",

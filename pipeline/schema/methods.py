@@ -7,7 +7,7 @@ from pydantic import Field
 from offline_bkd.pipeline.schema.base import Fraction, Section, ShareOfEpochs, Temperature
 
 
-class Method(Section):
+class MethodSection(Section):
     """A way to train a network."""
 
     title: ClassVar[str | None] = None  # what a person calls it, if not by the name of the class
@@ -24,7 +24,7 @@ class Method(Section):
         return self.learns_from not in (None, "backbone")
 
 
-class CE(Method):
+class CE(MethodSection):
     """Cross-entropy alone."""
 
     balances = False
@@ -34,7 +34,7 @@ class CE(Method):
     label_smoothing: Fraction = 0.0  # share of the label that is spread evenly over all classes
 
 
-class KD(Method):
+class KD(MethodSection):
     """Cross-entropy and `alpha` T^2 KL to the teacher's tempered probabilities (Hinton et al., 2015)."""
 
     learns_from = "probabilities"
@@ -44,7 +44,7 @@ class KD(Method):
     temperature: Temperature | None = None  # null: the cache's; inspect says which others it serves
 
 
-class BKD(Method):
+class BKD(MethodSection):
     """KD from targets that are re-weighted by the effective number of samples (BKD, eq. 8)."""
 
     learns_from = "probabilities"
@@ -55,7 +55,7 @@ class BKD(Method):
     reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights; 0.8 in the CIFAR-10 recipe
 
 
-class CB(Method):
+class CB(MethodSection):
     """Cross-entropy weighted by the label's inverse effective number (Cui et al., 2019).
 
     A batch's mean is the weighted one, as in the public code: divided by the sum of the batch's weights.
@@ -66,7 +66,7 @@ class CB(Method):
     reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights
 
 
-class Focal(Method):
+class Focal(MethodSection):
     """Focal loss (Lin et al., 2017), with the gamma of LDAM's and BKD's public scripts; its authors' is 2."""
 
     balances = False
@@ -74,7 +74,7 @@ class Focal(Method):
     gamma: Annotated[float, Field(ge=0)] = 1.0  # how much less a sample counts that is classified well; 0: cross-entropy
 
 
-class CBFocal(Method):
+class CBFocal(MethodSection):
     """Focal loss weighted by the label's inverse effective number (Cui et al., 2019), a batch's mean being the plain one.
 
     Of the softmax, beta and gamma as in LDAM's and BKD's public scripts; Cui et al.'s is of a sigmoid for each class.
@@ -87,7 +87,7 @@ class CBFocal(Method):
     reweight_from: ShareOfEpochs = 0.0  # share of the epochs without class weights
 
 
-class LogitAdjustment(Method):
+class LogitAdjustment(MethodSection):
     """Cross-entropy of logits shifted by the log prior (Menon et al., 2021)."""
 
     title = "Logit-adjusted"
@@ -95,7 +95,7 @@ class LogitAdjustment(Method):
     tau: Annotated[float, Field(ge=0)] = 1.0  # factor of the log prior
 
 
-class LDAM(Method):
+class LDAM(MethodSection):
     """Margins that grow for rare classes, with deferred re-weighting (Cao et al., 2019); needs a cosine classifier.
 
     Re-weighted, a batch's mean is divided by the sum of its weights, as in the public code.
@@ -108,7 +108,7 @@ class LDAM(Method):
     reweight_from: ShareOfEpochs = 0.8  # share of the epochs without class weights
 
 
-class CRT(Method):
+class CRT(MethodSection):
     """The backbone of another run, frozen, and a new classifier on class-balanced samples (Kang et al., 2020).
 
     The authors draw four samples of a class in a row, here each is drawn alone.
@@ -121,7 +121,7 @@ class CRT(Method):
     batch_statistics: bool = False  # whether the frozen backbone normalises by the batch while the classifier learns
 
 
-class CBD(Method):
+class CBD(MethodSection):
     """(1 - alpha) CE + alpha beta (1 - cos) to the teachers' features, on class-balanced samples (CBD)."""
 
     learns_from = "features"
@@ -132,7 +132,7 @@ class CBD(Method):
     beta: Annotated[float, Field(ge=0)] = 100.0  # factor of the distance of features
 
 
-class LFME(Method):
+class LFME(MethodSection):
     """Self-paced distillation from one expert a shot group, on class-balanced samples (Xiang et al., 2020).
 
     An expert teaches less the more often the student has been right about its classes, beside the expert, in the epoch
@@ -150,7 +150,7 @@ class LFME(Method):
     theta: Fraction = 0.3  # an expert's loss counts in full while the student's accuracy is below theta times its own
 
 
-class OLTR(Method):
+class OLTR(MethodSection):
     """Another run's backbone, training on or frozen, with a memory of class centroids (Liu et al., 2019).
 
     On class-balanced samples; needs model.memory. The authors draw four samples of a class in a row, here each is drawn
@@ -165,7 +165,7 @@ class OLTR(Method):
     freeze_backbone: bool = False  # true: its weights stay, and training.backbone_rate is of attention and projection
 
 
-class BBN(Method):
+class BBN(MethodSection):
     """Two branches, of uniform and of reversed samples, that share their weight over the epochs (Zhou et al., 2020).
 
     Half of every batch goes to each branch, so a batch is twice as large as theirs, and what the branches share normalises

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from offline_bkd.pipeline import UserError, torchrun
-from offline_bkd.pipeline.schema import Method
+from offline_bkd.pipeline.schema import MethodSection
 from offline_bkd.pipeline.training.methods.contract import StepLoss
 
 
@@ -144,7 +144,7 @@ def batch_sizes(samples: int, batch_size: int, world: int, device: torch.device)
     return {min(size, count - start) for count, size in lengths for start in range(0, count, size)}
 
 
-def refuse_shares(method: Method, batch_size: int, judged: int, world: int) -> None:
+def refuse_shares(method: MethodSection, batch_size: int, judged: int, world: int) -> None:
     """Raises UserError where `world` processes cannot share a batch, or the `judged` images of an evaluation."""
     if world == 1:
         return

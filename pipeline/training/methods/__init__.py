@@ -1,12 +1,12 @@
 """Methods: for each kind of schema.AnyMethod, what a step runs, which rows an epoch visits and what is minimised.
 
-A new method is a section in schema/methods.py, a class here (contract.Method says what of) and a line in METHODS; its formula,
+A new method is a section in schema/methods.py, a class here (contract.Method says what of) and a line in BY_NAME; its formula,
 if it has a new one, is a pure function in losses.py.
 """
 
 from torch import nn
 
-from offline_bkd.pipeline.schema import Method as Settings
+from offline_bkd.pipeline.schema import MethodSection
 from offline_bkd.pipeline.training.methods.bbn import BilateralBranches
 from offline_bkd.pipeline.training.methods.contract import Context, Method, StepLoss
 from offline_bkd.pipeline.training.methods.crt import ClassifierRetraining
@@ -24,7 +24,7 @@ from offline_bkd.pipeline.training.methods.oltr import OpenLongTail
 
 __all__ = ["Context", "Method", "StepLoss", "build_method", "freeze"]
 
-METHODS = {
+BY_NAME = {
     "ce": CrossEntropy,
     "cb": ClassBalanced,
     "focal": Focal,
@@ -41,12 +41,12 @@ METHODS = {
 }
 
 
-def freeze(settings: Settings, model: nn.Module) -> nn.Module:
+def freeze(settings: MethodSection, model: nn.Module) -> nn.Module:
     """`model` as the method of `settings` trains it: what does not learn is frozen."""
-    method = METHODS[settings.name]
+    method = BY_NAME[settings.name]
     return method.freeze(settings, model) if hasattr(method, "freeze") else model
 
 
-def build_method(settings: Settings, context: Context) -> Method:
+def build_method(settings: MethodSection, context: Context) -> Method:
     """The method that `settings` describe, over `context`. Raises UserError where the two do not fit."""
-    return METHODS[settings.name](settings, context)
+    return BY_NAME[settings.name](settings, context)
