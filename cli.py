@@ -19,8 +19,20 @@ if not __package__:  # `python cli.py`: the package is the checkout that this fi
 from offline_bkd.pipeline import UserError, __version__
 from offline_bkd.pipeline.guard import PLACE, Commands, Number, guarded
 
-on_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-of_checkpoint = click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
+on_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto: a GPU where there is one, of several the first in CUDA_VISIBLE_DEVICES.",
+)
+of_checkpoint = click.option(
+    "--checkpoint",
+    type=click.Choice(["last", "best"]),
+    default="last",
+    show_default=True,
+    help="The weights after the last epoch, or of the best one.",
+)
 
 
 def overriding(help: str):
@@ -35,7 +47,11 @@ def configured(command):
         "--config", "config_file", required=True, type=PLACE, metavar="FILE", help="The experiment, a YAML file; see configs/."
     )
     @overriding("Override one key of it; repeatable.")
-    @click.option("--seed", type=int, help="Of initial weights, sample order and views; overrides the file's.")
+    @click.option(
+        "--seed",
+        type=int,
+        help="Of initial weights, sample order and the views of an epoch, none of which a dump has; overrides the file's.",
+    )
     @on_device
     @guarded
     @functools.wraps(command)
@@ -196,7 +212,7 @@ def train_student(config, device, cache, backbone, out, tracker, seeds, resume, 
 @main.command(short_help="Score a run's checkpoint again.")
 @click.argument("run", type=PLACE)
 @of_checkpoint
-@overriding("Where the test images are (data.root=…), other ones (data.test=…), or a precision; repeatable.")
+@overriding("Where the data set is (data.root=…), other test images (data.test=…), or a precision; repeatable.")
 @on_device
 @click.option("--out", type=PLACE, metavar="FOLDER", help="Where the files go; default: RUN/evaluation-CHECKPOINT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, with every class.")
@@ -251,7 +267,7 @@ def predict(run, images, out, probabilities, checkpoint, device):
 @click.option("--format", "form", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
 @click.option("--out", required=True, type=PLACE, metavar="FOLDER", help="A new or empty folder.")
 @of_checkpoint
-@overriding("Where its test images are (data); repeatable.")
+@overriding("Where its data set is (data.root=…), or other test images (data.test=…); repeatable.")
 @guarded
 def export_model(run, form, out, checkpoint, overrides):
     """Example: python cli.py export-model runs/student --out student-onnx
@@ -305,7 +321,7 @@ def inspect(store, everything, as_json, parts):
     "--tolerance", type=Number(0, 1), help="Largest mean total variation of a block; default: what the encoding promises."
 )
 @click.option("--checksums", is_flag=True, help="Only check every stored byte; needs no teacher.")
-@overriding("Other places of its training images (data), cache.precision; repeatable.")
+@overriding("Where its training images are (data.root=…), or cache.precision; repeatable.")
 @on_device
 @click.option("--all", "everything", is_flag=True, help="Print all that was measured, of every class.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")

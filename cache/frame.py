@@ -180,7 +180,12 @@ def _class(cache, name):
     if isinstance(name, (int, np.integer)) and not isinstance(name, bool) and 0 <= name < len(cache.classes):
         return int(name)
     near = difflib.get_close_matches(str(name), cache.classes, 1)
-    advice = f"did you mean {near[0]!r}?" if near else f"use 0 to {len(cache.classes) - 1} or a name"
+    if near:
+        advice = f"did you mean {near[0]!r}?"
+    elif isinstance(name, str):
+        advice = f"names are {', '.join(map(repr, cache.classes[:5]))}{', …' if len(cache.classes) > 5 else ''}"
+    else:
+        advice = f"use 0 to {len(cache.classes) - 1} or a name"
     raise CacheError(f"there is no class {name!r}; {advice}")
 
 

@@ -29,7 +29,7 @@ from .format import (
 DOCUMENT_BYTES = 64 << 20  # more than any real metadata document
 MARKER_BYTES = 1 << 20  # more than any real marker
 _RESTORE = "restore it from a copy, or dump it again"
-FOREIGN = "dump one with cli.py dump-logits"
+FOREIGN = "dump one with the command dump-logits"
 
 
 @dataclass(frozen=True, kw_only=True)

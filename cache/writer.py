@@ -31,7 +31,7 @@ from .format import (
 )
 from .metadata import wrong_columns
 from .reader import Cache
-from .storage import ZarrStorage, open_storage
+from .storage import LocalStorage, ZarrStorage, open_storage
 from .target import no_distribution
 
 _NAMES = {"zarr.json", "done", "sample_id", "label", "image_size", "feature"}
@@ -150,6 +150,8 @@ def refuse_taken(url, resume: bool) -> None:
 def _open(url, resume: bool):
     """The place `url` and the names of what it holds, which is nothing where a new store is made."""
     storage = open_storage(url)
+    if isinstance(storage, LocalStorage) and storage.root.exists() and not storage.root.is_dir():
+        raise CacheError(f"{url} is a file; name a folder")
     try:
         names = storage.names()
     except OSError as error:

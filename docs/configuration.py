@@ -26,12 +26,12 @@ stands in the place of the whole section: keys that it leaves out have their def
 its own folder, holds only what differs from that file; `-o base=FILE`, a path from the current folder, puts another in the
 base's place. One rule is for both:
 
-> A file over its base, and all overrides of single keys together over the file, replace what they name; a section that is
-> given another `name` keeps the keys that its kinds all have, and else starts from its own defaults.
+> Values in a file replace those of its base, and overrides of single keys those of the file. A section that is given another
+> `name` keeps the keys that every kind of that section has; all others begin with the new kind's defaults.
 
 So `-o data.name=cifar100` keeps `imbalance_ratio`, `mean`, `std` and the other keys that every data set has, to be given anew
-where they should change; and `-o student.method.name=kd` begins with the values of `kd`'s own paper, since methods share no
-key.
+where they should change; and `-o student.method.name=kd` begins with the values of `kd`'s own paper, since no key is common
+to all methods; an `alpha` of `bkd` is not taken over.
 """
 
 

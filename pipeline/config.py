@@ -232,8 +232,13 @@ def _explain(error: Any, place: Place) -> tuple[str, str]:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), known, 1, 0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    near = difflib.get_close_matches(str(word), known, 3, 0.5)
+    alike = [one for one in near if _likeness(word, one) == _likeness(word, near[0])]
+    return f"did you mean {' or '.join(map(repr, alike))}?" if near else f"known are {', '.join(known)}"
+
+
+def _likeness(word: str, known: str) -> float:
+    return difflib.SequenceMatcher(None, known, str(word)).ratio()
 
 
 def _uncapitalised(message: str) -> str:

@@ -183,5 +183,5 @@ def _writer(out: str | None, schema: pyarrow.Schema) -> Iterator[TableWriter]:
 
 
 def _plain() -> pyarrow.csv.WriteOptions:
-    """Quotes only where a name needs them."""
+    """Text is in quotes, numbers are not."""
     return pyarrow.csv.WriteOptions(quoting_style="needed")

@@ -101,6 +101,7 @@ def test_probabilities_come_as_a_column_a_class(cache):
         ({"view": 18}, "there is no view 18: the store has views 0 to 17"),
         ({"sample": 4}, "there is no sample 4: the store has ids from 3 to 2516"),
         ({"label": "aple"}, "there is no class 'aple'; did you mean 'apple'?"),
+        ({"label": "5"}, "there is no class '5'; names are 'a"),
         ({"label": 5}, "there is no class 5; use 0 to 4 or a name"),
         ({"label": -1}, "there is no class -1; use 0 to 4 or a name"),
         ({"label": 1.0}, "there is no class 1.0; use 0 to 4 or a name"),

@@ -395,6 +395,9 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
     (tmp_path / "mine.txt").write_text("precious")
     assert "holds no run to resume" in refused("train-teacher", *tiny.options(), "--out", tmp_path, "--resume")
     assert "is a file" in refused("train-teacher", *tiny.options(), "--out", tmp_path / "mine.txt")
+    assert "mine.txt is a file; name a folder" in refused(
+        "dump-logits", *tiny.options(), "--teacher", tmp_path, "--out", tmp_path / "mine.txt"
+    )
     assert {path.name: path.read_bytes() for path in teacher_run.iterdir()} == before
 
 
@@ -412,7 +415,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
             ["train-teacher", *tiny.options("views.padd=1"), "--out", "x"],
             "views.padd: unknown key; did you mean 'pad'?",
         ),
-        (["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x"], "nowhere is not a run's folder"),
+        (["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "x"], "there is no folder nowhere"),
         (["train-student", *tiny.options(), "--out", "x"], "method bkd learns from a cache; name one with --cache"),
         (
             ["dump-logits", *tiny.options(), "--teacher", "nowhere", "--out", "memory://x"],
@@ -422,7 +425,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_both_ways_on_are_named(tmp_pa
             ["train-student", *tiny.options(), "--cache", "x", "--cache", "y", "--out", "z"],
             "--cache takes one value, and is given 2 times",
         ),
-        (["evaluate", "nowhere"], "nowhere is not a run's folder"),
+        (["evaluate", "nowhere"], "there is no folder nowhere"),
         (["inspect", "nowhere.zarr"], "nowhere.zarr"),
         (["train-teacher", "--config", tiny.CONFIG, "--device", "cuda", "--out", "x"], "torch finds no CUDA device"),
     ],

@@ -126,6 +126,10 @@ def test_a_resolved_configuration_reads_back_equal(tmp_path):
         (r'{"a\nb": 1}=1', r"^-o .*: \{\"a\\nb\": 1\}: unknown key; known are"),
         (r'data={name: digits, "a\nb": 1}', r"data\.'a\\nb': unknown key"),
         ("flavour=1", r"flavour: unknown key; known are name, seed, data"),
+        (
+            "student.method.name=bdk",
+            r"student\.method\.name: 'bdk' is not known; did you mean '(bkd|cbd)' or '(bkd|cbd)'\?",
+        ),
         ("student.method.name=bkdd", r"student\.method\.name: 'bkdd' is not known; did you mean 'bkd'\?"),
         ("student.method={alpha: 2}", r"student\.method\.name: missing; one of"),
         ("student.training.epochs=many", r"student\.training\.epochs: .*integer.*; found 'many'"),

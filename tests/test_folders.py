@@ -40,6 +40,24 @@ def test_classes_are_the_training_folders_of_which_the_test_part_may_lack_some(t
     (tmp_path / "test" / "dog").mkdir()
     with pytest.raises(UserError, match="test has 1 class that the training part lacks: 'dog'; add training images"):
         datasets.load(section)
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "beee")
+    with pytest.raises(UserError, match="test has 1 class that the training part lacks: 'beee'; is it 'bee'. rename it"):
+        datasets.load(section)
+
+
+def test_a_part_without_images_in_folders_of_classes_is_named(tmp_path):
+    section = folder_of_images(tmp_path)
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.rename(tmp_path / "test" / f"{path.parent.name}-{path.name}")
+    with pytest.raises(UserError, match="/test has no image in a class's folder; put the images of each class into a folder"):
+        datasets.load(section)
+
+
+def test_a_hidden_folder_of_nothing_is_not_noted(tmp_path, capsys):
+    section = folder_of_images(tmp_path)
+    (tmp_path / "train" / ".thumbnails").mkdir()
+    datasets.load(section)
+    assert "left out" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("holds", ["config.yaml", "zarr.json"])

@@ -440,7 +440,7 @@ def test_a_report_tells_experiments_apart_and_takes_no_run_twice(tmp_path):
     assert [row[:2] for row in table[1:]] == [["CE student (a)", "2"], ["CE student (c)", "1"]]
     found = [runs.open_run(folders[name]).summary()["last"]["top1"] for name in "ab"]
     assert table[1][2] == f"{np.mean(found):.2f} ± {np.std(found, ddof=1):.2f}"
-    with pytest.raises(UserError, match="repeats the experiment and the seed"):
+    with pytest.raises(UserError, match="repeats the experiment and the seed of .*; name one of them"):
         write_report([folders["a"], folders["a"]], str(tmp_path / "twice"))
     with pytest.raises(UserError, match="is a run's folder; name another one"):
         write_report([folders["a"]], folders["b"])

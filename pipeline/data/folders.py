@@ -1,5 +1,6 @@
 """Data sets as folders: one for each class, of image files, as torchvision reads them."""
 
+import difflib
 import os
 from collections import Counter
 from pathlib import Path
@@ -22,9 +23,11 @@ def load_folders(section: schema.ImageFolder, root: Path) -> tuple[Dataset, ...]
     for place, (files, _) in zip(places, parts):
         if extra := sorted(files.keys() - parts[0][0].keys()):
             names = ", ".join(map(repr, extra[:5]))
+            near = difflib.get_close_matches(extra[0], classes, 1)
+            remedy = f"is it {near[0]!r}? rename it" if near else "add training images, or take the folders away"
             raise UserError(
                 f"{printable(str(place))} has {counted(len(extra), 'class', 'classes')} that the training part lacks: "
-                f"{names}; add training images, or take away the folders"
+                f"{names}; {remedy}"
             )
     return tuple(_part(place, classes, *part) for place, part in zip(places, parts))
 
@@ -47,6 +50,11 @@ def _read_part(root: Path) -> tuple[dict[str, list[str]], Counter]:
             )
         else:
             files[entry.name] = _files_below(entry.path, left_out)
+    if not any(files.values()):
+        raise UserError(
+            f"{printable(str(root))} has no image in a class's folder; put the images of each class into a folder of its own, "
+            "named as the class"
+        )
     return files, left_out
 
 
@@ -119,6 +127,7 @@ def _part(root: Path, classes: list[str], files: dict[str, list[str]], left_out:
 
 def _notes(root: Path, left_out: Counter) -> tuple[str, ...]:
     """One on the files below `root` that are left out, if there are any."""
+    left_out = +left_out  # without kinds of which there are none
     if not left_out:
         return ()
     counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))

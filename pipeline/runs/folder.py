@@ -109,6 +109,8 @@ class Run:
 def open_run(folder: str | Path) -> Run:
     """A complete run's folder. Raises UserError for anything else."""
     run = Run(Path(folder))
+    if not run.folder.is_dir():
+        raise UserError(f"there is no folder {folder}; name the --out of a training command")
     if not run.has("config.yaml"):
         raise UserError(f"{folder} is not a run's folder (it has no config.yaml); name the --out of a training command")
     if not run.has("summary.json"):

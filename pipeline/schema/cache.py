@@ -33,5 +33,5 @@ class CacheSection(Section):
     temperature: Temperature = 2.0  # T of softmax(z / T), the answers that are stored
     encoding: Annotated[Logit | Probability | Klt, Field(discriminator="name")] = Logit(name="logit")  # how they are stored
     features: bool = False  # also each teacher's last feature, L2-normalised, 8 bits a number
-    batch_size: Positive = 512  # fixed, so that the stored bytes do not depend on how the work was shared
+    batch_size: Positive = 512  # images in a forward pass of the teacher; fewer take less memory, and may change the last bits
     precision: Literal["float32", "bfloat16"] = "float32"  # of the teacher's forward pass

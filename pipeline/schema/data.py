@@ -27,7 +27,7 @@ def _validation(value):
 class Data(Section):
     """What every data set has: where it is, how its training part is made long-tailed, how pixels are normalised."""
 
-    root: str = "."  # folder that relative paths start from; ~ and ${VARIABLES} are expanded
+    root: str = "."  # folder that relative paths start from, itself from the current folder; ~ and ${VARIABLES} are expanded
     # n_max / n_min: class c of C, from 0 in their order, keeps n_max ratio^(-c / (C - 1)) samples, rounded down; null: all
     imbalance_ratio: Annotated[float, Field(ge=1)] | None = None
     max_per_class: Positive | None = None  # n_max; null takes the first class's size

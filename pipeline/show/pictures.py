@@ -198,7 +198,7 @@ def plot_calibration(axes, title: str, bins_by_name: dict[str, list[dict]]) -> N
             continue
         look = style(index) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 4}
         axes.plot([part["confidence"] for part in held], [part["accuracy"] for part in held], label=name, **look)
-    axes.set(title=title, xlabel="confidence (%)", ylabel="test accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    axes.set(title=title, xlabel="confidence (%)", ylabel="test accuracy (%)", xlim=(-2, 102), ylim=(-2, 102))
     axes.grid(alpha=0.3)
 
 

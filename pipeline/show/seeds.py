@@ -55,8 +55,8 @@ def group_by_seed(opened: Sequence[Run]) -> list[Seeds]:
     for run in opened:
         summary = run.summary()
         line = lines.setdefault(json.dumps(experiment_of(run)), Seeds(run_name(run)))
-        if summary["seed"] in [other.summary()["seed"] for other in line.runs]:
-            raise UserError(f"{run.folder} repeats the experiment and the seed of another run; name each run once")
+        if same := [other.folder for other in line.runs if other.summary()["seed"] == summary["seed"]]:
+            raise UserError(f"{run.folder} repeats the experiment and the seed of {same[0]}; name one of them")
         line.runs.append(run)
     _tell_apart(list(lines.values()), lambda run: run.folder.resolve().name)
     _tell_apart(list(lines.values()), lambda run: run.folder.resolve().parent)
