@@ -69,7 +69,7 @@ def test_the_editing_itself_is_not_what_is_refused(url):
 )
 def test_array_metadata_that_differ_from_the_format_are_refused(url, field, value):
     edit(url, "probability/zarr.json", lambda document: document.__setitem__(field, value))
-    refused(url, "probability/zarr.json is not what format 1 says; dump one with cli.py dump-logits")
+    refused(url, "probability/zarr.json is not what format 1 says; dump one with the command dump-logits")
 
 
 @pytest.mark.parametrize(
