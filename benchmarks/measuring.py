@@ -11,8 +11,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent))
-import cli  # noqa: E402, F401
+sys.path.insert(1, str(Path(__file__).parent.parent))
+import cli  # noqa: E402, F401  binds offline_bkd to this checkout
 
 
 def save(path: Path, figures: dict, *libraries: str, device: str = "cpu", section: str | None = None) -> None:
