@@ -226,6 +226,8 @@ def _explain(error: Any, place: Place) -> tuple[str, str]:
             return key, "missing; it must be given"
         case "model_type" | "model_attributes_type" | "dataclass_type" | "dict_type":
             return key, f"a section (key: value) is meant; found {found}"
+        case "tuple_type":
+            return key, f"a list, [first, second, …], is meant; found {found}"
         case "value_error":
             return key, _uncapitalised(error["msg"].removeprefix("Value error, "))
     return key, f"{_uncapitalised(error['msg'])}; found {found}"

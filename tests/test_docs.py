@@ -149,8 +149,23 @@ def test_the_lines_for_pandas_work(cache):
     assert len(values["table"]) == len(values["cache"]) == 464
 
 
+def test_the_lines_that_set_a_test_part_aside_work(tmp_path):
+    counts = {"owl": 100, "wren": 7, "dove": 1}
+    for kind, count in counts.items():
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / "train" / kind / f"{number}.png")
+    lines, *_ = blocks((ROOT / "docs" / "questions.md").read_text(), "python")
+    exec(lines.replace("/data/birds", str(tmp_path)), {})
+    found = {part: {kind: len(list((tmp_path / part / kind).iterdir())) for kind in counts} for part in ("train", "test")}
+    assert found["test"] == {"owl": 20, "wren": 3, "dove": 0}
+    assert {kind: found["train"][kind] + found["test"][kind] for kind in counts} == counts
+    own = yaml.safe_load(blocks((ROOT / "README.md").read_text(), "yaml")[0])["data"] | {"root": str(tmp_path)}
+    assert [len(part) for part in datasets.load(schema.ImageFolder(**own))[:2]] == [85, 23]
+
+
 def test_the_lines_for_a_training_loop_work(cache):
-    lines, _ = blocks((ROOT / "docs" / "questions.md").read_text(), "python")
+    _, lines, _ = blocks((ROOT / "docs" / "questions.md").read_text(), "python")
     train, *_ = datasets.load(tiny.experiment().data)
     images = [(train.decode(row), int(train.label[row])) for row in range(len(train))]
     linear = torch.nn.Linear(3 * 8 * 8, 10)
@@ -166,7 +181,7 @@ def test_the_lines_for_a_training_loop_work(cache):
 
 
 def test_the_lines_for_a_network_of_one_s_own_work(typing):
-    _, lines = blocks((ROOT / "docs" / "questions.md").read_text(), "python")
+    *_, lines = blocks((ROOT / "docs" / "questions.md").read_text(), "python")
 
     class Brightness(torch.nn.Linear):
         def forward(self, image):
