@@ -3,6 +3,7 @@
     encode     float32 [B, C] probabilities to columns [B, S] by array, which chunks hold, and values that their marker holds
     unpack     (Klt) columns [B, S] and the marker's values to codes [B, R], which a plane in memory holds
     decode     codes [B, R] to float32 [B, C] probabilities, into `out` where given
+    flaw       (Dense) the first of codes [B, R] that stand for no probabilities, and what they are
     limits     (Dense) codes [B, R] to three arrays [B, C]: the least log-probabilities that they may stand for, those they are
                taken for, and the greatest
 
@@ -16,8 +17,9 @@ import numpy as np
 from .format import array_document
 from .klt import Klt
 from .pieces import on_all_cores, pieces
-from .target import softmax
+from .target import SUM_TOLERANCE, no_distribution, softmax
 
+_MINUS_INFINITY = 0xFC00  # the bits of float16's
 _TINY = 2.0**-126  # below it float32 has fewer bits, or on some devices none; a softmax in float32 knows no less
 
 
@@ -94,6 +96,17 @@ class Dense:
         out = np.empty(codes.shape, np.float32) if out is None else out
         out[...] = codes
         return out
+
+    def flaw(self, codes: np.ndarray) -> tuple[int, str] | None:
+        """The first row of `codes` [B, C] that stands for no distribution, and what it holds; None where all do."""
+        if self.name == "probability":  # whose rounding moves a sum
+            return no_distribution(codes.astype(np.float32, copy=False), 2 * SUM_TOLERANCE)
+        # As integers they compare many times as fast: of a row the largest is zero, and no number is a negative NaN.
+        signed, unsigned = codes.view(np.int16), codes.view(np.uint16)
+        if (signed.max(1) == 0).all() and unsigned.max() <= _MINUS_INFINITY:
+            return None
+        row = int(np.flatnonzero((signed.max(1) != 0) | (unsigned.max(1) > _MINUS_INFINITY))[0])
+        return row, f"logits from {codes[row].min()} to {codes[row].max()}, of which the largest is zero"
 
     def limits(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         values, there = codes.astype(np.float32), np.isfinite(codes)

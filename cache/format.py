@@ -37,7 +37,7 @@ STORE_MARKER = "done/store"
 LOCK = "done/lock"
 _CHUNK_BYTES, _BLOCK_BYTES = 8 << 20, 64 << 20  # of a chunk as stored, of a block as float32 probabilities
 LARGEST = 1e300  # of a number that JSON may say to be larger than any float
-_MOST = {"views": 10**6, "samples": 10**9, "classes": 10**5}
+_MOST = {"views": 10**6, "samples": 10**9, "classes": 10**5, "blocks": 10**7}
 
 
 class CacheError(ValueError):
@@ -143,8 +143,12 @@ class Identity:
             raise ValueError(f"temperature must be a positive number, found {temperature!r}")
         if not all(isinstance(part, dict) for part in (self.dataset, self.teacher, self.computed)):
             raise ValueError("dataset, teacher and computed must be JSON objects")
-        if not isinstance(self.teacher.get("digest"), str):
-            raise ValueError("teacher must have a digest")
+        several = [self.teacher[name] for name in ("average_of", "experts") if name in self.teacher]
+        if not all(isinstance(members, list) for members in several):
+            raise ValueError("teacher.average_of and teacher.experts are lists of teachers")
+        teachers = [self.teacher, *(one for members in several for one in members)]
+        if not all(isinstance(one, dict) and isinstance(one.get("digest"), str) for one in teachers):
+            raise ValueError("a teacher must have a digest")
         if type(self.views.count) is not int or not 1 <= self.views.count <= _MOST["views"]:
             raise ValueError(f"there must be 1 to {_MOST['views']} views, found {self.views.count}")
 
@@ -180,6 +184,11 @@ class Layout:
     samples: int
     encoding: "Dense | Klt"
     features: dict[str, int]
+
+    def __post_init__(self):
+        if (count := self.views * self.blocks) > _MOST["blocks"]:
+            found = f"{self.views:,} views of {self.samples:,} samples and {self.classes:,} classes are {count:,}"
+            raise CacheError(f"a store has at most {_MOST['blocks']:,} blocks, {found}; make several of fewer views")
 
     @property
     def views(self) -> int:

@@ -196,7 +196,8 @@ def summary(cache, *, planes: int = 4) -> dict:
     confidence) are over at most `planes` whole views, evenly spaced, by shot group; sizes in bytes, on disk.
     """
     layout, survey = cache.layout, cache.survey()
-    done, blocks = np.unique([view for view, _ in survey.blocks], return_counts=True)
+    lost = {*survey.lost}
+    done, blocks = np.unique([pair[0] for pair in survey.blocks if pair not in lost], return_counts=True)
     whole = done[blocks == layout.blocks].astype(int).tolist()
     chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, min(planes, len(whole))).astype(int))]
     rows, blocks = sum(_length(layout.rows(block)) for _, block in survey.blocks), layout.views * layout.blocks
@@ -209,7 +210,7 @@ def summary(cache, *, planes: int = 4) -> dict:
         "views": layout.views,
         "complete": len(survey.blocks) == blocks and not survey.lost,
         "blocks": {"done": len(survey.blocks), "all": blocks, "of_a_view": layout.blocks}
-        | ({"lost": survey.lost} if survey.lost else {})
+        | ({"lost": len(survey.lost)} if survey.lost else {})
         | ({"stored_exactly": survey.exact} if survey.exact else {}),
         "bytes": {"all": survey.nbytes, "a_view_of_a_sample": round(survey.nbytes / rows, 2) if rows else None},
         "error": survey.error,

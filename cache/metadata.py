@@ -66,7 +66,10 @@ def load_metadata(storage) -> Metadata:
     additions = [line for key in documents for line in _check_document(storage, key, documents[key], files.get(key))]
 
     def read(name):
-        return _read_whole(storage, name, documents[f"{name}/zarr.json"], files)
+        values = _read_whole(storage, name, documents[f"{name}/zarr.json"], files)
+        if not np.isfinite(values).all():
+            raise CacheError(f"{storage} is not usable: {name} holds numbers that are not finite; {FOREIGN}")
+        return values
 
     columns = {name: read(name) for name in ("sample_id", "label", "image_size")}
     label, classes = columns["label"], layout.classes

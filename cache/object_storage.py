@@ -24,11 +24,13 @@ from .format import CacheError
 CLASSES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}  # obstore's, by the scheme of their addresses
 RETRIES = {  # of requests that are dropped, or answered with 5xx; some ten seconds in all
     "max_retries": 8,
-    "retry_timeout": timedelta(minutes=3),
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
+    "retry_timeout": timedelta(seconds=20),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
-CLIENT = {"allow_http": True, "timeout": "2m"}  # plain HTTP only where the endpoint in the environment says so
-LEASE = 60  # seconds that a lease lasts after its last renewal
+CLIENT = {"allow_http": True, "timeout": "60s"}  # plain HTTP only where the endpoint in the environment says so
+# Seconds that a lease lasts after its last renewal. A put that begins within a quarter of it, 30 s, ends before it does, with
+# all that is tried again: 20 s, a pause of 5 s and the last attempt's 60 s. So none lands on what another has taken over.
+LEASE = 120
 _REQUESTS = 32  # at once
 _PATIENCE = 5  # seconds that a writer waits for others that asked at the same time
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|bucket does not exist")
@@ -285,12 +287,12 @@ class _Held:
         return answer.meta["size"] > 0  # what is taken away is emptied first
 
     def renew_until_ended(self) -> None:
-        while not self._lost and not self._ended.wait(LEASE / 4):
+        while not self._lost and not self._ended.wait(LEASE / 6):
             with suppress(OSError):  # the next time may do
                 self.renew()
 
     def keep(self) -> None:
-        if not self._lost and time.time() - self._renewed > LEASE / 2:
+        if not self._lost and time.time() - self._renewed > LEASE / 4:
             self.renew()
         if self._lost:
             raise OSError(errno.ESTALE, "another process took over, since this one was not heard of for long", self.client.url)

@@ -170,16 +170,17 @@ class Cache:
 
     def survey(self) -> "Survey":
         """What the markers of all committed blocks say, each read once and many at a time."""
-        blocks, nbytes, exact, lost = self.committed(), self._metadata.nbytes, 0, 0
+        blocks, nbytes, exact, lost = self.committed(), self._metadata.nbytes, 0, []
         there = self._chunk_sizes()
         error = _Error(self.encoding.max_error)
         feature_error = {name: _Error(features.MAX_ERROR) for name in self.features}
-        for (_, block), marker, size in self._markers(blocks):
+        for pair, marker, size in self._markers(blocks):
             written = {key: entry["size"] for key, entry in marker["files"].items()}
             nbytes += size + sum(written.values())
-            lost += not written.items() <= there.items()
+            if not written.items() <= there.items():
+                lost.append(pair)
             exact += not self.encoding.plain and any(key.startswith(f"{_EXACT.name}/") for key in marker["files"])
-            rows = _length(self.layout.rows(block))
+            rows = _length(self.layout.rows(pair[1]))
             try:
                 if self.encoding.max_error is not None:
                     error.add(marker["error"], rows)
@@ -272,7 +273,7 @@ class Cache:
 
     def _read_block(self, view, block, out):
         if self.encoding.plain:  # what is stored is what is asked for
-            return self._read_plain(self.encoding.array, view, block, out)
+            return self._read_dense(self.encoding, view, block, out)
         marker = self._marker(view, block)
         exact = self.encoding.exact_blocks and self.layout.chunk(_EXACT.name, view, block) in marker["files"]
         if self.held is self.encoding:
@@ -280,9 +281,17 @@ class Cache:
                 raise CacheError(f"{self._where(view, block)} is stored otherwise since this store was opened; open it again")
             self._read_codes(view, block, marker, out)
         elif exact:
-            self._read_plain(_EXACT.name, view, block, out)
+            self._read_dense(_EXACT, view, block, out)
         else:
             self.encoding.decode(self._read_codes(view, block, marker), out)
+
+    def _read_dense(self, encoding, view, block, out):
+        """Probabilities as they are stored, which are as they were written; who wrote them may have checked nothing."""
+        self._read_plain(encoding.array, view, block, out)
+        if wrong := encoding.flaw(out):
+            row, found = wrong
+            what = f"sample {self.sample_id[self.layout.rows(block).start + row]} has no distribution ({found})"
+            raise CorruptCacheError(f"{self._where(view, block)} is not usable: {what}; {_redo(view, block)}")
 
     def _read_codes(self, view, block, marker, out=None):
         """Of a compressed store: codes, [rows of the block, R]."""
@@ -484,14 +493,14 @@ def _room(shape, dtype, out):
 class Survey:
     """What the markers of all committed blocks say.
 
-    blocks: (view, block), in order.  lost: of how many of them a chunk is missing by now or cut short.  exact: how many
+    blocks: (view, block), in order.  lost: those of which a chunk is missing by now or cut short.  exact: how many
     `klt` has stored as they are, since its codebook does not fit them.  nbytes: of all files that are committed.  error:
     what the encoding costs, {"bound", "mean", "worst"} of a total variation; None where it is exact but for rounding.
     feature_error: likewise by name, of a cosine distance. "mean" and "worst" are None where nothing is committed.
     """
 
     blocks: list[tuple[int, int]]
-    lost: int
+    lost: list[tuple[int, int]]
     exact: int
     nbytes: int
     error: dict | None

@@ -249,8 +249,10 @@ class RemoteStorage:
     def sizes(self, folder: str) -> dict[str, int]:
         """The number of bytes of each object in `folder`, by name; none if it does not exist."""
         with suppress(FileNotFoundError):
-            entries = self._ask(self.fs.ls, self._path(folder), detail=True)
-            return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries if entry["type"] == "file"}
+            entries = [entry for entry in self._ask(self.fs.ls, self._path(folder), detail=True) if entry["type"] == "file"]
+            sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
+            unsaid = [name for name, size in sizes.items() if size is None]  # as where a web server lists a folder
+            return sizes | dict(zip(unsaid, self._ask(self.fs.sizes, [self._path(f"{folder}/{name}") for name in unsaid])))
         return {}
 
     def keys(self, folder: str = "") -> list[str]:
@@ -286,6 +288,8 @@ def open_storage(url) -> LocalStorage | ObjectStorage | RemoteStorage:
     url = os.fspath(url)
     if not url:  # which would be the folder that the process stands in
         raise CacheError("the store's address is empty; name a folder, or an address on an object store")
+    if one_slash := re.match(r"(\w+):/(?!/)", url):  # as a Path keeps it, which would be a folder here
+        raise CacheError(f"{url} is an address with one slash; write it as text, {one_slash[1]}://…")
     if url.startswith("file://"):
         return LocalStorage(unquote(re.sub("^file://(localhost(?=/))?", "", url)))
     scheme, separator, _ = url.partition("://")

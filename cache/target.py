@@ -6,7 +6,7 @@ B rows, C classes.
 import numpy as np
 
 BETA = 0.9999  # of the effective number of samples, in the class weights w
-_SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near
+SUM_TOLERANCE = 1e-3  # a float32 softmax sums to one within 1e-5; logits or weighted rows are nowhere near
 _SAFE = 60  # logits whose exponential neither overflows nor vanishes, nor their sum
 
 
@@ -26,13 +26,13 @@ def total_variation(exact: np.ndarray, rebuilt: np.ndarray, weight=1.0) -> np.nd
     return 0.5 * np.abs(q - rebuilt).sum(-1, dtype=np.float64)
 
 
-def no_distribution(probability: np.ndarray) -> tuple[int, str] | None:
+def no_distribution(probability: np.ndarray, tolerance: float = SUM_TOLERANCE) -> tuple[int, str] | None:
     """The first row of `probability` [B, C] that is no distribution, and what was found in it; None where all are."""
     # NaN fails every comparison, and an infinity fails the sum.
     sums = probability @ np.ones(probability.shape[1], np.float32)
-    if np.abs(sums - 1).max() <= _SUM_TOLERANCE and probability.min() >= 0:
+    if np.abs(sums - 1).max() <= tolerance and probability.min() >= 0:
         return None
-    row = int(np.flatnonzero(~((np.abs(sums - 1) <= _SUM_TOLERANCE) & (probability.min(1) >= 0)))[0])
+    row = int(np.flatnonzero(~((np.abs(sums - 1) <= tolerance) & (probability.min(1) >= 0)))[0])
     return row, f"from {probability[row].min()} to {probability[row].max()}, sum {sums[row]}"
 
 

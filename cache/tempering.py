@@ -26,7 +26,8 @@ def temperatures(cache) -> tuple[float, float] | None:
     if _of_several(cache):
         return own, own
     if cache.encoding.plain:
-        pairs = cache.committed()
+        lost = {*cache.lost()}
+        pairs = [pair for pair in cache.committed() if pair not in lost]
         if not pairs:
             return None
         rows = np.concatenate(

@@ -253,13 +253,15 @@ class CacheWriter:
         Raises CacheError where another process owns one of them, where there is no such view or block, and where a view is
         stored as differences from another that is neither there nor among `pairs`.
         """
-        pairs, layout, reference = sorted(set(pairs)), self._layout, self._encoding.reference
+        pairs, layout, reference = list(pairs), self._layout, self._encoding.reference
         if self._owned:
             raise ValueError("this writer has taken its blocks; open another")
         if not pairs:
             return
         views, blocks = zip(*pairs)
-        places = whole_numbers(blocks, "block", layout.blocks) * layout.views + whole_numbers(views, "view", layout.views)
+        known = whole_numbers(views, "view", layout.views), whole_numbers(blocks, "block", layout.blocks)
+        pairs = sorted({*zip(*(numbers.tolist() for numbers in known))})  # they may have been NumPy's numbers
+        places = np.array([block * layout.views + view for view, block in pairs])
         if reference is not None:
             lost = {pair for pair in self.cache.missing() if pair[0] == reference}.difference(pairs)
             for view, block in pairs:

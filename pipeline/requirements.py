@@ -113,6 +113,13 @@ def notes_on_training(section: TrainedNetwork, cache: Cache | None) -> list[str]
 def _teachers(cache: Cache) -> dict[str, dict]:
     """What the cache keeps of each of its teachers that was trained here, by a name for it; caches of old name no method."""
     identity = cache.identity.teacher
-    teachers = [one for one in identity.get("average_of", [identity]) if "model" in one]
+    teachers = [one for one in identity.get("average_of", [identity]) if _trained_here(one)]
     said = "the cache's {} of method {}, seed {}"
     return {said.format(one["model"]["name"], one.get("method", "unknown"), one["seed"]): one for one in teachers}
+
+
+def _trained_here(teacher: dict) -> bool:
+    """Whether a teacher is described as one of ours; others are as whoever wrote their store liked."""
+    model = teacher.get("model")
+    ours = isinstance(model, dict) and {"name", "cosine_scale"} <= model.keys() and "seed" in teacher
+    return ours and isinstance(teacher.get("method", ""), str)

@@ -1,5 +1,6 @@
 """`inspect`, `verify` and `export` tell the truth about a store, and nothing that was not looked at is called well."""
 
+import dataclasses
 import json
 import shutil
 
@@ -119,7 +120,7 @@ def test_a_resumed_dump_says_and_writes_again_what_has_lost_files(tmp_path, cach
     path = tmp_path / "cache.zarr"
     shutil.copytree(cache, path)
     before = files(path)
-    (path / "probability/c.4.0.0").unlink(), (path / "probability/c.7.0.0").write_bytes(b"")
+    (path / "probability/c.0.0.0").unlink(), (path / "probability/c.7.0.0").write_bytes(b"")
     assert "not whole: 2 blocks lost files, or parts of them; finish it with" in run("inspect", path)[1]
     report = json.loads(run("inspect", path, "--json")[1])
     assert report["blocks"]["lost"] == 2 and report["complete"] is False
@@ -131,6 +132,25 @@ def test_a_resumed_dump_says_and_writes_again_what_has_lost_files(tmp_path, cach
     for note in f"note: {path}: 2 blocks had lost files, or parts of them, and will be dumped again\n", "":
         dump_logits(tiny.experiment(tiny.EXACT), [str(teacher_run)], str(path), tiny.CPU, resume=True)
         assert capsys.readouterr().out == f"{note}{path}: 9 views of 464 samples\n" and files(path) == before
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"model": "resnet50", "test": 71.3},
+        {"model": {"name": ["a"], "cosine_scale": None}, "method": ["ce"], "seed": 1, "test": {"top1": "high"}},
+    ],
+)
+def test_a_teacher_may_be_described_in_any_way(tmp_path, cache, pictures_of_runs, about):
+    ours = open_cache(cache)
+    columns = {name: getattr(ours, name) for name in ("sample_id", "label", "image_size")}
+    theirs = dataclasses.replace(ours.identity, teacher={"digest": "cc", **about})
+    with create_cache(tmp_path / "s", identity=theirs, encoding=ours.encoding.to_json(), **columns) as writer:
+        fill(writer, answers=ours.plane)
+    code, said = run("inspect", tmp_path / "s")
+    assert code == 0 and "teacher cc" in said
+    train_student(tiny.experiment("student.training.epochs=1"), str(tmp_path / "s"), str(tmp_path / "student"), tiny.CPU)
+    assert (tmp_path / "student/accuracy_by_class.png").exists()
 
 
 def test_the_samples_that_a_codebook_is_fitted_to_are_not_those_that_the_tail_was_drawn_by(tmp_path, teacher_run, monkeypatch):

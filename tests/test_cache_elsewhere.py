@@ -1,6 +1,10 @@
 """A store opens in other readers of Zarr, and where fsspec reaches; what other programs write into it is named."""
 
+import functools
+import threading
 import uuid
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +178,36 @@ def test_a_store_in_an_archive_is_read_wherever_it_lies_there(tmp_path, inside):
             archive.writestr(f"{inside}/{key}".lstrip("/"), data)
     cache = open_cache(f"zip:/{inside or '/'}::{tmp_path}/s.zip" if inside else f"zip://::{tmp_path}/s.zip")
     assert cache.complete and cache.verify_checksums() == [] and (cache.plane(1) == answers(1)).all()
+
+
+def test_a_store_behind_a_web_server_is_whole(tmp_path):
+    """Whose listings say no sizes."""
+    cache = dump(tmp_path / "s", **TWO_VIEWS)
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = open_cache(f"http://127.0.0.1:{server.server_port}/s")
+        assert (found.plane(1) == cache.plane(1)).all() and found.lost() == []
+        found.refuse_incomplete()
+        (tmp_path / "s/probability/c.1.0.0").write_bytes(b"short")
+        assert found.lost() == [(1, 0)]
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize("address", ["s3:/answers/c.zarr", Path("gs://answers/c.zarr")])
+def test_an_address_with_one_slash_is_no_folder(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    for use in open_cache, lambda url: create_cache(url, **arguments()):
+        with pytest.raises(
+            CacheError, match=r"^(s3|gs):/answers/c.zarr is an address with one slash; write it as text, (s3|gs)://…"
+        ):
+            use(address)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_address_may_have_what_addresses_may_have(tmp_path):

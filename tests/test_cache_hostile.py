@@ -4,11 +4,13 @@ import json
 import os
 import tracemalloc
 
+import google_crc32c
 import numpy as np
 import pytest
 from cache_store import answers, arguments, dump, identity
 
-from offline_bkd.cache import CacheError, CropFlip, RandomResizedCrop, create_cache, format, open_cache
+from offline_bkd.cache import CacheError, CorruptCacheError, CropFlip, RandomResizedCrop, create_cache, format, open_cache
+from offline_bkd.cache.encodings import Dense
 
 
 @pytest.fixture
@@ -215,6 +217,78 @@ def test_what_a_store_claims_to_be_costs_nothing_only_what_is_there(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 30 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_store_that_claims_more_blocks_than_can_be_listed_is_refused(url):
+    count = 10**6
+    with pytest.raises(CacheError, match="a store has at most 10,000,000 blocks, 1,000,000 views of 1,000,000 samples and"):
+        format.Layout(
+            identity=identity(classes=tuple(map(str, range(1000))), views=RandomResizedCrop(size=8, count=count)),
+            samples=count,
+            encoding=Dense(name="logit"),
+            features={},
+        )
+
+
+def put_chunk(url, view, values):
+    """Writes a block of `url`, a store of two views of one block, as its own writer would, but without looking at it."""
+    path = url / f"{open_cache(url).encoding.array}/c.{view}.0.0"
+    data = np.ascontiguousarray(values).tobytes()
+    path.write_bytes(data + google_crc32c.value(data).to_bytes(4, "little"))
+    marker = json.loads((url / f"done/{view}.0").read_text())
+    files = {str(path.relative_to(url)): {"size": len(data) + 4, "checksum": path.read_bytes()[-4:].hex()}}
+    owner = {key: marker[key] for key in ("store", "view", "rows")}
+    (url / f"done/{view}.0").write_bytes(format.marker(files, **owner))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("wrong", [lambda p: 3 * p, lambda p: np.where(p == p[70].min(), np.nan, p), lambda p: p - 0.1])
+def test_probabilities_that_are_no_distributions_are_refused(tmp_path, dtype, wrong):
+    url, given = tmp_path / "s", {"encoding": {"name": "probability", "dtype": dtype}}
+    dump(url, identity=identity(views=CropFlip(pad=0)), **given)
+    put_chunk(url, 1, answers(1).astype(dtype))
+    assert open_cache(url).verify_checksums() == [], "the editing itself is not what is refused"
+    put_chunk(url, 1, wrong(answers(1)).astype(dtype))
+    (problem,) = open_cache(url).verify_checksums()
+    assert "view 1, rows 0 to 359 is not usable: sample" in problem and "has no distribution" in problem
+
+
+@pytest.mark.parametrize("bits", [0x7C00, 0x7E00, 0xFE00, 0x3C00, "all -inf"])
+def test_logits_that_are_no_logits_are_refused(tmp_path, bits):
+    url = tmp_path / "s"
+    cache = dump(url, identity=identity(views=CropFlip(pad=0)), encoding={"name": "logit"})
+    stored = cache.stored_plane(0)
+    stored[7, 1] = -np.inf  # which stands for nothing at all
+    put_chunk(url, 0, stored)
+    assert open_cache(url).verify_checksums() == []
+    if bits == "all -inf":
+        stored[70] = -np.inf
+    else:
+        stored.view(np.uint16)[70, 2] = bits
+    put_chunk(url, 0, stored)
+    with pytest.raises(CorruptCacheError, match=r"sample 493 has no distribution \(logits from .*; delete its marker"):
+        open_cache(url).plane(0)
+
+
+def test_a_codebook_of_no_numbers_is_refused(tmp_path):
+    fit = {"fit": lambda views: np.stack([answers(view) for view in views])}
+    url = tmp_path / "s"
+    dump(url, identity=identity(views=CropFlip(pad=0)), encoding={"name": "klt"}, **fit)
+    key = "codebook/mean/c.0"
+    data = np.full(5, np.nan, np.float32).tobytes()
+    data += google_crc32c.value(data).to_bytes(4, "little")
+    files = json.loads((url / "done/store").read_text())["files"]
+    assert files[key]["size"] == len(data)
+    (url / key).write_bytes(data)
+    files[key]["checksum"] = data[-4:].hex()
+    (url / "done/store").write_bytes(format.marker(files))
+    refused(url, "is not usable: codebook/mean holds numbers that are not finite")
+
+
+@pytest.mark.parametrize("member", [3, {"digest": 4}, {"name": "a teacher"}])
+def test_teachers_of_an_average_that_say_not_who_they_are_are_refused(url, member):
+    edit(url, "zarr.json", lambda document: document["attributes"]["identity"]["teacher"].__setitem__("average_of", [member]))
+    refused(url, "the store's identity is not readable: a teacher must have a digest")
 
 
 @pytest.mark.parametrize("stated", [{"mean": -1, "worst": 0}, {"mean": 0.1, "worst": 10**400}, {"mean": "0", "worst": 0}, 3])

@@ -148,7 +148,7 @@ def test_an_object_store_has_one_writer_a_block(bucket, two_blocks):
     url = remote(bucket, "s3")
     with create_cache(url, joint=True, **arguments(**TWO_VIEWS)) as first:
         first.take([(0, 0), (1, 0)])
-        with pytest.raises(CacheError, match=f"^another process is writing {url}; wait for it, or end it and wait 60 s$"):
+        with pytest.raises(CacheError, match=f"^another process is writing {url}; wait for it, or end it and wait 120 s$"):
             create_cache(url, resume=True, **arguments(**TWO_VIEWS))
         with create_cache(url, resume=True, joint=True, **arguments(**TWO_VIEWS)) as second:
             second.take([(0, 1), (1, 1)])

@@ -32,16 +32,17 @@ def test_targets_are_held_without_the_store(tmp_path):
 def test_a_full_scratch_disk_is_one_line_and_not_the_end_of_the_process(cache, tmp_path, monkeypatch):
     from offline_bkd import CachedTargets
 
-    asked = []
+    asked, whole = [], 18 * 360 * 5 * 4  # bytes of all planes
 
     def full(_, start, size):
         asked.append((start, size))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if size == whole:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)  # what is mapped without it is killed by SIGBUS when it is written
     with pytest.raises(CacheError, match="1 MB of planes find no place: No space left on device; name another scratch folder"):
         CachedTargets(cache, range(360), scratch=tmp_path)
-    assert asked == [(0, 16)]
+    assert asked == [(0, 16), (0, whole)]
 
 
 @pytest.mark.parametrize(

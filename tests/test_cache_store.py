@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from cache_store import CLASSES, COUNTS, answers, arguments, dump, files, fill, identity
+from cache_store import CLASSES, COUNTS, TWO_VIEWS, answers, arguments, dump, files, fill, identity
 
 from offline_bkd.cache import CacheError, CropFlip, RandomResizedCrop, create_cache, format, open_cache
 
@@ -314,6 +314,14 @@ def test_logits_and_wrong_shapes_are_refused(tmp_path):
             writer.write(1, 0, np.log(answers(1)))
         with pytest.raises(ValueError, match=r"block 0 takes probability \[360, 5\], found \[359, 5\]"):
             writer.write(1, 0, answers(1)[1:])
+
+
+def test_blocks_may_be_numpys_numbers(tmp_path, two_blocks):
+    with create_cache(tmp_path / "s", joint=True, **arguments(**TWO_VIEWS)) as writer:
+        writer.take([tuple(pair) for pair in np.argwhere(np.ones((2, 2)))])
+        fill(writer)
+    dump(tmp_path / "whole", **TWO_VIEWS)
+    assert files(tmp_path / "s") == files(tmp_path / "whole")
 
 
 def test_views_that_are_not_there_are_refused(tmp_path):

@@ -179,15 +179,20 @@ def test_a_job_array_with_a_job_that_is_killed_and_submitted_again_leaves_the_st
     assert files(out) == files(cache)
 
 
-def test_a_process_that_is_not_the_first_waits_for_the_store(tmp_path):
+def test_a_process_that_is_not_the_first_waits_for_the_store(tmp_path, monkeypatch, capsys):
     with ThreadPoolExecutor(1) as other:
         waiting = other.submit(writing._wait_for, str(tmp_path / "s"), 60)
         time.sleep(0.2)
         assert not waiting.done()
         create_cache(tmp_path / "s", **arguments()).close()
         assert waiting.result(timeout=10) is None
-    with pytest.raises(RuntimeError, match="the first process, or part, has not created .*/t in 0 s; start it"):
-        writing._wait_for(str(tmp_path / "t"), 0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(writing, "QUIET", 0)
+    why = "/t is not a store: it is empty, or not there; dump one with the command dump-logits"
+    with pytest.raises(RuntimeError, match=f"the first process, or part, has not created .*/t in 0 s .*{why}.; start it"):
+        writing._wait_for(str(tmp_path / "t"), 0.2)
+    said = capsys.readouterr().err
+    assert said.startswith("note: waiting for the first process") and said.endswith(f"{why}\n") and said.count("note") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from offline_bkd.pipeline.show.terminal import counted
 from offline_bkd.pipeline.teachers import Teachers, computed, identity, tempered
 
 FIT_SAMPLES = 4096  # that a codebook is fitted to: a few thousand rows settle a covariance of a hundred directions
+QUIET = 60  # seconds of waiting for another process, after which it is said
 GROUP_BYTES = 1 << 30  # of probabilities that wait in memory so that one decode of an image serves several views
 
 
@@ -172,12 +174,18 @@ def _write(work: list[tuple[CacheWriter, tuple[int, int], Predictions, int]]) ->
 
 
 def _wait_for(path: str, seconds: float) -> None:
-    """Until the first process has created the cache."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """Until the first process has created the cache. After a while it says what it waits for, which may never come."""
+    start, told = time.monotonic(), False
+    while True:
         try:
             open_cache(path)
             return
-        except CacheError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the first process, or part, has not created {path} in {seconds:.0f} s; start it")
+        except CacheError as error:
+            found = error
+        waited = time.monotonic() - start
+        if waited > seconds:
+            raise RuntimeError(f"the first process, or part, has not created {path} in {seconds:.0f} s ({found}); start it")
+        if waited > QUIET and not told:
+            print(f"note: waiting for the first process, or part, to create the cache: {found}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.5)

@@ -86,9 +86,11 @@ def _teachers(teacher: dict) -> str:
     members = teacher.get("experts") or teacher.get("average_of")
     if members:
         return f"{len(members)} {'experts' if 'experts' in teacher else 'teachers, their average'}, {_short(teacher)}"
-    said = [part for part in (teacher.get("method"), (teacher.get("model") or {}).get("name")) if part]
-    if (teacher.get("test") or {}).get("top1") is not None:
-        said.append(f"{teacher['test']['top1']:.1f} % of test images right")
+    # what describes a teacher is free, but for those that are trained here
+    model, test = (part if isinstance(part, dict) else {} for part in (teacher.get("model"), teacher.get("test")))
+    said = [part for part in (teacher.get("method"), model.get("name")) if part]
+    if isinstance(test.get("top1"), int | float):
+        said.append(f"{test['top1']:.1f} % of test images right")
     return ", ".join([_short(teacher), *map(str, said)])
 
 

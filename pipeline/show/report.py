@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
 from offline_bkd.pipeline import UserError, runs
+from offline_bkd.pipeline.runs.record import Scores
 from offline_bkd.pipeline.show import page, pictures
 from offline_bkd.pipeline.show.seeds import Seeds, group_by_seed, run_name
 from offline_bkd.pipeline.show.tables import spread, write_csv, write_markdown
@@ -28,8 +30,12 @@ def draw_run(run: runs.Run) -> None:
         return
     summary = run.summary()
     scores = {run_name(run): summary["last"]}
-    if summary["teacher"] and "test" in summary["teacher"]:  # an average of teachers was never tested
-        scores = {"teacher": summary["teacher"]["test"], **scores}
+    try:
+        tested = Scores.model_validate((summary["teacher"] or {}).get("test")).model_dump()
+    except ValidationError:  # an average of teachers was never tested, and another's description is free
+        tested = {"per_class": []}
+    if len(tested["per_class"]) == len(summary["classes"]):
+        scores = {"teacher": tested, **scores}
     pictures.save_curves(curves, {run_name(run): [run.metrics(summary["last"]["epoch"])]})
     pictures.save_classes(classes, scores, np.array(summary["class_counts"]))
 

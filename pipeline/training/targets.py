@@ -106,7 +106,10 @@ class Targets:
         codes = np.empty((len(pairs), self.width), self.dtype)
         for view in np.unique(views):
             part = slice(*np.searchsorted(views, [view, view + 1]))
-            codes[part] = self._read_plane(view)[rows[part]]
+            if part.stop - part.start == len(self.cache):  # all rows, in order: no second plane is needed
+                self._read_plane(view, codes[part])
+            else:
+                codes[part] = self._read_plane(view)[rows[part]]
         return codes
 
     def _read_plane(self, view: int, out: np.ndarray | None = None) -> np.ndarray:
