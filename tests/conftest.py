@@ -37,6 +37,26 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures_of_runs():
+    """To draw them takes longer than to train most runs of these tests; what looks at them asks for `pictures_of_runs`."""
+    from offline_bkd.pipeline import reproduce, train
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in train, reproduce:
+            patch.setattr(module, "draw_run", lambda run: None)
+        yield
+
+
+@pytest.fixture
+def pictures_of_runs(monkeypatch):
+    from offline_bkd.pipeline import reproduce, train
+    from offline_bkd.pipeline.show import report
+
+    for module in train, reproduce:
+        monkeypatch.setattr(module, "draw_run", report.draw_run)
+
+
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory):
     """The folder of a tiny teacher's complete run."""

@@ -19,7 +19,8 @@ import tiny
 import torch
 
 from offline_bkd.pipeline import NotFinite, UserError, evaluate, runs
-from offline_bkd.pipeline.data.images import ResidentImages
+from offline_bkd.pipeline.data import datasets
+from offline_bkd.pipeline.data.images import ResidentImages, open_images
 from offline_bkd.pipeline.dry_run import show_training_plan
 from offline_bkd.pipeline.models import build_model
 from offline_bkd.pipeline.schema import Cosine, OneCycle, Training
@@ -280,7 +281,7 @@ def test_answers_that_are_not_finite_stop_the_run_before_they_are_written(tmp_pa
     assert [record["epoch"] for record in run.metrics()] == [1] and run.load_tensors("state")[1]["epoch"] == 1
 
 
-def test_a_run_keeps_the_last_and_the_best_epoch_and_names_them_so(tmp_path):
+def test_a_run_keeps_the_last_and_the_best_epoch_and_names_them_so(tmp_path, pictures_of_runs):
     train_teacher(tiny.experiment("teacher.training.epochs=4"), str(tmp_path / "run"), tiny.CPU)
     run = runs.open_run(tmp_path / "run")
     summary, records = run.summary(), run.metrics()
@@ -373,6 +374,14 @@ def test_dropout_follows_the_seed_and_survives_an_interruption(tmp_path, droppin
     torch.rand(3)
     train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_what_a_network_draws_itself_is_another_in_every_epoch_and_of_every_seed(tmp_path, monkeypatch):
+    begun_with, draw = [], engine._draw
+    monkeypatch.setattr(engine, "_draw", lambda *of: begun_with.append(torch.initial_seed()) or draw(*of))
+    for seed in (0, 1):
+        train_teacher(tiny.experiment("teacher.training.epochs=3", seed=seed), str(tmp_path / str(seed)), tiny.CPU)
+    assert len(begun_with) == len({*begun_with}) == 6
 
 
 def test_students_of_several_seeds_are_those_trained_alone_even_after_an_interruption(
@@ -627,6 +636,8 @@ def test_what_is_evaluated_and_saved_is_the_moving_average(tmp_path, monkeypatch
     for later in weights[2:]:
         expected = 0.75 * expected + 0.25 * later
     torch.testing.assert_close(tensors(tmp_path / "run")["network.fc.weight"], expected)
+    found = evaluate.ask_run(str(tmp_path / "run"), "last", (), tiny.CPU)
+    assert {"epoch": 1, **found.scores} == runs.open_run(tmp_path / "run").summary()["last"]
 
 
 def test_gradients_are_clipped_to_a_norm_of_all_together():
@@ -657,6 +668,9 @@ def test_with_a_validation_part_the_best_epoch_is_its_best_and_nothing_else_choo
     assert summary["best_by"] == "validation" and summary["best"]["epoch"] == best["epoch"]
     assert summary["best"]["top1"] == best["test"]["top1"] and summary["best"]["validation"] == best["validation"]
     assert sum(summary["class_counts"]) < 400, "held out of 464 images"
+    held_out = open_images(datasets.load(config.data).validation, config.views, tiny.CPU, 0)
+    scores = evaluate.evaluate(evaluate.load_model(run, "last", config, 10), held_out, np.array(summary["class_counts"]))
+    assert judged[-1]["validation"] == scores != judged[-1]["test"]
     with tiny.interrupted_after(4):
         train_teacher(config, str(tmp_path / "cut"), tiny.CPU)
     train_teacher(config, str(tmp_path / "cut"), tiny.CPU, resume=True)

@@ -1,6 +1,7 @@
 """Exported networks: the same answers where this package is not, found by doing what the README beside them says."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -111,6 +112,8 @@ def test_a_memory_is_refused_with_the_reason(tmp_path, teacher_run):
 def test_the_command_exports_and_refuses(tmp_path, teacher_run, monkeypatch, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").touch()
+    best = shutil.copytree(teacher_run, tmp_path / "best")
+    (best / "last.safetensors").unlink()
     for options, code, said in (
         (["--format", "torch", "--out", str(tmp_path / "out"), "--checkpoint", "best"], 0, "logits differ by"),
         (["--format", "torch", "--out", str(tmp_path / "taken")], 2, "is not empty; name another folder"),
@@ -118,7 +121,7 @@ def test_the_command_exports_and_refuses(tmp_path, teacher_run, monkeypatch, cap
         (["--format", "pickle", "--out", str(tmp_path / "other")], 2, "'pickle' is not one of 'onnx', 'torch'"),
     ):
         with pytest.raises(SystemExit) as end:
-            cli.main(["export-model", str(teacher_run), *options])
+            cli.main(["export-model", str(best if "best" in options else teacher_run), *options])
         output = capsys.readouterr()
         assert end.value.code == code and said in output.out + output.err
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -73,6 +73,18 @@ def test_a_plain_loop_has_the_losses_of_the_engine(cache, digits):
     np.testing.assert_allclose(found[:steps], losses_of(config, engines), rtol=2e-5)
 
 
+def test_the_loss_is_the_papers_formula_with_any_alpha_beta_and_temperature():
+    generator = torch.Generator().manual_seed(0)
+    logits, answers = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    label, counts, target = torch.tensor([0, 1, 2, 3, 3, 0]), torch.tensor([500, 80, 9, 2]), (answers / 4).softmax(1)
+    weight = (1 - 0.99) / (1 - 0.99 ** counts.double())
+    balanced = weight * target / (weight * target).sum(1, keepdim=True)
+    kl = (balanced * (balanced.log() - (logits / 4).log_softmax(1))).sum(1)
+    expected = (3 * 4**2 * kl - logits.log_softmax(1)[torch.arange(6), label]).mean()
+    found = bkd_loss(logits, target, label, counts, temperature=4.0, alpha=3.0, beta=0.99)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_items_are_of_the_epoch_whatever_the_workers_and_the_order(cache, digits, start):
     data, store = CachedTargets(cache, pairs_of(digits), seed=3), open_cache(cache)

@@ -166,6 +166,13 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, teacher_run, ensembl
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
+def test_a_network_learns_from_the_jittered_colours(tmp_path):
+    for name, settings in {"plain": [], "jittered": ["teacher.color_jitter=strong"]}.items():
+        train_teacher(tiny.experiment("teacher.training.epochs=1", *settings), str(tmp_path / name), tiny.CPU)
+    plain, jittered = weights(tmp_path / "plain"), weights(tmp_path / "jittered")
+    assert not torch.equal(plain["network.fc.weight"], jittered["network.fc.weight"])
+
+
 def test_colours_change_as_torchvision_changes_them():
     from torchvision.transforms.v2 import functional
 

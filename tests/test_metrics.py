@@ -65,6 +65,20 @@ def test_the_calibration_error_is_torchmetrics_overall_and_of_each_group_s_image
         assert ours[group] == pytest.approx(100 * float(theirs), rel=1e-5)
 
 
+def test_the_intervals_of_calibration_hold_their_images_mean_confidence_and_accuracy(answers):
+    found = metrics.calibration(answers, COUNTS)
+    few, right = np.isin(answers.label, GROUPS["few"]), answers.predicted == answers.label
+    for group, chosen in {"all": np.full(500, True), "few": few}.items():
+        assert len(found[group]) == 15
+        for index, bin in enumerate(found[group]):
+            there = chosen & (answers.confidence > index / 15) & (answers.confidence <= (index + 1) / 15)
+            assert bin["images"] == there.sum()
+            if there.any():
+                assert bin["confidence"] == pytest.approx(100 * answers.confidence[there].mean(), rel=1e-5)
+                assert bin["accuracy"] == pytest.approx(100 * right[there].mean())
+    assert sum(bin["images"] for bin in found["few"]) == few.sum() > 100
+
+
 def test_confusions_are_scikit_learns_matrix_with_the_most_frequent_errors_first(answers):
     pairs = metrics.confusion(answers, 7)
     ours = np.zeros((7, 7), int)

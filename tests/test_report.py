@@ -105,6 +105,8 @@ def test_a_report_says_of_every_run_what_was_run_and_what_it_reached(report, com
         last = run.summary()["last"]
         scores = {"all": last["top1"], **{group: last[group] for group in ("many", "medium", "few")}}
         assert one["last"] == {"epoch": 20, **{name: round(score, 4) for name, score in scores.items()}}
+        assert one["best"]["epoch"] == 12 and one["best"]["all"] == round(run.summary()["best"]["top1"], 4)
+        assert one["best"]["all"] > one["last"]["all"]
         assert one["precision"] == "float32" and one["seconds"] == 12.3 and one["commit"] == runs.commit()
         assert one["command"] == run.environment()["command"] and one["device"].startswith("cpu (")
 
@@ -157,6 +159,9 @@ def test_a_page_has_every_class_with_its_samples_and_the_mean_of_the_seeds(page,
 def test_a_page_shows_scores_confusions_and_what_differs_in_the_configurations(page, report, compared):
     results = table_under(page, "method")
     assert [row[:7] for row in results] == report[0].table
+    teacher, *students = ([run.summary()[epoch]["top1"] for epoch in ("last", "best")] for run in compared)
+    for row, (last, best) in zip(results[1:], (teacher, np.mean(students, axis=0))):
+        assert [float(row[place].split()[0]) for place in (2, 6)] == pytest.approx([last, best], abs=0.006)
     assert results[1][7] == f"{compared[0].summary()['last']['top5']['all']:.2f}"
     settings = {row[0]: row[1:] for row in table_under(page, "setting")[1:]}
     assert settings["method.name"] == ["ce", "bkd"] and "model.depth" not in settings
@@ -262,6 +267,13 @@ def test_an_evaluation_is_kept_beside_the_weights_as_tables_of_classes_and_confu
         *class_counts(10)
     ]
     assert {row["shots"] for row in classes} == {"many", "medium", "few"}
+    last = compared[0].summary()["last"]
+    assert [float(row["top1"]) for row in classes] == pytest.approx(last["per_class"], abs=0.006)
+    assert {row["test_images"] for row in classes} == {"20"}
+    top5 = {group: [float(row["top5"]) for row in classes if row["shots"] == group] for group in ("many", "medium", "few")}
+    assert {group: np.mean(values) for group, values in top5.items()} == pytest.approx(
+        {group: last["top5"][group] for group in top5}, abs=0.006
+    )
     confusion = list(csv.DictReader((folder / "confusion.csv").read_text().splitlines()))
     assert sum(int(row["images"]) for row in confusion) == 200
     most = next(row for row in confusion if row["class"] == NAMES[9] and row["predicted"] != NAMES[9])

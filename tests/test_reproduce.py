@@ -11,11 +11,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import yaml
 from click.testing import CliRunner
+from made_runs import make_run
 
 from offline_bkd import cli
 from offline_bkd.pipeline import UserError, reproduce, runs
@@ -202,6 +204,31 @@ def test_a_picture_has_every_cell_on_the_line_of_its_row(monkeypatch, tmp_path):
     assert drawn == [(0, 0), (1, 1), (2, 1), (3, 2)]
 
 
+@pytest.mark.parametrize("published", ["last", "best"])
+def test_what_is_published_is_compared_with_the_same_epoch_of_ours(tmp_path, monkeypatch, published):
+    table = reproduce.Table(
+        title="A table",
+        seeds=(0, 1),
+        published=published,
+        columns={"digits": {"config": "a.yaml"}},
+        rows={"BKD": {"published": {"digits": {"all": 50}}}},
+    )
+    made = [make_run(tmp_path / str(seed), [*"abcdefghij"], seed=seed, evaluated=False).summary() for seed in (0, 1)]
+    cells = {("BKD", "digits", seed): reproduce.Job(tmp_path / str(seed), []) for seed in (0, 1)}
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda self, x, y, **named: drawn.append(x))
+    _, row = reproduce.write_table(table, cells, tmp_path / "out", quick=False, asked=table.cells)
+    last, best = (np.mean([summary[epoch]["top1"] for summary in made]) for epoch in ("last", "best"))
+    assert best > last + 1
+    compared = {"last": last, "best": best}[published]
+    assert float(row[3].split()[0]) == pytest.approx(last, abs=0.006)
+    assert float(row[-3].split()[0]) == pytest.approx(best, abs=0.006)
+    assert row[-2] == "50.00" and float(row[-1]) == pytest.approx(compared - 50, abs=0.006) and drawn == [compared]
+    (kept,) = json.loads((tmp_path / "out" / "table.json").read_text())["cells"]
+    assert kept["best"] == [summary["best"]["top1"] for summary in made]
+    assert kept["last"]["all"] == [summary["last"]["top1"] for summary in made]
+
+
 def test_a_sweep_is_compared_with_nothing(tmp_path):
     table = reproduce.load_table("temperature")
     cells = {(row, column, seed): reproduce.Job(tmp_path / "none", []) for column, row in table.cells for seed in table.seeds}
@@ -285,7 +312,7 @@ def test_a_place_that_cannot_be_written_is_named(table, tmp_path):
     assert found.exit_code == 2 and "digits cannot be written" in found.output + str(found.stderr)
 
 
-def test_a_torn_picture_is_drawn_again_and_a_changed_table_is_refused(table, tmp_path, here):
+def test_a_torn_picture_is_drawn_again_and_a_changed_table_is_refused(table, tmp_path, here, pictures_of_runs):
     content = yaml.safe_load(table.read_text())
     content["rows"] = {"CE": {"stage": "teacher"}}
     table.write_text(yaml.safe_dump(content, sort_keys=False))

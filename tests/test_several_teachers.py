@@ -27,7 +27,7 @@ def chunks(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("c.*")}
 
 
-def test_several_teachers_are_averaged_or_kept_apart(tmp_path, both):
+def test_several_teachers_are_averaged_or_kept_apart(tmp_path, both, pictures_of_runs):
     config = tiny.experiment(tiny.EXACT)
     for name, teachers in {"first": both[:1], "second": both[1:], "both": both}.items():
         dump_logits(config, teachers, str(tmp_path / f"{name}.zarr"), tiny.CPU)

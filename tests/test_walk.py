@@ -12,6 +12,7 @@ import tiny
 import torch
 from cache_store import files
 from made_runs import PART, make_run
+from PIL import Image
 
 from offline_bkd.cache import CacheError, open_cache
 from offline_bkd.pipeline import UserError, requirements, runs
@@ -115,11 +116,31 @@ def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, 
     assert 0 < np.abs(exact - coded).max() < 0.02 * exact.max()
     report = verify_cache(str(path), [str(teacher_run)], 2, None, (), tiny.CPU)
     assert report["passed"] and 0 < report["mean"] <= 0.005 + 1e-4
+    train, _, _ = datasets.load(config.data)
+    weight, distance = 1 / (1 - 0.9999 ** train.class_counts.astype(np.float64)), 0
+    for view in report["views"]:
+        answers = live_teacher(config, teacher_run)(rows, torch.full((464,), view)), store.plane(view)
+        fresh, kept = (np.asarray(part, np.float64) * weight for part in answers)
+        fresh, kept = (part / part.sum(1, keepdims=True) for part in (fresh, kept))
+        distance = distance + np.abs(fresh - kept).sum(1) / 2 / len(report["views"])
+    by_class = [distance[train.label == index].mean() for index in range(10)]
+    np.testing.assert_allclose([*report["classes"].values()], by_class, rtol=1e-3)
+    groups = {"many": train.class_counts > 100, "few": train.class_counts < 20}
+    for group, members in groups.items():
+        if members.any():
+            assert report["shots"][group] == pytest.approx(np.mean(np.array(by_class)[members]), rel=1e-3)
     assert verify_cache(str(path), [str(teacher_run)], 1, None, ("cache.precision=bfloat16",), tiny.CPU)["passed"]
     with pytest.raises(UserError, match="is verified as it was dumped, but cache.temperature was 2.0 and is now 3.0; -o may"):
         verify_cache(str(path), [str(teacher_run)], 2, None, ("cache.temperature=3",), tiny.CPU)
     with pytest.raises(UserError, match="is verified as it was dumped, but data.std.* is now .*; -o may say where"):
         verify_cache(str(path), [str(teacher_run)], 2, None, ("data.std=[1, 1, 1]",), tiny.CPU)
+
+
+def test_a_dump_is_in_the_precision_that_it_is_asked_for(tmp_path, teacher_run, cache):
+    config = tiny.experiment(tiny.EXACT, "cache.precision=bfloat16")
+    dump_logits(config, [str(teacher_run)], str(tmp_path / "rounded.zarr"), tiny.CPU)
+    exact, rounded = open_cache(cache).plane(0), open_cache(tmp_path / "rounded.zarr").plane(0)
+    assert 1e-4 < np.abs(exact - rounded).max() < 0.05
 
 
 def test_a_dump_is_what_its_teacher_answers_on_either_device(tmp_path, teacher_run, device):
@@ -317,8 +338,11 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
     from offline_bkd.pipeline.train import train_teacher
 
     folder_of_images(tmp_path)
+    noise = np.random.default_rng(0)
+    for path in (tmp_path / "train").rglob("*.png"):  # so that each crop has another answer
+        Image.fromarray(noise.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
     views = "views={name: random_resized_crop, size: 8, count: 5}"
-    config = tiny.experiment(f"data={{name: imagefolder, root: {tmp_path}, workers: 0}}", views)
+    config = tiny.experiment(f"data={{name: imagefolder, root: {tmp_path}, workers: 0}}", views, tiny.EXACT)
     train_teacher(config, str(tmp_path / "teacher"), tiny.CPU)
     # two views fit into memory at a time, so the groups are (0, 1), (2, 3), (4)
     monkeypatch.setattr(writing, "GROUP_BYTES", 2 * 6 * 2 * 4)
@@ -327,6 +351,10 @@ def test_one_decode_of_an_image_serves_several_views_and_an_interruption_changes
         patch.setattr(datasets.Dataset, "decode", lambda self, row: decoded.append(row) or decode(self, row))
         dump_logits(config, [str(tmp_path / "teacher")], str(tmp_path / "whole.zarr"), tiny.CPU)
     assert decoded == [*range(6)] * 3
+    whole = open_cache(tmp_path / "whole.zarr")
+    assert np.ptp([whole.plane(view) for view in range(5)], axis=(0, 1)).min() > 1e-3
+    found = verify_cache(str(tmp_path / "whole.zarr"), [str(tmp_path / "teacher")], 5, None, (), tiny.CPU)
+    assert found["worst"] < 1e-6 and sorted(found["views"]) == [*range(5)]
 
     def stop(self, view, block, *answers):
         if view == 3:
