@@ -265,8 +265,12 @@ def test_logits_that_are_no_logits_are_refused(tmp_path, bits):
         stored[70] = -np.inf
     else:
         stored.view(np.uint16)[70, 2] = bits
+    put_chunk(url, 0, stored)  # a row that no reading looks at, but verifying does
+    (problem,) = open_cache(url).verify_checksums()
+    assert "sample 493 has no distribution (logits from" in problem
+    stored[0] = stored[70]
     put_chunk(url, 0, stored)
-    with pytest.raises(CorruptCacheError, match=r"sample 493 has no distribution \(logits from .*; delete its marker"):
+    with pytest.raises(CorruptCacheError, match=r"sample 3 has no distribution \(logits from .*; delete its marker done/0.0"):
         open_cache(url).plane(0)
 
 
