@@ -196,8 +196,9 @@ def summary(cache, *, planes: int = 4) -> dict:
     confidence) are over at most `planes` whole views, evenly spaced, by shot group; sizes in bytes, on disk.
     """
     layout, survey = cache.layout, cache.survey()
-    lost = {*survey.lost}
-    done, blocks = np.unique([pair[0] for pair in survey.blocks if pair not in lost], return_counts=True)
+    lost, reference = {*survey.lost}, cache.encoding.reference
+    there = [pair for pair in survey.blocks if not {pair, (reference, pair[1])} & lost]  # or what it differs from is lost
+    done, blocks = np.unique([view for view, _ in there], return_counts=True)
     whole = done[blocks == layout.blocks].astype(int).tolist()
     chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, min(planes, len(whole))).astype(int))]
     rows, blocks = sum(_length(layout.rows(block)) for _, block in survey.blocks), layout.views * layout.blocks

@@ -287,3 +287,19 @@ def test_small_blocks_are_decoded_together_and_give_the_same_rows(tmp_path, cach
         pandas.testing.assert_frame_equal(small.to_pandas(**choice), table)
     assert decoded[:4] == [99, 99, 99, 63], "three blocks at a time"
     assert max(decoded) == 99
+
+
+@pytest.mark.parametrize("encoding, array", [("logit", "logit"), ("klt", "code")])
+def test_the_summary_of_a_store_that_lost_files_counts_them_and_reads_what_is_there(tmp_path, encoding, array):
+    fit = {"fit": lambda views: np.stack([answers(view) for view in views])}
+    cache = dump(tmp_path / "s", encoding={"name": encoding}, **fit)
+    whole, reference = cache.summary(planes=18), cache.encoding.reference
+    other = 5 if reference != 5 else 6
+    (tmp_path / f"s/{array}/c.{other}.0.0").unlink()
+    found = open_cache(tmp_path / "s").summary(planes=18)
+    assert not found["complete"] and found["blocks"]["lost"] == 1 and found["temperatures"] == whole["temperatures"]
+    assert found["teacher"]["views"] == [view for view in range(18) if view != other]
+    if reference is not None:  # what others differ from: none is left
+        (tmp_path / f"s/{array}/c.{reference}.0.0").unlink()
+        found = open_cache(tmp_path / "s").summary(planes=18)
+        assert found["blocks"]["lost"] == 2 and found["teacher"] is None
