@@ -219,7 +219,7 @@ def test_what_a_store_claims_to_be_costs_nothing_only_what_is_there(tmp_path):
         tracemalloc.stop()
 
 
-def test_a_store_that_claims_more_blocks_than_can_be_listed_is_refused(url):
+def test_a_store_that_claims_more_blocks_than_can_be_listed_is_refused():
     count = 10**6
     with pytest.raises(CacheError, match="a store has at most 10,000,000 blocks, 1,000,000 views of 1,000,000 samples and"):
         format.Layout(

@@ -125,10 +125,10 @@ def test_transform_coded_targets_train_as_closely_as_their_error_says(tmp_path, 
         distance = distance + np.abs(fresh - kept).sum(1) / 2 / len(report["views"])
     by_class = [distance[train.label == index].mean() for index in range(10)]
     np.testing.assert_allclose([*report["classes"].values()], by_class, rtol=1e-3)
-    groups = {"many": train.class_counts > 100, "few": train.class_counts < 20}
-    for group, members in groups.items():
-        if members.any():
-            assert report["shots"][group] == pytest.approx(np.mean(np.array(by_class)[members]), rel=1e-3)
+    counts = train.class_counts
+    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+    of_groups = {group: np.mean(np.array(by_class)[members]) for group, members in groups.items() if members.any()}
+    assert len(of_groups) > 1 and report["shots"] == pytest.approx(of_groups, rel=1e-3)
     assert verify_cache(str(path), [str(teacher_run)], 1, None, ("cache.precision=bfloat16",), tiny.CPU)["passed"]
     with pytest.raises(UserError, match="is verified as it was dumped, but cache.temperature was 2.0 and is now 3.0; -o may"):
         verify_cache(str(path), [str(teacher_run)], 2, None, ("cache.temperature=3",), tiny.CPU)
